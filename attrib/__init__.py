@@ -1,0 +1,32 @@
+"""attrib: exact training attribution for PyTorch.
+
+Record a training run, then rebuild any prediction as a sum over training examples, steps and parameter groups, plus
+weight decay, inherited momentum and a residual that is measured.
+
+    recorder = attrib.record(optimizer, model, loss, "run.zarr")      # one line in the training loop
+    run = attrib.open_run("run.zarr")
+    result = attrib.attribute(run, model, attrib.measure.log_prob(x_test, y_test), loss=loss)
+    print(result.check())
+"""
+
+from . import errors, measure
+from .engine import attribute
+from .path import GaussLegendre, Midpoint, Secant
+from .recorder import Recorder, record
+from .result import Result, open_result
+from .run import Run, open_run
+
+__all__ = [
+    "GaussLegendre",
+    "Midpoint",
+    "Recorder",
+    "Result",
+    "Run",
+    "Secant",
+    "attribute",
+    "errors",
+    "measure",
+    "open_result",
+    "open_run",
+    "record",
+]

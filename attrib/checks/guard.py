@@ -1,0 +1,67 @@
+"""What must not change between two recorded steps: parameters, buffers and frozen parameters, train and eval modes."""
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ChangedOutsideError
+from ..functional import constants_of
+from ..layout import Layout
+
+
+class Guard:
+    """Remembers a model's constants and modes, and the parameters after each step.
+
+    Buffers are compared when their version counter moved, and on request (`constants`).
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self._layout = layout
+        self._constants = constants_of(model, layout)
+        self._values = {name: t.clone() for name, t in self._constants.items()}
+        self._versions = {name: t._version for name, t in self._constants.items()}
+        self._modules = dict(model.named_modules())
+        self._modes: list[bool] | None = None
+        self._after: Tensor | None = None
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The constants, by name."""
+        return self._values
+
+    def training(self) -> list[str]:
+        """Names of the modules in train mode."""
+        return [name for name, module in self._modules.items() if module.training]
+
+    def stepped(self, after: Tensor) -> None:
+        """The parameters (P,) that a step ended with."""
+        self._after = after
+
+    def check(self, theta: Tensor, step: int) -> None:
+        """Raise ChangedOutsideError, naming what changed since the last step."""
+        if self._after is not None and not torch.equal(theta, self._after):
+            name = next(n for n, s in self._layout.slices() if not torch.equal(theta[s], self._after[s]))
+            raise ChangedOutsideError(
+                f"a parameter changed between two steps: expected only recorder.step to move it, at {name!r}, step "
+                f"{step}. Restore it (recorded runs have no other source of change), or record a new run."
+            )
+        if any(t._version != self._versions[name] for name, t in self._constants.items()):
+            self.constants(step)
+            self._versions = {name: t._version for name, t in self._constants.items()}
+        modes = [m.training for m in self._modules.values()]
+        if self._modes is None:
+            self._modes = modes
+        elif modes != self._modes:
+            name = next(n for n, a, b in zip(self._modules, modes, self._modes, strict=True) if a != b)
+            raise ChangedOutsideError(
+                f"a module changed between train and eval mode: expected the mode of the first step, at "
+                f"{name or 'the model'!r}, step {step}. Call model.train() or .eval() before the step."
+            )
+
+    def constants(self, step: int) -> None:
+        """Compare every buffer and frozen parameter with its first value."""
+        for name, t in self._constants.items():
+            if not torch.equal(t, self._values[name]):
+                raise ChangedOutsideError(
+                    f"a buffer or frozen parameter changed between steps: expected it constant, at {name!r}, step {step}. "
+                    f"Put the module that owns it into eval mode, or train it with this optimizer."
+                )

@@ -1,0 +1,89 @@
+"""The arguments of `attrib.record` and `recorder.step`: what is wrong with them is said before anything is written."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import BatchError, BatchIdentityError, LossError
+from ..layout import Layout
+
+CAPTURES = ("replay", "gradients")
+
+
+def check_options(capture: str, check_every: int, block: int | None) -> None:
+    if capture not in CAPTURES:
+        raise ValueError(f"unknown capture: got {capture!r}, expected one of {', '.join(map(repr, CAPTURES))}.")
+    for name, value in (("check_every", check_every), ("block", block)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is not a count: got {value!r}, expected an integer of at least 1.")
+
+
+def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[str, ...]:
+    """Names of the optimizer's parameters, in its order."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    names = []
+    for number, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if id(p) not in known:
+                raise ValueError(
+                    f"the optimizer moves a tensor that is no parameter of the model: got shape {tuple(p.shape)}, expected "
+                    f"one of model.named_parameters(), at param group {number}. Pass the model that holds it."
+                )
+            names.append(known[id(p)])
+            first = optimizer.param_groups[0]["params"][0]
+            if p.dtype != first.dtype or p.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"parameters must share one type: got {p.dtype}, expected float32 or float64 throughout, at "
+                    f"{names[-1]!r}. Convert the model with model.to(torch.float32)."
+                )
+    return tuple(names)
+
+
+def check_batch(index: Any, batch: tuple[Any, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Ids as (B,) int64 and the batch as arrays."""
+    ids = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
+    if ids.ndim != 1 or len(ids) == 0:
+        raise BatchError(f"index is not a list of ids: got shape {ids.shape}, expected (B,) with B of at least 1.")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise BatchError(f"index is not integer: got {ids.dtype}, expected int64 ids of the training examples.")
+    if (ids < 0).any():
+        raise BatchError(f"an id is negative: got {ids.min()}, expected ids of 0 or more, at slot {ids.argmin()}.")
+    if not batch:
+        raise BatchError("the batch is missing: got no tensors, expected step(index, *batch) as given to the loss.")
+    rows = []
+    for j, value in enumerate(batch):
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise BatchError(
+                f"a part of the batch is no batched tensor: got {type(value).__name__}, expected a tensor with "
+                f"{len(ids)} rows, at argument {j} after the index."
+            )
+        if len(value) != len(ids):
+            raise BatchError(
+                f"index and batch differ in length: got {len(ids)} ids and {len(value)} rows, expected as many, at "
+                f"argument {j} after the index."
+            )
+        rows.append(value.detach().cpu().numpy())
+    return ids.astype(np.int64), rows
+
+
+def check_gradient(layout: Layout, parameters: Sequence[Tensor], step: int) -> Tensor:
+    """p.grad of all parameters as a vector (P,), zeros where there is none.
+
+    Raises:
+        BatchIdentityError: no parameter has a gradient. LossError: a gradient is not finite.
+    """
+    if all(p.grad is None for p in parameters):
+        raise BatchIdentityError(
+            "no parameter has a gradient: got p.grad None everywhere, expected loss(...).backward() before step."
+        )
+    gradient = layout.flatten(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)
+    if not torch.isfinite(gradient).all():
+        bad = next(n for n, part in layout.slices() if not torch.isfinite(gradient[part]).all())
+        raise LossError(
+            f"the gradient is not finite, expected finite numbers, at parameter {bad!r}, step {step}. "
+            f"The step was refused; parameters and store are as they were."
+        )
+    return gradient

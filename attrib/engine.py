@@ -1,0 +1,209 @@
+"""attribute(): one sweep backwards through a run that writes a measurement as a sum of contributions.
+
+    for s = T-1 ... 0:
+        Gbar_s                       path gradient: <Gbar_s, Delta_s> = m(theta_{s+1}) - m(theta_s)
+        U_s, carry                   the update pulled back: sensitivity of m(theta_T) to the gradient of step s
+        <U_s, g_{s,i}>               contribution of example i at step s, per group
+        decay, timeline              what weight decay did; what the step's update did
+    what is left of the carry, times the momentum before the first step: inherited
+
+State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .errors import LossError
+from .functional import random_state, training_modes
+from .gradients import Shares
+from .kernels.contraction import contract_rows
+from .layout import group_tensors
+from .marginals import choose
+from .optim import Parts, decay, pullback
+from .path import Path, Query, Secant
+from .result import Result
+from .run import Block, Run, check_model
+from .sink import Sink, StepTerms
+
+
+def attribute(
+    run: Run,
+    model: nn.Module,
+    measurement: Any,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    path: Path | None = None,
+    steps: slice | None = None,
+    keep: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    cube: Any = None,
+) -> Result:
+    """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups.
+
+    This is accounting of what happened on the realised path, not a counterfactual: a contribution does not say what would
+    have happened without the example.
+
+    Args:
+        run: from `attrib.open_run`.
+        model: of the recorded architecture; used in the mode it is in for the measurement, in the recorded mode for the
+            loss, on its own device; given back as it was.
+        measurement: `model -> (Q,)`, or one of `attrib.measure`.
+        loss: as given to `attrib.record`; needed where the run was captured by "replay".
+        path: `Secant()` (default), `GaussLegendre(nodes)` or `Midpoint(nodes)`.
+        steps: a window slice(a, b) of steps, complete by itself; None for the whole run.
+        keep: axes to keep contributions along, one set or several, of "step", "example", "group"; None keeps all
+            marginals that fit in memory.
+        groups: {name: [parameter names or patterns]}; None makes each parameter tensor a group.
+        dtype: compute type of both measurement and training gradients. None: float64 for the measurement, the recorded
+            type for the gradients. Sums are accumulated in float64 in any case.
+        progress: show a bar on work longer than two seconds.
+        cube: path or zarr Store to write all contributions to, (query, step, slot, group).
+
+    Returns:
+        A `Result`; `result.check()` verifies that it is complete.
+
+    Raises:
+        ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
+
+    Example:
+        >>> measurement = attrib.measure.log_prob(x_test, y_test)  # doctest: +SKIP
+        >>> result = attrib.attribute(run, model, measurement, loss=loss)  # doctest: +SKIP
+        >>> print(result.check())  # doctest: +SKIP
+    """
+    check_model(run, model)
+    start, stop = _window(run, steps)
+    device = next(model.parameters()).device
+    query = Query(model, measurement, run.layout, dtype or torch.float64, run.vector(stop).to(device))
+    source = _shares_source(run, model, loss, dtype or run.dtype, device)
+    labels, member = group_tensors(run.layout.names, groups)
+    sizes = {"step": stop - start, "example": len(run.examples), "group": len(labels)}
+    sink = Sink(run, query.count, start, labels, member, sizes, choose(keep, query.count, sizes), cube)
+    carry = torch.zeros(query.count, run.layout.size, dtype=torch.float64, device=device)
+    with (
+        training_modes(model, None),
+        tqdm(total=stop - start, desc="attribute", unit="step", delay=2, disable=not progress) as bar,
+    ):
+        integrate = (path or Secant()).bind(query)
+        for block in run.blocks(start, stop):
+            carry = _sweep(run, block, integrate, source, carry, sink, bar)
+            sink.inherited = _tensors(run, carry * block.momentum.to(device))
+        sink.flush()
+    return Result(sink.dataset(_facts(run, measurement, path or Secant(), start, stop, dtype)))
+
+
+Contract = Callable[[int, Tensor, Tensor], Tensor]  # (step, theta (P,), U (Q, P)) -> (Q, B, K)
+
+
+def _sweep(
+    run: Run,
+    block: Block,
+    integrate: Callable[..., Any],
+    contract: Contract,
+    carry: Tensor,
+    sink: Sink,
+    bar: Any,
+) -> Tensor:
+    """One block, backwards: returns the carry before its first step."""
+    device = carry.device
+    for n in reversed(range(len(block.steps))):
+        step = block.steps[n]
+        theta0, theta1 = block.theta[n].to(device), block.theta[n + 1].to(device)
+        gradient = block.gradient[n].to(device)
+        parts, replayed = _to(block.updates[n], device)
+        path = integrate(theta0, theta1)
+        bar_gradient = path.gradient.double()
+        delta = theta1.double() - theta0.double()
+        sensitivity, carry = pullback(parts, carry, bar_gradient)
+        contributions = contract(step, theta0, sensitivity)
+        sink.add(
+            step,
+            StepTerms(
+                contributions=contributions.cpu().numpy(),
+                decay=_tensors(run, decay(parts, sensitivity, bar_gradient, theta0)),
+                moved=_tensors(run, bar_gradient * delta),
+                replayed=_tensors(run, bar_gradient * replayed),
+                gradient=_tensors(run, sensitivity * gradient),
+                start=path.start.double().cpu().numpy(),
+                end=path.end.double().cpu().numpy(),
+            ),
+        )
+        bar.update()
+    return carry
+
+
+def _to(update: tuple[Parts, Tensor], device: torch.device) -> tuple[Parts, Tensor]:
+    parts, delta = update
+    if device.type == "cpu":
+        return update
+    moved = [(s, type(k)(*(v.to(device) if isinstance(v, Tensor) else v for v in k))) for s, k in parts]
+    return moved, delta.to(device)
+
+
+def _tensors(run: Run, values: Tensor) -> np.ndarray:
+    """(Q, P) -> (Q, K): summed over each parameter tensor."""
+    sizes = np.diff(run.layout.bounds).tolist()
+    return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1).cpu().numpy()
+
+
+# where the shares come from
+
+
+def _shares_source(
+    run: Run, model: nn.Module, loss: Callable[..., Tensor] | None, dtype: torch.dtype, device: torch.device
+) -> Contract:
+    if run.capture == "gradients":
+
+        def stored(step: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
+            contracted = contract_rows(sensitivity.cpu().numpy(), run.shares(step), run.layout.bounds)
+            return torch.from_numpy(contracted)
+
+        return stored
+    if loss is None:
+        raise LossError(
+            "a loss is needed: got loss=None, expected the loss given to attrib.record, since this run was captured by "
+            '"replay". Pass loss=, or record with capture="gradients".'
+        )
+    with training_modes(model, run.header["training"]):
+        shares = Shares(loss, model, run.layout, dtype)
+
+    def replayed(step: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
+        batch = tuple(b.to(device) for b in run.batch(step))
+        with training_modes(model, run.header["training"]), random_state(run.random_state(step)):
+            _, contracted = shares.contract(theta.to(dtype), batch, sensitivity)
+        return contracted * run.scale(step)
+
+    return replayed
+
+
+def _window(run: Run, steps: slice | None) -> tuple[int, int]:
+    window = steps if steps is not None else slice(None)
+    start, stop, stride = window.indices(run.steps)
+    inside = all(v is None or -run.steps <= v <= run.steps for v in (window.start, window.stop))
+    if stride != 1 or stop <= start or not inside:
+        raise ValueError(
+            f"the window is not a range of recorded steps: got {window}, expected slice(a, b) with 0 <= a < b <= "
+            f"{run.steps} and stride 1."
+        )
+    return start, stop
+
+
+def _facts(run: Run, measurement: Any, path: Path, start: int, stop: int, dtype: torch.dtype | None) -> dict[str, Any]:
+    h = run.header
+    return {
+        "run": str(run.reader.target),
+        "window": [start, stop],
+        "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
+        "units": getattr(measurement, "units", ""),
+        "path": repr(path),
+        "dtype": str(dtype or run.dtype).removeprefix("torch."),
+        **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
+        "parameters": run.layout.size,
+        "meaning": "accounting of the realised training path; not a counterfactual",
+    }

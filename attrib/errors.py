@@ -1,0 +1,67 @@
+"""Every error attrib raises, and the one sentence they are all written in.
+
+`<what is wrong>: got <value>, expected <value>, at <layer / step / array>. <What to do.>`
+"""
+
+
+class AttribError(Exception):
+    """Base of all errors raised on purpose; catch this to catch them all."""
+
+
+class UnsupportedOptimizerError(AttribError, TypeError):
+    """The optimizer has no update rule."""
+
+
+class BatchError(AttribError, ValueError):
+    """An index or a batch given to `recorder.step` does not fit."""
+
+
+class LossError(AttribError, ValueError):
+    """The loss is not one finite number per example."""
+
+
+class BatchIdentityError(AttribError):
+    """The shares of the examples do not sum to the gradient that the optimizer saw."""
+
+
+class StepIdentityError(AttribError):
+    """The replayed update is not the update that the optimizer made."""
+
+
+class ChangedOutsideError(AttribError):
+    """Parameters, buffers or optimizer state changed between two recorded steps."""
+
+
+class CoupledExamplesError(AttribError):
+    """A module makes one example's loss depend on the others of its batch."""
+
+
+class ModelMismatchError(AttribError, ValueError):
+    """A model is not the one that was recorded."""
+
+
+class StoreExistsError(AttribError, FileExistsError):
+    """Something is already stored there."""
+
+
+class StoreError(AttribError, OSError):
+    """A store is not readable: truncated, corrupted, of a newer format, or not one of ours."""
+
+
+class UntraceableModelError(AttribError):
+    """The measurement could not be turned into a graph for the secant."""
+
+
+class MeasurementError(AttribError, ValueError):
+    """A measurement is not a finite tensor of shape (Q,)."""
+
+
+class KeptAxesError(AttribError, KeyError):
+    """The result was not kept along the axes that were asked for."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0]) if self.args else ""
+
+
+class CompletenessError(AttribError):
+    """The terms do not add up to the measurement."""

@@ -1,0 +1,98 @@
+"""The share of a parameter at its sites: contracted with directions, or as rows.
+
+contract_site   <dl_i/dy, dy/dparameter U_q>      (Q, B)
+rows_at         dl_i/dparameter                   (B, *parameter)
+"""
+
+import torch
+from torch import Tensor
+
+from ..kernels.contraction import row_dots
+from .batchwise import Batchwise
+from .functions import FUNCTIONS, Bound, Role
+from .sites import Site, Weight, jvp, tangent
+
+
+def names_of(site: Site) -> frozenset[str]:
+    return frozenset().union(*(w.names for w in site.call.weights.values()))
+
+
+def _roles(site: Site, name: str) -> list[tuple[int, Weight, Bound, Role | None]]:
+    """The weights of a site that the parameter has a part in, with the closed form where there is one."""
+    function = FUNCTIONS.get(site.call.function)
+    bound = function.bind(*site.call.arguments) if function else {}
+    found = []
+    for i, weight in site.call.weights.items():
+        if name in weight.names:
+            role = next((r for r, v in bound.items() if v is weight.tensor), None)
+            known = function.roles.get(role) if function and role else None
+            found.append((i, weight, bound, known))
+    return found
+
+
+def contract_site(site: Site, reading: Batchwise, delta: Tensor, name: str, directions: Tensor, size: int) -> Tensor:
+    """(Q, *parameter) -> (Q, B) float64: <dl_i/dy, dy/dparameter U_q> at one site."""
+    total: Tensor | float = 0.0
+    for i, weight, bound, role in _roles(site, name):
+        if role is not None and role.small and weight.maker is None:
+            rows = role.rows(bound, delta, lambda t: reading.split(t, size)).detach()
+            total = total + directions.flatten(1).double() @ rows.flatten(1).double().T
+            continue
+        out = []
+        for direction in directions:
+            with torch.no_grad():
+                along = tangent(weight, name, direction)
+                if role is not None:
+                    moved = role.tangent(bound, along, site.shape)
+                else:
+                    moved = jvp(site.call, {i: (weight.tensor, along)})
+            out.append(_row_dots(reading.split(delta, size), reading.split(moved, size)))
+        total = total + torch.stack(out)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _row_dots(first: Tensor, second: Tensor) -> Tensor:
+    """(B, ...), (B, ...) -> (B,) float64."""
+    a, b = first.detach().reshape(len(first), -1), second.detach().reshape(len(second), -1)
+    if a.device.type == "cpu":
+        return torch.from_numpy(row_dots(a.numpy(), b.numpy()))
+    return (a * b).sum(1, dtype=torch.float64)
+
+
+def rows_at(sites: list[tuple[Site, Batchwise, Tensor]], name: str, size: int) -> Tensor | float | None:
+    """(B, *parameter) summed over the parameter's sites, 0.0 where it has none; None where a site has no closed form."""
+    total: Tensor | float = 0.0
+    for site, reading, delta in sites:
+        rows = _rows_site(site, reading, delta, name, size)
+        if rows is None:
+            return None
+        total = total + rows
+    return total
+
+
+def _rows_site(site: Site, reading: Batchwise, delta: Tensor, name: str, size: int) -> Tensor | None:
+    """(B, *parameter) of one site, None where no closed form gives it."""
+    total = None
+    for _, weight, bound, role in _roles(site, name):
+        if role is None or len(weight.names) > 1:
+            return None
+        try:
+            rows = role.rows(bound, delta, lambda t: reading.split(t, size)).detach()
+        except NotImplementedError:
+            return None
+        rows = rows if weight.maker is None else _through_maker(weight, name, rows)
+        total = rows if total is None else total + rows
+    return total
+
+
+def _through_maker(weight: Weight, name: str, rows: Tensor) -> Tensor:
+    """Rows of a weight (B, *weight) -> rows of the parameter that it was made of (B, *parameter)."""
+    source = _source(weight, name)
+    return torch.autograd.grad(weight.tensor, source, grad_outputs=rows, is_grads_batched=True, retain_graph=True)[0]
+
+
+def _source(weight: Weight, name: str) -> Tensor:
+    while weight.maker is not None:
+        weight = next(w for w in weight.maker.weights.values() if name in w.names)
+    return weight.tensor

@@ -1,0 +1,90 @@
+"""Where each parameter tensor sits in the flat vector `P`, and which tensors make a group.
+
+Tensors of one optimizer param group lie next to each other, in the optimizer's own order, so that an update rule
+works on whole slices.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the K parameter tensors, in the order in which they make up the vector (P,)."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """(K + 1,) int64: tensor k is the slice bounds[k] : bounds[k + 1]."""
+        return np.cumsum([0, *(prod(shape) for shape in self.shapes)], dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        """P, the number of parameters."""
+        return int(self.bounds[-1])
+
+    def slices(self) -> Iterable[tuple[str, slice]]:
+        for name, a, b in zip(self.names, self.bounds[:-1], self.bounds[1:], strict=True):
+            yield name, slice(int(a), int(b))
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Tensors in the order of `names` -> a new vector (P,)."""
+        return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector (..., P) -> views by name, (..., *shape)."""
+        lead = vector.shape[:-1]
+        return {
+            name: vector[..., part].reshape(*lead, *shape)
+            for (name, part), shape in zip(self.slices(), self.shapes, strict=True)
+        }
+
+    def sum_tensors(self, values: np.ndarray) -> np.ndarray:
+        """(..., P) -> (..., K): summed over each tensor, in float64."""
+        filled = np.flatnonzero(np.diff(self.bounds))  # reduceat has no empty sums
+        out = np.zeros((*values.shape[:-1], len(self.names)))
+        out[..., filled] = np.add.reduceat(values, self.bounds[:-1][filled], axis=-1, dtype=np.float64)
+        return out
+
+
+def group_tensors(
+    names: Sequence[str], groups: Mapping[str, Sequence[str]] | None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Group names (G,) and the matrix (K, G) of ones that sums tensors into groups.
+
+    `groups` maps a group's name to parameter names or patterns (`*`, `?`); None makes one group of each tensor.
+    Tensors that no pattern names are gathered in a group `other`.
+    """
+    if groups is None:
+        return tuple(names), np.eye(len(names))
+    owner: dict[str, str] = {}
+    for group, patterns in groups.items():
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = [n for n in names if n == pattern or fnmatchcase(n, pattern)]
+            if not found:
+                raise ValueError(
+                    f"a pattern names no parameter: got {pattern!r}, at group {group!r}, expected one that "
+                    f"matches some of {', '.join(names)}. Use the names of model.named_parameters()."
+                )
+            for name in found:
+                if owner.setdefault(name, group) != group:
+                    raise ValueError(
+                        f"a parameter stands in two groups: got {owner[name]!r} and {group!r}, expected one, "
+                        f"at {name!r}. Groups must not overlap, or contributions would be counted twice."
+                    )
+    labels = list(groups)
+    if len(owner) < len(names):
+        labels.append("other")
+    member = np.zeros((len(names), len(labels)))
+    for k, name in enumerate(names):
+        member[k, labels.index(owner.get(name, "other"))] = 1.0
+    return tuple(labels), member

@@ -1,0 +1,47 @@
+"""Optimizers as update rules: RULES maps the exact type of a torch optimizer to the rule that replays it.
+
+A new optimizer is one file with one `Rule` and one row here.
+"""
+
+import torch
+
+from ..errors import UnsupportedOptimizerError
+from .adam import ADAM
+from .replay import Parts, Replay, decay, pullback, read_hyper, read_state
+from .rule import Rule
+from .sgd import SGD
+
+__all__ = [
+    "RULES",
+    "Parts",
+    "Replay",
+    "Rule",
+    "decay",
+    "pullback",
+    "read_hyper",
+    "read_state",
+    "rule_by_name",
+    "rule_of",
+]
+
+RULES: dict[type, Rule] = {torch.optim.SGD: SGD, torch.optim.Adam: ADAM, torch.optim.AdamW: ADAM}
+
+
+def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
+    """The rule of an optimizer's exact type.
+
+    Raises:
+        UnsupportedOptimizerError: for any other type, subclasses included: they may compute something else.
+    """
+    rule = RULES.get(type(optimizer))
+    if rule is None:
+        supported = ", ".join(f"torch.optim.{kind.__name__}" for kind in RULES)
+        raise UnsupportedOptimizerError(
+            f"no update rule for this optimizer: got {type(optimizer).__module__}.{type(optimizer).__qualname__}, "
+            f"expected exactly one of {supported}. Use one of these, or add a rule in attrib/optim."
+        )
+    return rule
+
+
+def rule_by_name(name: str) -> Rule:
+    return next(rule for rule in RULES.values() if rule.name == name)

@@ -1,0 +1,37 @@
+"""What an update rule is: its state, its hyper-parameters, and the coefficients that they freeze to."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..kernels.recurrence import Coefficients
+
+Hyper = Mapping[str, float]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer, as the linear recurrence that it is once its realised coefficients are frozen.
+
+    name: stored with a run.
+    momentum: key in torch's per-parameter state of the one accumulator that is linear in the gradients.
+    moments: keys of the other accumulators (they make the preconditioner and are frozen).
+    hyper: names of the numbers that a step of one parameter tensor depends on.
+    read: (param group, torch state of one parameter) -> values of `hyper` before the step.
+    freeze: (hyper, state before the step, gradient, theta), vectors (P,) ->
+        (coefficients of the step, moments after it).
+    """
+
+    name: str
+    momentum: str
+    moments: tuple[str, ...]
+    hyper: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, ...]]
+    freeze: Callable[[Hyper, State, Tensor, Tensor], tuple[Coefficients, State]]
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        return (self.momentum, *self.moments)

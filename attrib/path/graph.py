@@ -1,0 +1,176 @@
+"""A measurement as a graph of core ATen operations, run at two ends at once and swept backwards by discrete rules.
+
+The graph is traced once (functionalised: no in-place operations; attention through the plain-mathematics backend) and then
+interpreted. What depends on neither parameters nor queries is computed once, what does not depend on parameters once
+per pair of ends.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import get_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import UntraceableModelError
+from .ends import Ends
+from .rules import pull
+
+aten = torch.ops.aten
+
+
+def _centred(x: Tensor, dim: Any, correction: float | None, keepdim: bool) -> Tensor:
+    dims = list(range(x.dim())) if dim is None or dim == [] else list(dim)
+    count = 1
+    for d in dims:
+        count *= x.shape[d]
+    offset = x - x.mean(dims, keepdim=True)
+    return (offset * offset).sum(dims, keepdim=keepdim) / (count - (1 if correction is None else correction))
+
+
+def _var(x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return _centred(x, dim, correction, keepdim)
+
+
+def _var_mean(
+    x: Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    dims = list(range(x.dim())) if dim is None or dim == [] else list(dim)
+    return _centred(x, dim, correction, keepdim), x.mean(dims, keepdim=keepdim)
+
+
+# Normalisations fall apart into products, means and reciprocal roots, each of which has an exact rule.
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    **get_decompositions(
+        [
+            aten.native_layer_norm,
+            aten.native_group_norm,
+            aten._fused_rms_norm,
+            aten.native_batch_norm,
+            aten._native_batch_norm_legit_no_training,
+            aten.cudnn_batch_norm,
+            aten.log_sigmoid_forward,
+            aten.linalg_vector_norm,
+            aten.addcmul,
+            aten.addcdiv,
+            aten.std,
+            aten.std_mean,
+        ]
+    ),
+    aten.var.correction: _var,
+    aten.var_mean.correction: _var_mean,
+}
+
+
+# operations that read the shape of their input, not its values
+SHAPE_ONLY = {aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like}
+SHAPE_ONLY |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
+
+
+class Graph:
+    """Traced from `function(*moving, *rows) -> Tensor`, `moving` being the parameters.
+
+    Raises:
+        UntraceableModelError: the function cannot be traced.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], moving: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        self.module = _trace(function, [*moving, *rows])
+        nodes = list(self.module.graph.nodes)
+        inputs = [n for n in nodes if n.op == "placeholder"]
+        self.moving, self.rows = inputs[: len(moving)], inputs[len(moving) :]
+        self.output = next(n for n in nodes if n.op == "output").args[0]
+        active = _downstream(nodes, self.moving)
+        varying = _downstream(nodes, self.rows)
+        calls = [n for n in nodes if n.op == "call_function"]
+        self.active = [n for n in calls if n in active]
+        self.per_row = [n for n in calls if n not in active and n in varying]
+        attributes = {n: _attribute(self.module, n.target) for n in nodes if n.op == "get_attr"}
+        example = {**attributes, **dict(zip(inputs, [*moving, *rows], strict=True))}
+        for n in calls:
+            example[n] = run_node(n, example)
+        self.fixed = attributes | {n: example[n] for n in calls if n not in active and n not in varying}
+
+    def forward(self, moving0: Sequence[Tensor], moving1: Sequence[Tensor], rows: Sequence[Tensor]) -> Ends:
+        """Every value at both ends."""
+        common = {**self.fixed, **dict(zip(self.rows, rows, strict=True))}
+        for n in self.per_row:
+            common[n] = run_node(n, common)
+        ends = []
+        for moving in (moving0, moving1):
+            values = {**common, **dict(zip(self.moving, moving, strict=True))}
+            for n in self.active:
+                values[n] = run_node(n, values)
+            ends.append(values)
+        return Ends(*ends)
+
+    def backward(self, c: Tensor, ends: Ends) -> list[Tensor]:
+        """Cotangent of the output -> cotangents of the moving inputs, <c, y1 - y0> = sum_i <c_i, dx_i>."""
+        moving = {*self.active, *self.moving}
+        cotangents: dict[fx.Node, Any] = {self.output: c}
+        for n in reversed(self.active):
+            if n in cotangents:
+                for source, inward in pull(n, cotangents.pop(n), ends, moving):
+                    known = cotangents.get(source)
+                    cotangents[source] = inward if known is None else _add(known, inward)
+        return [cotangents[n] if n in cotangents else torch.zeros_like(ends.first[n]) * c.sum() for n in self.moving]
+
+
+def run_node(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args = fx.map_arg(node.args, values.__getitem__)
+    kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+    if node.target is aten.view.default:  # a mapped-over tensor may not be contiguous
+        return torch.reshape(*args)
+    return node.target(*args, **kwargs)
+
+
+def _add(a: Any, b: Any) -> Any:
+    """Cotangents of one value; those of a tuple are dicts by position."""
+    if isinstance(a, dict):
+        return {k: _add(a[k], b[k]) if k in a and k in b else a.get(k, b.get(k)) for k in {*a, *b}}
+    return a + b
+
+
+def _trace(function: Callable[..., Tensor], inputs: list[Tensor]) -> fx.GraphModule:
+    def trace(f: Callable[..., Any]) -> fx.GraphModule:
+        pure = torch.func.functionalize(f, remove="mutations")
+        return make_fx(pure, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*inputs)
+
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            module = trace(function)
+            if any(_mutates(n) for n in module.graph.nodes):  # some decompositions write in place
+                module = trace(module)
+    except Exception as error:
+        raise _untraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _untraceable(reason: str) -> UntraceableModelError:
+    return UntraceableModelError(
+        f"the measurement cannot be traced to a graph: got {reason}, expected torch operations without data-dependent "
+        f"control flow. Pass path=attrib.GaussLegendre(nodes=4), which needs gradients only."
+    )
+
+
+def _downstream(nodes: Sequence[fx.Node], sources: Sequence[fx.Node]) -> set[fx.Node]:
+    """All nodes whose values depend on the sources'."""
+    reached = set(sources)
+    for n in nodes:
+        if getattr(n.target, "overloadpacket", None) not in SHAPE_ONLY and any(i in reached for i in n.all_input_nodes):
+            reached.add(n)
+    return reached
+
+
+def _attribute(module: fx.GraphModule, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

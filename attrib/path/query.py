@@ -1,0 +1,91 @@
+"""A measurement as a pure function of the flat parameter vector, and what every path makes of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MeasurementError
+from ..functional import Functional, cast
+from ..layout import Layout
+
+GRADIENT_BYTES = 256 << 20  # gradients (q, P) of the queries run side by side
+
+
+class PathGradient(NamedTuple):
+    """gradient (Q, P) with <gradient, theta1 - theta0> = end - start; the measurement at both ends, (Q,)."""
+
+    gradient: Tensor
+    start: Tensor
+    end: Tensor
+
+
+class Path(Protocol):
+    """One way of writing a change of the measurement through the update."""
+
+    def bind(self, query: "Query") -> Callable[[Tensor, Tensor], PathGradient]:
+        """Prepare for one query; the returned function takes theta0, theta1 (P,)."""
+
+
+class Query:
+    """A measurement of a model, `values(theta) -> (Q,)`.
+
+    Args:
+        model: used in the mode it is in; never written to.
+        measurement: `model -> (Q,)`; if it has `rows` and `batch`, its queries are run side by side.
+        layout: the parameters that move.
+        dtype: compute type.
+        example: a parameter vector (P,), to learn Q with.
+
+    Raises:
+        MeasurementError: not a finite tensor of shape (Q,), or different when asked twice.
+    """
+
+    def __init__(self, model: nn.Module, measurement: Any, layout: Layout, dtype: torch.dtype, example: Tensor) -> None:
+        self.layout, self.dtype = layout, dtype
+        rows, batch = getattr(measurement, "rows", None), getattr(measurement, "batch", ())
+        self.batch: tuple[Tensor, ...] = ()
+        if rows is not None and batch:
+            self.batch = tuple(cast(b.to(example.device), dtype) for b in batch)
+            self._function = Functional(model, rows, layout, dtype)
+        else:
+            self._function = Functional(model, lambda m: measurement(m), layout, dtype)
+        self.count = len(self._first_values(example))
+
+    def values(self, theta: Tensor) -> Tensor:
+        """(P,) -> (Q,)."""
+        with torch.no_grad():
+            return self.of_parameters(self.named(theta), *self.batch)
+
+    def named(self, theta: Tensor) -> dict[str, Tensor]:
+        return self.layout.unflatten(theta.detach().to(self.dtype))
+
+    def of_parameters(self, parameters: dict[str, Tensor], *batch: Tensor) -> Tensor:
+        """Parameters by name and a batch of rows -> (Q,)."""
+        return self._function(parameters, *batch)
+
+    def at_once(self) -> int:
+        """Queries whose gradients fit the budget."""
+        return max(1, GRADIENT_BYTES // (self.dtype.itemsize * max(1, self.layout.size)))
+
+    def _first_values(self, theta: Tensor) -> Tensor:
+        values = self.values(theta)
+        if not isinstance(values, Tensor) or values.dim() != 1:
+            got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise MeasurementError(
+                f"the measurement is not one number per query: got {got}, expected a tensor of shape (Q,). "
+                f"Return model outputs stacked along one dimension."
+            )
+        if self.batch and len(values) != len(self.batch[0]):
+            raise MeasurementError(
+                f"the measurement does not fit its batch: got {len(values)} values, expected {len(self.batch[0])}."
+            )
+        if not torch.isfinite(values).all():
+            raise MeasurementError(f"the measurement is not finite: got {values.tolist()}, expected finite numbers.")
+        if not torch.equal(values, self.values(theta)):
+            raise MeasurementError(
+                "the measurement is random: got two different values at the same parameters, expected one. "
+                "Put the model into eval mode (dropout)."
+            )
+        return values

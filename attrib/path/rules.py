@@ -1,0 +1,238 @@
+"""The rule of each operation: a cotangent of y becomes cotangents of its inputs with <c, y1 - y0> = sum <c_i, dx_i>.
+
+Read as a table: ELEMENTWISE (slope of a function of one element), MIDPOINT (linear, bilinear and quadratic operations: the
+ordinary vector-Jacobian product with every operand at the average of its two values), SPECIAL (softmax, maxima, division,
+tuples). What is in none of them goes by Gonzalez' formula, and is logged once by name. WRITTEN_OUT holds the commonest
+operations of the MIDPOINT kind with their vjp spelled out, for speed.
+
+A rule sees an fx node and the values at both ends and yields (input node, cotangent) pairs. No rule branches on data.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..kernels import discrete, slopes
+from .ends import Ends, Pairs, Values
+from .special import SPECIAL
+
+log = logging.getLogger("attrib")
+aten = torch.ops.aten
+
+
+def pull(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> Pairs:
+    """Apply the rule of a node's operation. `moving`: the nodes whose values differ between the ends."""
+    operation = getattr(node.target, "overloadpacket", node.target)
+    if operation in SPECIAL:
+        pairs = SPECIAL[operation](node, c, ends)
+    elif operation in ELEMENTWISE:
+        pairs = _elementwise(node, c, ends, ELEMENTWISE[operation])
+    elif operation in WRITTEN_OUT:
+        pairs = _written_out(node, c, ends, WRITTEN_OUT[operation])
+    elif operation in MIDPOINT and not _reads_moving_integers(node, ends, moving):
+        pairs = zip(*_midpoint(node, c, ends, moving), strict=True)
+    else:
+        pairs = _gonzalez(node, c, ends, moving)
+    yield from ((source, inward) for source, inward in pairs if source in moving)
+
+
+# one operand, element by element
+
+
+def _elementwise(node: fx.Node, c: Tensor, ends: Ends, slope: Callable[..., Tensor]) -> Pairs:
+    x0, x1 = ends.of(node.args[0])
+    yield node.args[0], c * slope(x0, x1, *node.args[1:], **node.kwargs)
+
+
+def _smooth(f: Callable[..., Tensor], *breaks: float) -> Callable[..., Tensor]:
+    def slope(x0: Tensor, x1: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return slopes.smooth(lambda x: f(x, *args, **kwargs), x0, x1, breaks)
+
+    return slope
+
+
+def _softplus(x0: Tensor, x1: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return slopes.smooth(lambda x: F.softplus(x, beta, threshold), x0, x1, (threshold / beta,))
+
+
+def _log1p(x0: Tensor, x1: Tensor) -> Tensor:
+    return slopes.log(1 + x0, 1 + x1)
+
+
+ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
+    aten.relu: slopes.relu,
+    aten.leaky_relu: slopes.leaky_relu,
+    aten.abs: slopes.absolute,
+    aten.clamp: slopes.clamp,
+    aten.clamp_min: lambda x0, x1, low: slopes.clamp(x0, x1, low),
+    aten.clamp_max: lambda x0, x1, high: slopes.clamp(x0, x1, None, high),
+    aten.hardtanh: lambda x0, x1, low=-1.0, high=1.0: slopes.clamp(x0, x1, low, high),
+    aten.exp: slopes.exp,
+    aten.expm1: slopes.exp,
+    aten.log: slopes.log,
+    aten.log1p: _log1p,
+    aten.sqrt: slopes.sqrt,
+    aten.rsqrt: slopes.rsqrt,
+    aten.reciprocal: slopes.reciprocal,
+    aten.tanh: slopes.tanh,
+    aten.sigmoid: slopes.sigmoid,
+    aten.silu: slopes.silu,
+    aten.gelu: _smooth(aten.gelu),
+    aten.erf: _smooth(torch.erf),
+    aten.sin: _smooth(torch.sin),
+    aten.cos: _smooth(torch.cos),
+    aten.softplus: _softplus,
+    aten.elu: _smooth(aten.elu, 0.0),
+    aten.mish: _smooth(F.mish),
+    aten.hardswish: _smooth(F.hardswish, -3.0, 3.0),
+    aten.hardsigmoid: lambda x0, x1: slopes.clamp(x0 / 6 + 0.5, x1 / 6 + 0.5, 0.0, 1.0) / 6,
+}
+
+
+# linear, bilinear, quadratic: the ordinary vjp with all operands at their averages
+
+MIDPOINT: set[Any] = {
+    # shape
+    *(aten.reshape, aten.permute, aten.slice, aten.select, aten.split, aten.split_with_sizes),
+    *(aten.unbind, aten.flip, aten.roll, aten.repeat, aten.diagonal, aten.as_strided, aten.unfold),
+    *(aten._to_copy, aten.constant_pad_nd, aten.im2col, aten.col2im),
+    *(aten.cat, aten.stack, aten.tril, aten.triu, aten.lift_fresh_copy, aten.contiguous),
+    # sums
+    *(aten.rsub, aten.neg, aten.sum, aten.mean, aten.cumsum),
+    *(aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten.adaptive_avg_pool1d),
+    # lookups by a fixed index
+    *(aten.gather, aten.index, aten.index_select, aten.embedding, aten.masked_fill, aten.where, aten.scatter),
+    *(aten.select_scatter, aten.slice_scatter, aten.index_put, aten.scatter_add),
+    # products
+    *(aten.baddbmm, aten.mv, aten.dot, aten.addmv, aten.matmul, aten.einsum, aten.convolution, aten.square),
+}
+
+
+def _between(a: Any, b: Any) -> Any:
+    return (a + b) / 2 if isinstance(a, Tensor) and a.is_floating_point() else a
+
+
+def _call(node: fx.Node, values: Values) -> Any:
+    args = fx.map_arg(node.args, values.__getitem__)
+    if node.target is aten.view.default:
+        return torch.reshape(*args)
+    return node.target(*args, **fx.map_arg(node.kwargs, values.__getitem__))
+
+
+def _float_inputs(node: fx.Node, ends: Ends, moving: set[fx.Node]) -> list[fx.Node]:
+    return [n for n in dict.fromkeys(node.all_input_nodes) if n in moving and ends.first[n].is_floating_point()]
+
+
+def _reads_moving_integers(node: fx.Node, ends: Ends, moving: set[fx.Node]) -> bool:
+    """An index or a mask that itself depends on parameters."""
+    inputs = [ends.first[n] for n in node.all_input_nodes if n in moving]
+    return any(isinstance(v, Tensor) and not v.is_floating_point() for v in inputs)
+
+
+def _vjp(node: fx.Node, c: Any, inputs: list[fx.Node], around: Values, points: list[Tensor]) -> list[Tensor]:
+    """The ordinary vjp at `points`; all else as in `around`. c is a dict by position where the output is a tuple."""
+
+    def run(*xs: Tensor) -> Any:
+        y = _call(node, {**around, **dict(zip(inputs, xs, strict=True))})
+        return tuple(y[k] for k in c) if isinstance(c, dict) else y
+
+    _, pullback = torch.func.vjp(run, *points)
+    return list(pullback(tuple(c.values()) if isinstance(c, dict) else c))
+
+
+def _midpoint(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> tuple[list[fx.Node], list[Tensor]]:
+    inputs = _float_inputs(node, ends, moving)
+    around = {n: ends.first[n] for n in node.all_input_nodes}
+    return inputs, _vjp(node, c, inputs, around, [_between(*ends.of(n)) for n in inputs])
+
+
+# the commonest of these, written out: the same vjp without running the operation again
+
+Middle = Callable[[Any], Any]  # a node or constant -> its average over the ends
+
+
+def _add(c: Tensor, a: Any, b: Any, at: Middle, sign: float = 1.0, alpha: float = 1.0) -> Iterator[Any]:
+    yield a, _fit(c, at(a))
+    yield b, _fit(c * (sign * alpha), at(b))
+
+
+def _multiply(c: Tensor, a: Any, b: Any, at: Middle) -> Iterator[Any]:
+    yield a, _fit(c * at(b), at(a))
+    yield b, _fit(c * at(a), at(b))
+
+
+def _matrix_product(c: Tensor, a: Any, b: Any, at: Middle) -> Iterator[Any]:
+    yield a, c @ at(b).transpose(-1, -2)
+    yield b, at(a).transpose(-1, -2) @ c
+
+
+def _addmm(c: Tensor, bias: Any, a: Any, b: Any, at: Middle) -> Iterator[Any]:
+    yield bias, _fit(c, at(bias))
+    yield from _matrix_product(c, a, b, at)
+
+
+def _fit(c: Tensor, like: Any) -> Any:
+    """Sum over what was broadcast; constants need no cotangent."""
+    return c.sum_to_size(like.shape) if isinstance(like, Tensor) else None
+
+
+def _reshaped(c: Tensor, x: Any, *shape: Any, at: Middle) -> Iterator[Any]:
+    yield x, c.reshape(at(x).shape)
+
+
+WRITTEN_OUT: dict[Any, Callable[..., Iterator[Any]]] = {
+    aten.add: _add,
+    aten.sub: partial(_add, sign=-1.0),
+    aten.mul: _multiply,
+    aten.mm: _matrix_product,
+    aten.bmm: _matrix_product,
+    aten.addmm: _addmm,
+    aten.t: lambda c, x, at: iter([(x, c.t())]),
+    aten.transpose: lambda c, x, i, j, at: iter([(x, c.transpose(i, j))]),
+    aten.expand: lambda c, x, shape, at: iter([(x, _fit(c, at(x)))]),
+    **dict.fromkeys((aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze), _reshaped),
+    **dict.fromkeys((aten.clone, aten.alias, aten.detach), lambda c, x, at, **_: iter([(x, c)])),
+}
+
+
+def _written_out(node: fx.Node, c: Tensor, ends: Ends, rule: Callable[..., Iterator[Any]]) -> Pairs:
+    known: dict[fx.Node, Any] = {}
+
+    def at(value: Any) -> Any:
+        if not isinstance(value, fx.Node):
+            return value
+        if value not in known:
+            known[value] = _between(*ends.of(value))
+        return known[value]
+
+    yield from rule(c, *node.args, at=at, **node.kwargs)
+
+
+# anything else
+
+
+_reported: set[str] = set()
+
+
+def _gonzalez(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> Pairs:
+    """Midpoint vjp, its integer and boolean operands as at each end in turn, corrected along the change."""
+    name = str(node.target)
+    if name not in _reported:
+        _reported.add(name)
+        log.info("secant: %s has no rule of its own and goes by Gonzalez' formula (exact sum)", name)
+    inputs = _float_inputs(node, ends, moving)
+    y0, y1 = ends.of(node)
+    if not inputs or (isinstance(y0, Tensor) and not y0.is_floating_point()):
+        return
+    points = [_between(*ends.of(n)) for n in inputs]
+    halves = [_vjp(node, c, inputs, {n: end[n] for n in node.all_input_nodes}, points) for end in ends]
+    means = [(a + b) / 2 for a, b in zip(*halves, strict=True)]
+    parts = c.items() if isinstance(c, dict) else [(None, c)]
+    change = [(ck * slopes.difference(*((y0, y1) if k is None else (y0[k], y1[k])))).sum() for k, ck in parts]
+    differences = [slopes.difference(*ends.of(n)) for n in inputs]
+    yield from zip(inputs, discrete.gonzalez(torch.stack(change).sum(), means, differences), strict=True)

@@ -1,0 +1,124 @@
+"""SPECIAL: operations whose discrete gradient is neither elementwise nor the vjp at the midpoint.
+
+Softmax and its kin, maxima and pooling (the winner may change), division, powers, the parts of a tuple.
+"""
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..kernels import discrete, slopes
+from .ends import Ends, Pairs
+
+aten = torch.ops.aten
+
+
+def _item(node: fx.Node, c: Any, ends: Ends) -> Pairs:
+    source, position = node.args
+    yield source, {position: c}
+
+
+def _along(rule: Callable[..., Tensor], node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    """Softmax and its kin, along args[1]."""
+    x = node.args[0]
+    yield x, rule(c, *ends.of(x), node.args[1])
+
+
+def _logsumexp(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    x, dims = node.args[0], node.args[1]
+    keep = node.args[2] if len(node.args) > 2 else False
+    (x0, x1), dims = ends.of(x), [dims] if isinstance(dims, int) else list(dims)
+    flat0, back = _join(x0, dims)
+    wide = c if keep else _reinsert(c, dims, x0.dim())
+    yield x, back(discrete.logsumexp(_join(wide, dims)[0], flat0, _join(x1, dims)[0], -1))
+
+
+def _join(x: Tensor, dims: list[int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Move `dims` to the end and flatten them to one; the second value undoes it for a tensor of x's shape."""
+    chosen = sorted(d % x.dim() for d in dims) or list(range(x.dim()))
+    others = [d for d in range(x.dim()) if d not in chosen]
+    moved = x.permute(*others, *chosen)
+    shape, order = moved.shape, torch.argsort(torch.tensor([*others, *chosen])).tolist()
+    return moved.reshape(*shape[: len(others)], -1), lambda t: t.reshape(shape).permute(order)
+
+
+def _reinsert(c: Tensor, dims: list[int], rank: int) -> Tensor:
+    for d in sorted(d % rank for d in dims) or range(rank):
+        c = c.unsqueeze(d)
+    return c
+
+
+def _extreme(sign: int, node: fx.Node, c: Any, ends: Ends) -> Pairs:
+    """amax, amin, and max, min along one dimension (tuples) or over all."""
+    x = node.args[0]
+    x0, x1 = (sign * v for v in ends.of(x))
+    dims = node.args[1] if len(node.args) > 1 else []
+    keep = node.args[2] if len(node.args) > 2 else False
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if isinstance(c, dict):
+        c = c[0]
+    flat0, back = _join(x0, dims)
+    flat1 = _join(x1, dims)[0]
+    wide = _join(c if keep else _reinsert(c, dims, x0.dim()), dims)[0]
+    j0, j1 = (f.argmax(-1, keepdim=True) for f in (flat0, flat1))
+    yield x, back(discrete.maximum_along(wide, flat0, flat1, j0, j1, -1))
+
+
+def _larger(sign: int, node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    """maximum(a, b) and minimum(a, b), broadcasting."""
+    (a0, a1), (b0, b1) = ends.of(node.args[0]), ends.of(node.args[1])
+    x0 = torch.stack(torch.broadcast_tensors(a0, b0)) * sign
+    x1 = torch.stack(torch.broadcast_tensors(a1, b1)) * sign
+    j0, j1 = (x.argmax(0, keepdim=True) for x in (x0, x1))
+    both = discrete.maximum_along(c.unsqueeze(0), x0, x1, j0, j1, 0)
+    yield node.args[0], both[0].sum_to_size(a0.shape)
+    yield node.args[1], both[1].sum_to_size(b0.shape)
+
+
+def _max_pool(spatial: int, node: fx.Node, c: Any, ends: Ends) -> Pairs:
+    """Windows' winners come with the operation, as flat positions in the last `spatial` dimensions."""
+    x = node.args[0]
+    x0, x1 = (v.flatten(-spatial) for v in ends.of(x))
+    j0, j1 = (v[1].flatten(-spatial) for v in ends.of(node))
+    values = c[0].flatten(-spatial)
+    yield x, discrete.maximum_along(values, x0, x1, j0, j1, -1).reshape(ends.first[x].shape)
+
+
+def _divide(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    """a / b = a * (1 / b)."""
+    a, b = node.args[:2]
+    b0, b1 = ends.of(b) if isinstance(b, fx.Node) else (b, b)
+    a0, a1 = ends.of(a)
+    if not isinstance(b0, Tensor):
+        yield a, c / b0
+        return
+    yield a, (c * (1 / b0 + 1 / b1) / 2).sum_to_size(a0.shape)
+    yield b, (c * (a0 + a1) / 2 * slopes.reciprocal(b0, b1)).sum_to_size(b0.shape)
+
+
+def _power(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    x, exponent = node.args
+    yield x, c * slopes.power(*ends.of(x), exponent)
+
+
+SPECIAL: dict[Any, Callable[[fx.Node, Any, Ends], Pairs]] = {
+    operator.getitem: _item,
+    aten._softmax: partial(_along, discrete.softmax),
+    aten._safe_softmax: partial(_along, discrete.softmax),
+    aten._log_softmax: partial(_along, discrete.log_softmax),
+    aten.logsumexp: _logsumexp,
+    aten.amax: partial(_extreme, 1),
+    aten.amin: partial(_extreme, -1),
+    aten.max: partial(_extreme, 1),
+    aten.min: partial(_extreme, -1),
+    aten.maximum: partial(_larger, 1),
+    aten.minimum: partial(_larger, -1),
+    aten.max_pool2d_with_indices: partial(_max_pool, 2),
+    aten.max_pool3d_with_indices: partial(_max_pool, 3),
+    aten.div: _divide,
+    aten.pow: _power,
+}

@@ -1,0 +1,315 @@
+"""Record a training run: an optimizer wrapped round the user's own.
+
+At each step, in order: the batch and the model are checked, the shares of the examples are compared with p.grad (batch
+identity), the user's optimizer steps, the update is replayed by its rule (step identity), the step is appended.
+What is refused is refused before the optimizer moves.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checks import (
+    Guard,
+    Reduction,
+    batch_identity,
+    check_batch,
+    check_gradient,
+    check_options,
+    names_of,
+    same_state,
+    step_identity,
+)
+from .errors import AttribError, ChangedOutsideError, StepIdentityError
+from .functional import random_state
+from .gradients import Shares
+from .layout import Layout
+from .optim import Replay, read_hyper, read_state, rule_of
+from .store import FORMAT, StepRecord, Writer, check_target
+
+log = logging.getLogger("attrib")
+
+CHECK_EVERY = 50  # a check costs about 1.3 steps: under 3 % of the training time
+CHECK_FIRST = 2
+
+
+def record(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    store: Any,
+    capture: str = "replay",
+    overwrite: bool = False,
+    *,
+    check_every: int = CHECK_EVERY,
+    block: int | None = None,
+) -> "Recorder":
+    """Wrap `optimizer` so that every step is recorded to `store`.
+
+    Args:
+        optimizer: torch.optim.SGD, Adam or AdamW over parameters of `model`, in one dtype (float32 or float64).
+        model: the model under training; left as it is.
+        loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
+        store: path or zarr Store.
+        capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" stores the
+            per-example gradient shares too, (B, P) a step.
+        overwrite: replace an existing store.
+        check_every: with "replay", the batch identity is checked on the first two steps and every so many after.
+        block: steps written and committed together; None chooses by size.
+
+    Returns:
+        A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
+
+    Raises:
+        UnsupportedOptimizerError, StoreExistsError, CoupledExamplesError, ValueError: before anything is written.
+
+    Example:
+        >>> recorder = attrib.record(optimizer, model, loss, "run.zarr")  # doctest: +SKIP
+        >>> for index, x, y in loader:  # doctest: +SKIP
+        ...     recorder.zero_grad()
+        ...     loss(model, x, y).mean().backward()
+        ...     recorder.step(index, x, y)
+        >>> recorder.close()  # doctest: +SKIP
+    """
+    return Recorder(optimizer, model, loss, store, capture, overwrite, check_every, block)
+
+
+class Recorder(torch.optim.Optimizer):
+    """An optimizer that records. Parameter groups, state and defaults are the wrapped optimizer's own."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        loss: Callable[..., Tensor],
+        store: Any,
+        capture: str,
+        overwrite: bool,
+        check_every: int,
+        block: int | None,
+    ) -> None:
+        # Optimizer.__init__ would make parameter groups of its own; everything it sets up is delegated.
+        self.optimizer, self.model, self.capture = optimizer, model, capture
+        self._rule = rule_of(optimizer)
+        check_options(capture, check_every, block)
+        names = names_of(optimizer, model)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
+        self._shares = Shares(loss, model, self._layout, self._parameters[0].dtype)
+        self._guard = Guard(model, self._layout)
+        self._check_every, self._stochastic = check_every, False
+        self._replay: Replay | None = None
+        self._random: Tensor | None = None
+        self._busy, self._open = False, True
+        constants = {name: _array(t) for name, t in self._guard.values.items()}
+        check_target(store, overwrite)
+        self._writer = Writer(store, self._header(), constants, overwrite, block)
+        self._scale = Reduction(self._parameters)
+        self._hook = model.register_forward_pre_hook(self._note_random)
+        log.info(
+            "recording %s: batch identity on the first %d steps, then every %d",
+            capture,
+            CHECK_FIRST,
+            check_every,
+        )
+
+    # what schedulers and training loops use of an optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Before the first step only: afterwards the momentum would not follow from the recorded gradients."""
+        if self._writer.steps:
+            raise ChangedOutsideError(
+                f"optimizer state would change in mid-run: got load_state_dict after {self._writer.steps} steps, "
+                f"expected it before the first. Close this run and record a new one."
+            )
+        self.optimizer.load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._scale.clear()
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise AttribError(
+            "a recorded run has fixed parameters: got add_param_group, expected all groups before attrib.record. "
+            "Give the optimizer every group first; a learning rate of 0 keeps a group still."
+        )
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Recorder({type(self.optimizer).__name__}, capture={self.capture!r}, steps={self._writer.steps})"
+
+    # the journey of one step
+
+    def step(self, index: Any, *batch: Tensor) -> None:
+        """Check, step the wrapped optimizer, check again, append.
+
+        Args:
+            index: (B,) non-negative integer ids of the training examples.
+            batch: what `loss` takes after the model: tensors with B rows each.
+
+        Raises:
+            BatchError, LossError, BatchIdentityError, ChangedOutsideError, CoupledExamplesError: the step was refused;
+                parameters, optimizer and store are as they were.
+            StepIdentityError: the optimizer did something else than its rule; recording ends before this step.
+        """
+        ids, rows = check_batch(index, batch)
+        if not self._open:
+            raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
+        theta = self._layout.flatten(self._parameters)
+        number = self._writer.steps
+        self._guard.check(theta, number)
+        if number == 0:
+            self._writer.update_header(training=self._guard.training())
+        gradient = check_gradient(self._layout, self._parameters, number)
+        facts: dict[str, float] = {}
+        self._busy = True
+        try:
+            scale = self._check_shares(theta, gradient, batch, len(ids), number, facts)
+        except BaseException:
+            self._writer.drop_shares()
+            raise
+        finally:
+            self._busy = False
+        state = self._state_at_block()
+        hyper = read_hyper(self._rule, self.optimizer)
+        self.optimizer.step()
+        after = self._layout.flatten(self._parameters)
+        facts["step_identity"] = self._replayed(hyper, gradient, theta, after, number)
+        random = self._random.numpy() if self._stochastic and self._random is not None else None
+        self._writer.append(
+            StepRecord(
+                *(_array(theta), _array(gradient), hyper, ids, rows, scale),
+                {k: _array(v) for k, v in state.items()} if state else None,
+                random,
+                facts,
+            ),
+            _array(after),
+        )
+        self._guard.stepped(after)
+        self._scale.clear()
+
+    def close(self) -> None:
+        """Write what is left and mark the run complete. Closing twice is harmless."""
+        if self._open:
+            self._open = False
+            self._hook.remove()
+            self._scale.remove()
+            self._writer.close()
+
+    # first identity: shares sum to p.grad
+
+    def _check_shares(
+        self,
+        theta: Tensor,
+        gradient: Tensor,
+        batch: tuple[Tensor, ...],
+        size: int,
+        number: int,
+        facts: dict[str, float],
+    ) -> float:
+        """Return the scale of the shares; with capture="gradients", hand them to the writer."""
+        clip = self._scale.clipping()
+        due = number < CHECK_FIRST or number % self._check_every == 0
+        if self.capture == "replay" and not due and self._scale.settled(size):
+            return self._scale.expected(size, clip)
+        self._guard.constants(number)
+        with random_state(self._random):
+            losses, total = self._shares.total(theta, batch)
+            self._note_stochastic(number)
+        facts["loss"] = float(losses.double().mean())
+        scale = self._scale.fit(gradient, total, size, clip)
+        if self.capture == "gradients":
+            total = torch.zeros_like(total)
+            for rows in self._share_rows(theta, batch, size):
+                total += rows.sum(0)
+                self._writer.put_shares(_array(rows * scale))
+        facts["batch_identity"] = batch_identity(self._layout, gradient, scale * total, number)
+        return scale
+
+    def _share_rows(self, theta: Tensor, batch: tuple[Tensor, ...], size: int) -> Any:
+        at_once = size if self._stochastic else self._shares.rows_at_once()
+        for lo in range(0, size, at_once):
+            with random_state(self._random):
+                yield self._shares.rows(theta, tuple(b[lo : lo + at_once] for b in batch))
+
+    # second identity: the replayed update is the real one
+
+    def _state_at_block(self) -> dict[str, Tensor] | None:
+        """At the start of a block: the optimizer's accumulators, which must be those replayed so far."""
+        if not self._writer.wants_state:
+            return None
+        state = read_state(self._rule, self.optimizer, self._parameters)
+        if self._replay is not None:
+            same_state(self._replay.state, state, self._writer.steps)
+        self._replay = Replay(self._rule, self._layout, state)
+        return state
+
+    def _replayed(self, hyper: np.ndarray, gradient: Tensor, theta: Tensor, after: Tensor, number: int) -> float:
+        assert self._replay is not None
+        _, delta = self._replay.step(hyper, gradient, theta)
+        try:
+            return step_identity(self._layout, theta, after, delta, number)
+        except StepIdentityError:
+            self.close()  # what was recorded stays readable; this step is not part of it
+            raise
+
+    # randomness of the loss (dropout)
+
+    def _note_random(self, module: nn.Module, args: Any) -> None:
+        if not self._busy and torch.is_grad_enabled():
+            self._random = torch.get_rng_state()
+
+    def _note_stochastic(self, number: int) -> None:
+        """Whether the forward pass drew random numbers; called with the generator still where that pass left it."""
+        if number or self._random is None:
+            return
+        self._stochastic = not torch.equal(torch.get_rng_state(), self._random)
+        if self._stochastic:
+            log.info("the loss draws random numbers: the generator's state is recorded with every step")
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "layout": {"names": list(self._layout.names), "shapes": [list(s) for s in self._layout.shapes]},
+            "dtype": str(self._parameters[0].dtype).removeprefix("torch."),
+            "optimizer": type(self.optimizer).__name__,
+            "rule": self._rule.name,
+            "hyper": [*self._rule.hyper, "active"],
+            "capture": self.capture,
+            "check_every": self._check_every,
+            "model": type(self.model).__name__,
+            "seed": torch.initial_seed(),
+            "versions": {"attrib": version("attrib"), "torch": torch.__version__},
+            "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "training": [],
+        }
+
+
+def _array(t: Tensor) -> np.ndarray:
+    return t.detach().cpu().numpy()

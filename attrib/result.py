@@ -1,0 +1,233 @@
+"""What attribution gives: a labelled dataset in which every term has its name, and the ledger that they add up in.
+
+Dimensions: query, step (whose batch supplied the gradient), example (recorded ids), group; update_step (which moved the
+parameters) stands only in `timeline`. Positive contributions raised the measurement. Units: the measurement's.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from .errors import CompletenessError, KeptAxesError, StoreError, StoreExistsError
+from .marginals import AXES, order
+
+LABELS = ("group",)  # string coordinates: kept as JSON on disk, Zarr v3 has no settled string type
+PREFIX = "contribution"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """initial + examples + decay + inherited + residual = final, per query, and the three identities of the run.
+
+    identities: name -> the largest relative gap over all steps (see the README for what each is relative to).
+    """
+
+    terms: xr.Dataset
+    identities: dict[str, float]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("terms", "identities"):
+            raise AttributeError(name)
+        try:
+            return self.terms[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __str__(self) -> str:
+        names = ("initial", "examples", "decay", "inherited", "residual", "final")
+        count = self.terms.sizes["query"]
+        shown = min(count, 8)
+        lines = ["query".ljust(10) + "".join(n.rjust(14) for n in names)]
+        for q in range(shown):
+            values = [float(self.terms[n][q]) for n in names]
+            cells = [f"{v:14.2e}" if n == "residual" else f"{v:14.6f}" for n, v in zip(names, values, strict=True)]
+            lines.append(str(self.terms["query"].values[q]).ljust(10) + "".join(cells))
+        if count > shown:
+            lines.append(f"... and {count - shown} more queries")
+        lines += [f"{name} identity".ljust(24) + f"{gap:.2e}" for name, gap in self.identities.items()]
+        return "\n".join(lines)
+
+
+class Result:
+    """The decomposition of one or more measurements. Made by `attrib.attribute` or `attrib.open_result`.
+
+    dataset: xarray.Dataset with initial, final, residual (query); decay (query, step, group); inherited (query, group);
+        timeline (query, update_step, group); curve (query, state); one array per kept marginal; the identities by step.
+    """
+
+    def __init__(self, dataset: xr.Dataset) -> None:
+        self.dataset = dataset
+
+    @property
+    def initial(self) -> xr.DataArray:
+        """(query,): the measurement before the first step."""
+        return self.dataset["initial"]
+
+    @property
+    def final(self) -> xr.DataArray:
+        """(query,): the measurement after the last step."""
+        return self.dataset["final"]
+
+    @property
+    def residual(self) -> xr.DataArray:
+        """(query,): final minus initial minus all terms; measured, never spread over them."""
+        return self.dataset["residual"]
+
+    @property
+    def decay(self) -> xr.DataArray:
+        """(query, step, group): weight decay, which is no example's; zeros where there was none."""
+        return self.dataset["decay"]
+
+    @property
+    def inherited(self) -> xr.DataArray:
+        """(query, group): momentum that was there before the first step; zeros where there was none."""
+        return self.dataset["inherited"]
+
+    @property
+    def curve(self) -> xr.DataArray:
+        """(query, state): the measurement at every state of the window."""
+        return self.dataset["curve"]
+
+    @property
+    def kept(self) -> list[tuple[str, ...]]:
+        """The axes that contributions were kept along; anything summed from these can be had too."""
+        return [tuple(str(v).split("_")[1:]) for v in self.dataset.data_vars if str(v).startswith(PREFIX + "_")]
+
+    def by(self, *axes: str) -> xr.DataArray:
+        """Contributions of the training examples, (query, *axes), summed over the other axes.
+
+        Args:
+            axes: some of "step", "example", "group"; none gives the total (query,).
+
+        Raises:
+            KeptAxesError: no kept array has these axes; it says which `keep=` would have them.
+        """
+        wanted = order(axes)
+        for kept in sorted(self.kept, key=len):
+            if set(wanted) <= set(kept):
+                array = self.dataset["_".join((PREFIX, *kept))]
+                return array.sum([a for a in kept if a not in wanted]).transpose("query", *axes).rename(PREFIX)
+        available = "; ".join(", ".join(k) for k in self.kept)
+        raise KeptAxesError(
+            f"contributions were not kept along these axes: got by({', '.join(map(repr, axes))}), expected axes out of "
+            f"one of: {available}. Attribute again with keep={wanted!r}."
+        )
+
+    def timeline(self) -> xr.DataArray:
+        """(query, update_step, group): the change that each step's update made, decay and momentum included.
+
+        The other clock: it sums to final - initial as `by` does with its terms, but stands on the step that moved the
+        parameters, not on the one whose batch supplied the gradient.
+        """
+        return self.dataset["timeline"]
+
+    def top(self, n: int = 10) -> pd.DataFrame:
+        """The n largest and the n smallest contributions of examples, per query: columns query, example, contribution."""
+        contributions = self.by("example")
+        frames = []
+        for q in range(contributions.sizes["query"]):
+            values = contributions.values[q]
+            down = np.argsort(-values, kind="stable")
+            chosen = down if len(down) <= 2 * n else np.concatenate([down[:n], down[len(down) - n :]])
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "query": contributions["query"].values[q],
+                        "example": contributions["example"].values[chosen],
+                        "contribution": values[chosen],
+                    }
+                )
+            )
+        return pd.concat(frames, ignore_index=True)
+
+    def ledger(self) -> Ledger:
+        """The terms summed, per query, whether or not they add up: see `check`."""
+        terms = xr.Dataset(
+            {
+                "initial": self.initial,
+                "examples": self.by(),
+                "decay": self.decay.sum(["step", "group"]),
+                "inherited": self.inherited.sum("group"),
+                "residual": self.residual,
+                "final": self.final,
+            }
+        )
+        identities = {
+            name: float(np.nanmax(self.dataset[f"{name}_identity"].values, initial=0.0))
+            for name in ("batch", "step", "measurement")
+        }
+        return Ledger(terms, identities)
+
+    def check(self, rtol: float = 1e-6) -> Ledger:
+        """Check that initial + examples + decay + inherited == final.
+
+        Args:
+            rtol: bound on |residual| over the largest term of its query.
+
+        Raises:
+            CompletenessError: with the worst query, its residual and the identity that is furthest off.
+        """
+        ledger = self.ledger()
+        names = ("initial", "examples", "decay", "inherited", "final")
+        largest = np.max([np.abs(ledger.terms[n].values) for n in names], axis=0)
+        gap = np.abs(ledger.terms["residual"].values) / np.where(largest > 0, largest, 1.0)
+        worst = int(np.argmax(gap))
+        if not gap[worst] <= rtol:
+            name = max(ledger.identities, key=ledger.identities.__getitem__)
+            at = self.dataset[f"{name}_identity"]
+            step = int(at["step"].values[int(np.nanargmax(at.values))])
+            raise CompletenessError(
+                f"the terms do not add up: got a residual of {gap[worst]:.3g} of the largest term, expected at most "
+                f"{rtol:.3g}, at query {self.dataset['query'].values[worst]}. The {name} identity is furthest off, by "
+                f"{ledger.identities[name]:.3g} at step {step}. Are model and loss those that were recorded?\n{ledger}"
+            )
+        return ledger
+
+    def save(self, store: Any, overwrite: bool = False) -> None:
+        """Write the dataset to a path or zarr Store, to be opened again with `attrib.open_result`.
+
+        Raises:
+            StoreExistsError: something is there and overwrite is False.
+        """
+        if not overwrite and isinstance(store, str | Path) and Path(store).exists():
+            raise StoreExistsError(
+                f"a store exists already: got {store}, expected an empty place. Choose another path, or pass "
+                f"overwrite=True."
+            )
+        labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS}
+        plain = self.dataset.drop_vars(LABELS).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})
+        plain.to_zarr(store, mode="w", zarr_format=3, consolidated=False)
+
+    def __repr__(self) -> str:
+        sizes = self.dataset.sizes
+        kept = "; ".join(", ".join(k) for k in self.kept)
+        return (
+            f"<attrib.Result: {sizes['query']} queries over {sizes['step']} steps, {sizes['example']} examples, "
+            f"{sizes['group']} groups; kept: {kept}>\n{self.ledger()}"
+        )
+
+
+def open_result(store: Any) -> Result:
+    """Open what `Result.save` wrote, read-only and lazily.
+
+    Raises:
+        StoreError: nothing there, or not a result.
+    """
+    try:
+        dataset = xr.open_zarr(store, chunks=None, consolidated=False)
+    except Exception as error:
+        raise StoreError(f"no result can be opened there: got {error!r}, at {store}. Check the path.") from error
+    labels = dataset.attrs.pop("attrib_labels", None)
+    if labels is None:
+        raise StoreError(
+            f"the store is not a result: got a Zarr group without result metadata, at {store}. "
+            f"Open runs with attrib.open_run."
+        )
+    return Result(dataset.assign_coords({name: (name, values) for name, values in labels.items()}))
+
+
+__all__ = ["AXES", "Ledger", "Result", "open_result"]

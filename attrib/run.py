@@ -1,0 +1,232 @@
+"""A recorded run, opened for reading: parameters, batches and updates of every step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelMismatchError, StoreError
+from .functional import constants_of
+from .layout import Layout
+from .optim import Parts, Replay, Rule, rule_by_name
+from .store import Reader
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive steps start .. start + n - 1, read together.
+
+    theta (n + 1, P), gradient (n, P) as recorded; updates: of each step its frozen coefficients and the replayed update;
+    momentum (P,): the accumulator before the first step.
+    """
+
+    start: int
+    theta: Tensor
+    gradient: Tensor
+    updates: list[tuple[Parts, Tensor]]
+    momentum: Tensor
+
+    @property
+    def steps(self) -> range:
+        return range(self.start, self.start + len(self.gradient))
+
+
+class Run:
+    """A run in a store, read-only. Open one with `attrib.open_run`."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.header = reader.header
+        if not reader.steps:
+            raise StoreError(
+                f"the run has no committed steps: got 0, expected at least 1, at {reader.target}. A block is committed "
+                f"when it is full or when the recorder is closed: close it, or record with a smaller block=."
+            )
+        layout = self.header["layout"]
+        self.layout = Layout(tuple(layout["names"]), tuple(tuple(s) for s in layout["shapes"]))
+        self.dtype: torch.dtype = getattr(torch, self.header["dtype"])
+
+    @property
+    def steps(self) -> int:
+        """T, the number of recorded steps that can be read."""
+        return self.reader.steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether the recorder was closed; if not, the run was killed or is still going on."""
+        return bool(self.header["complete"])
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The default groups: one per parameter tensor."""
+        return self.layout.names
+
+    @property
+    def capture(self) -> str:
+        return str(self.header["capture"])
+
+    @property
+    def rule(self) -> Rule:
+        return rule_by_name(self.header["rule"])
+
+    @cached_property
+    def examples(self) -> np.ndarray:
+        """(N,) int64: the ids of all examples that were trained on, in order."""
+        ids = np.unique(self.reader.read("index", slice(0, self.steps)))
+        return ids[ids >= 0]
+
+    def index(self, step: int) -> np.ndarray:
+        """(B,) int64: ids of the examples in the batch of a step."""
+        ids = self.reader.read("index", self._step(step))
+        return ids[ids >= 0]
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """The inputs of a step, as they were given to `recorder.step` after the index."""
+        rows = self.reader.read("row", self._step(step))
+        return tuple(torch.from_numpy(a.copy()) for a in self.reader.batch(rows[rows >= 0]))
+
+    def scale(self, step: int) -> float:
+        """The common factor between an example's gradient and its share."""
+        return float(self.reader.read("scale", self._step(step)))
+
+    def vector(self, step: int) -> Tensor:
+        """(P,): all parameters of a step, 0 .. T, bit for bit."""
+        if not -self.steps - 1 <= step <= self.steps:
+            raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
+        return torch.from_numpy(self.reader.read("theta", step % (self.steps + 1)).copy())
+
+    def parameters(self, step: int) -> dict[str, Tensor]:
+        """Name -> tensor, the parameters that step `step` started from; T for the final ones. Bit for bit."""
+        return self.layout.unflatten(self.vector(step))
+
+    def shares(self, step: int) -> np.ndarray:
+        """(B, P): the per-example gradient shares of a step, with capture="gradients"."""
+        return self.reader.read("gradients", self._step(step))[: len(self.index(step))]
+
+    def random_state(self, step: int) -> Tensor | None:
+        """State of torch's generator before the forward pass of a step; None where the loss drew no numbers."""
+        if "random" not in self.reader:
+            return None
+        return torch.from_numpy(self.reader.read("random", self._step(step)).copy())
+
+    def log(self, name: str) -> np.ndarray:
+        """(T,) of "loss", "batch_identity" or "step_identity"; NaN where it was not checked."""
+        return self.reader.read(f"log/{name}", slice(0, self.steps))
+
+    def load(self, model: nn.Module, step: int) -> None:
+        """Put the parameters of a step, and the recorded buffers, into a model, bit for bit.
+
+        Raises:
+            ModelMismatchError: naming the first tensor that differs in name, shape or dtype; the model is unchanged.
+        """
+        check_model(self, model, values=False)
+        own = dict([*model.named_parameters(), *model.named_buffers()])
+        values = {**self.parameters(step), **self.constants()}
+        for name, value in values.items():
+            if own[name].dtype != value.dtype:
+                raise ModelMismatchError(
+                    f"the model is not of the run's type: got {own[name].dtype}, expected {value.dtype}, at {name!r}. "
+                    f"Convert it with model.to({value.dtype})."
+                )
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers and frozen parameters, by name."""
+        names = self.reader.groups("constants")
+        return {name: torch.from_numpy(np.array(self.reader.read(f"constants/{name}"))) for name in names}
+
+    def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Block]:
+        """The steps start .. stop - 1 in the blocks they were written in, each with its updates replayed."""
+        size = int(self.header["block"])
+        firsts = range(start - start % size, stop, size)
+        for first in reversed(firsts) if backwards else firsts:
+            yield self._block(first, max(first, start), min(first + size, stop))
+
+    def _block(self, first: int, start: int, stop: int) -> Block:
+        """Steps start .. stop - 1, replayed from the state stored for `first`."""
+        rule, size = self.rule, int(self.header["block"])
+        theta = torch.from_numpy(self.reader.read("theta", slice(first, stop + 1)))
+        gradient = torch.from_numpy(self.reader.read("gradient", slice(first, stop)))
+        hyper = self.reader.read("hyper", slice(first, stop))
+        state = {k: torch.from_numpy(self.reader.read(f"state/{k}", first // size).copy()) for k in rule.state}
+        replay = Replay(rule, self.layout, state)
+        momentum, updates = replay.state[rule.momentum], []
+        for n in range(stop - first):
+            if first + n == start:
+                momentum = replay.state[rule.momentum]
+            updates.append(replay.step(hyper[n], gradient[n], theta[n]))
+        skip = start - first
+        return Block(start, theta[skip:], gradient[skip:], updates[skip:], momentum)
+
+    def _step(self, step: int) -> int:
+        if not -self.steps <= step < self.steps:
+            raise IndexError(f"no such step: got {step}, expected 0 to {self.steps - 1} of {self.reader.target}.")
+        return step % self.steps
+
+    def __repr__(self) -> str:
+        h = self.header
+        state = "complete" if self.complete else "not closed: read up to its last committed block"
+        return (
+            f"<attrib.Run {self.reader.target}: {self.steps} steps ({state}), {self.layout.size} parameters in "
+            f"{len(self.groups)} tensors, {len(self.examples)} examples, {h['model']}, {h['optimizer']}, {h['dtype']}, "
+            f"capture={h['capture']!r}>"
+        )
+
+
+def open_run(store: Any) -> Run:
+    """Open a recorded run, read-only.
+
+    Args:
+        store: path or zarr Store.
+
+    Returns:
+        A `Run`; of a killed run, the steps up to the last committed block (`run.steps`).
+
+    Raises:
+        StoreError: nothing there, not a run, of a newer format, no committed steps, or damaged.
+
+    Example:
+        >>> run = attrib.open_run("run.zarr")  # doctest: +SKIP
+        >>> run.steps, run.index(0), run.parameters(0)  # doctest: +SKIP
+    """
+    return Run(Reader(store))
+
+
+def check_model(run: Run, model: nn.Module, values: bool = True) -> None:
+    """Raise ModelMismatchError at the first tensor in which a model differs from the recorded one.
+
+    With `values`, buffers and frozen parameters must hold what they held while recording.
+    """
+    own = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    expected = dict(zip(run.layout.names, run.layout.shapes, strict=True))
+    constants = run.constants()
+    expected.update({name: tuple(t.shape) for name, t in constants.items()})
+    for name, shape in expected.items():
+        if name not in own:
+            raise ModelMismatchError(
+                f"the model is not the recorded one: got no tensor {name!r}, expected one of shape {shape}. "
+                f"Build the model as it was when recording ({run.header['model']})."
+            )
+        if tuple(own[name].shape) != shape:
+            raise ModelMismatchError(
+                f"the model is not the recorded one: got shape {tuple(own[name].shape)}, expected {shape}, at {name!r}. "
+                f"Build the model as it was when recording ({run.header['model']})."
+            )
+    extra = next((name for name in own if name not in expected), None)
+    if extra is not None:
+        raise ModelMismatchError(
+            f"the model is not the recorded one: got a tensor {extra!r} that the run does not have. "
+            f"Build the model as it was when recording ({run.header['model']})."
+        )
+    for name, value in constants_of(model, run.layout).items() if values else ():
+        if not torch.equal(value.cpu().to(constants[name].dtype), constants[name]):
+            raise ModelMismatchError(
+                f"a buffer or frozen parameter is not the recorded one: expected the value it had while recording, at "
+                f"{name!r}. Put the recorded values in with run.load(model, step)."
+            )

@@ -1,0 +1,105 @@
+"""Where the terms of a sweep go: kept marginals, timeline, decay, the gap of each identity, and on request the cube."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from .marginals import Marginals
+from .result import PREFIX
+from .run import Run
+from .store import CubeWriter
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """Everything one step adds: contributions (Q, B, K), the other sums (Q, K), the measurement at both ends (Q,)."""
+
+    contributions: np.ndarray
+    decay: np.ndarray
+    moved: np.ndarray
+    replayed: np.ndarray
+    gradient: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+
+class Sink:
+    """Sums tensors into groups, keeps the marginals and the identities of each step, and makes the dataset."""
+
+    def __init__(
+        self,
+        run: Run,
+        queries: int,
+        start: int,
+        labels: tuple[str, ...],
+        member: np.ndarray,
+        sizes: dict[str, int],
+        kept: list[tuple[str, ...]],
+        cube: Any,
+    ) -> None:
+        self.run, self.first, self.labels, self.member = run, start, labels, member
+        steps, groups = sizes["step"], sizes["group"]
+        self.marginals = Marginals(kept, queries, sizes)
+        self.decay = np.zeros((queries, steps, groups))
+        self.timeline = np.zeros((queries, steps, groups))
+        self.curve = np.full((queries, steps + 1), np.nan)
+        self.inherited = np.zeros((queries, len(run.layout.names)))
+        self.examples = np.zeros(queries)
+        self.gaps = {name: np.zeros(steps) for name in ("batch", "step", "measurement")}
+        self._cube = None if cube is None else CubeWriter(cube, start, queries, steps, labels)
+
+    def add(self, step: int, t: StepTerms) -> None:
+        n = step - self.first
+        index = self.run.index(step)
+        contributions = t.contributions @ self.member
+        self.marginals.add(n, np.searchsorted(self.run.examples, index), contributions)
+        self.examples += contributions.sum((1, 2))
+        self.decay[:, n] = t.decay @ self.member
+        self.timeline[:, n] = t.moved @ self.member
+        self.curve[:, n], self.curve[:, n + 1] = t.start, t.end
+        # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
+        shares = t.contributions.sum(1)
+        self.gaps["batch"][n] = _gap(shares - t.gradient, np.abs(t.contributions).sum((1, 2)))
+        self.gaps["step"][n] = _gap(t.moved - t.replayed, np.abs(t.moved).sum(1))
+        gross = np.abs(t.moved).sum(1) + np.abs(t.start) + np.abs(t.end)
+        self.gaps["measurement"][n] = _gap(t.moved.sum(1) - (t.end - t.start), gross)
+        if self._cube is not None:
+            self._cube.put(n, index, contributions)
+
+    def flush(self) -> None:
+        if self._cube is not None:
+            self._cube.close()
+
+    def dataset(self, facts: dict[str, Any]) -> xr.Dataset:
+        queries, steps, _ = self.decay.shape
+        inherited = self.inherited @ self.member
+        initial, final = self.curve[:, 0], self.curve[:, -1]
+        explained = self.examples + self.decay.sum((1, 2)) + inherited.sum(1)
+        variables: dict[str, Any] = {
+            "initial": (("query",), initial),
+            "final": (("query",), final),
+            "residual": (("query",), final - initial - explained),
+            "decay": (("query", "step", "group"), self.decay),
+            "inherited": (("query", "group"), inherited),
+            "timeline": (("query", "update_step", "group"), self.timeline),
+            "curve": (("query", "state"), self.curve),
+            **{f"{name}_identity": (("step",), gap) for name, gap in self.gaps.items()},
+            **{"_".join((PREFIX, *axes)): (("query", *axes), a) for axes, a in self.marginals.arrays.items()},
+        }
+        coordinates = {
+            "query": np.arange(queries),
+            "step": np.arange(self.first, self.first + steps),
+            "update_step": np.arange(self.first, self.first + steps),
+            "state": np.arange(self.first, self.first + steps + 1),
+            "example": self.run.examples,
+            "group": list(self.labels),
+        }
+        return xr.Dataset(variables, coordinates, facts)
+
+
+def _gap(difference: np.ndarray, gross: np.ndarray) -> float:
+    """Largest |difference| over the gross size of its query, (Q,) or (Q, K) against (Q,)."""
+    size = np.abs(difference).reshape(len(gross), -1).max(1)
+    return float(np.max(size / np.where(gross > 0, gross, 1.0)))

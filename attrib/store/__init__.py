@@ -1,0 +1,17 @@
+"""A recorded run on disk: Zarr v3 arrays with named dimensions, written in blocks of steps, the commit marker last.
+
+- `schema`: what is stored, under which name, with which dimensions; the format version
+- `examples`: each distinct input stored once, found again by its hash
+- `writer`: append steps, commit blocks
+- `cube`: all contributions of a sweep, when asked for
+- `reader`: open, check that every committed chunk is there, read
+
+The only importer of zarr. No pickle anywhere.
+"""
+
+from .cube import CubeWriter
+from .reader import Reader
+from .schema import FORMAT
+from .writer import StepRecord, Writer, check_target
+
+__all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Writer", "check_target"]

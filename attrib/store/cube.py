@@ -1,0 +1,62 @@
+"""All contributions of a sweep on disk: (query, step, slot, group), for what is larger than memory.
+
+Written backwards, as the sweep goes, in chunks of several steps; `index` (step, slot) holds the example ids.
+"""
+
+from typing import Any
+
+import numpy as np
+import zarr
+
+from .schema import create
+from .writer import check_target
+
+CHUNK_BYTES = 8 << 20
+
+
+class CubeWriter:
+    """Takes steps in descending order and writes each chunk whole."""
+
+    def __init__(self, target: Any, start: int, queries: int, steps: int, groups: tuple[str, ...]) -> None:
+        check_target(target, overwrite=False)
+        self._group = zarr.create_group(target, zarr_format=3)
+        self._group.attrs["attrib_cube"] = {"groups": list(groups), "first_step": start, "complete": False}
+        self._shape = (queries, steps, len(groups))
+        self._waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._cube: zarr.Array | None = None
+
+    def put(self, step: int, index: np.ndarray, contributions: np.ndarray) -> None:
+        """Step counted from the window's start; (B,) ids; (Q, B, G)."""
+        if self._cube is None:
+            self._create(len(index))
+        assert self._cube is not None
+        if len(index) > self._cube.shape[2]:
+            q, t, _, g = self._cube.shape
+            self._cube.resize((q, t, len(index), g))
+            self._index.resize((t, len(index)))
+        self._waiting[step] = (index, contributions)
+        if step % self._steps == 0:
+            self._write(step)
+
+    def close(self) -> None:
+        attrs: Any = self._group.attrs["attrib_cube"]
+        self._group.attrs["attrib_cube"] = {**attrs, "complete": True}
+
+    def _create(self, slots: int) -> None:
+        q, t, g = self._shape
+        self._steps = max(1, min(t, CHUNK_BYTES // max(1, 8 * q * slots * g)))
+        dims = ("query", "step", "slot", "group")
+        self._cube = create(self._group, "contribution", (q, t, slots, g), (q, self._steps, slots, g), np.float64, dims)
+        self._index = create(self._group, "index", (t, slots), (self._steps, slots), np.int64, ("step", "slot"))
+
+    def _write(self, first: int) -> None:
+        assert self._cube is not None
+        count, slots = len(self._waiting), self._cube.shape[2]
+        values = np.zeros((self._shape[0], count, slots, self._shape[2]))
+        ids = np.full((count, slots), -1, dtype=np.int64)
+        for step, (index, contributions) in self._waiting.items():
+            values[:, step - first, : len(index)] = contributions
+            ids[step - first, : len(index)] = index
+        self._cube[:, first : first + count] = values
+        self._index[first : first + count] = ids
+        self._waiting.clear()

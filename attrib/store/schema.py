@@ -1,0 +1,67 @@
+"""The arrays of a run. T steps, P parameters, K parameter tensors, H numbers a step and tensor, R distinct inputs.
+
+    theta        [step, parameter]             parameters that step s started from; row T: the final ones. Bits preserved
+    gradient     [step, parameter]             p.grad as the optimizer saw it
+    state/*      [block, parameter]            the optimizer's accumulators before the first step of each block
+    hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
+    index        [step, slot]                  ids of the training examples, -1 where the batch was smaller
+    row          [step, slot]                  where in examples/* the inputs of the slot stand
+    scale        [step]                        share = scale * gradient of the example's loss (reduction, clipping)
+    examples/*   [row, ...]                    the inputs, one array per tensor of the batch
+    gradients    [step, slot, parameter]       per-example shares, with capture="gradients"
+    random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it
+    constants/*                                buffers and frozen parameters
+    log/*        [step]                        mean loss and the two identities, NaN where not checked
+
+Everything about one step can be rebuilt from these: the coefficients of the update follow from the gradients and the last
+state, so they are not stored a second time.
+"""
+
+from typing import Any
+
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+FORMAT = 1
+BLOCK_BYTES = 32 << 20  # of theta and gradients a block: several steps a chunk, well over a megabyte
+BLOCK_STEPS = 64
+CHUNK_BYTES = 4 << 20  # of inputs
+
+DIMENSIONS: dict[str, tuple[str, ...]] = {
+    "theta": ("step", "parameter"),
+    "gradient": ("step", "parameter"),
+    "hyper": ("step", "tensor", "hyper"),
+    "index": ("step", "slot"),
+    "row": ("step", "slot"),
+    "scale": ("step",),
+    "gradients": ("step", "slot", "parameter"),
+    "random": ("step", "byte"),
+    "log/loss": ("step",),
+    "log/batch_identity": ("step",),
+    "log/step_identity": ("step",),
+}
+
+
+def create(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: Any,
+    dimensions: tuple[str, ...],
+) -> zarr.Array:
+    """An array with fast lossless compression and a checksum on every chunk."""
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=tuple(max(1, c) for c in chunks),
+        dtype=dtype,
+        dimension_names=dimensions,
+        compressors=(BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()),
+        config={"write_empty_chunks": True},
+    )
+
+
+def block_steps(bytes_per_step: int) -> int:
+    """Steps of a block: as many as fit BLOCK_BYTES, at most BLOCK_STEPS."""
+    return int(min(BLOCK_STEPS, max(1, BLOCK_BYTES // max(1, bytes_per_step))))

@@ -1,0 +1,197 @@
+"""Append steps to a store; commit them in blocks, arrays first, the count of committed steps last.
+
+A run that is killed can be read up to its last committed block. States stand in the block of the step that starts
+from them, so the last step of the last full block is committed only with the next block, or by `close`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.errors import GroupNotFoundError
+
+from ..errors import StoreExistsError
+from .examples import ExampleTable
+from .schema import DIMENSIONS, block_steps, create
+
+
+class StepRecord(NamedTuple):
+    """Everything about one step, as arrays. `state` is read only where `Writer.wants_state`."""
+
+    theta: np.ndarray  # (P,) before the step
+    gradient: np.ndarray  # (P,)
+    hyper: np.ndarray  # (K, H) float64
+    ids: np.ndarray  # (B,) int64
+    batch: list[np.ndarray]  # (B, ...) each
+    scale: float
+    state: dict[str, np.ndarray] | None  # (P,) each, before the step
+    random: np.ndarray | None  # (bytes,) uint8
+    log: dict[str, float]  # loss, batch_identity, step_identity
+
+
+def check_target(target: Any, overwrite: bool) -> None:
+    """Raise StoreExistsError where something is stored already and must not be overwritten."""
+    if overwrite:
+        return
+    try:
+        zarr.open_group(target, mode="r")
+    except (FileNotFoundError, GroupNotFoundError):
+        return
+    raise StoreExistsError(
+        f"a store exists already: got {target}, expected an empty place. Choose another path, or pass overwrite=True."
+    )
+
+
+class Writer:
+    """Writes one run.
+
+    Args:
+        target: path or zarr Store.
+        header: JSON-able facts about the run, stored as the group's attribute `attrib`.
+        constants: tensors that do not change, by name.
+        overwrite: replace what is there.
+        block: steps per block; None chooses by size.
+    """
+
+    def __init__(
+        self,
+        target: str | Store,
+        header: dict[str, Any],
+        constants: dict[str, np.ndarray],
+        overwrite: bool,
+        block: int | None,
+    ) -> None:
+        check_target(target, overwrite)
+        self._group = zarr.create_group(target, overwrite=overwrite, zarr_format=3)
+        self._header = {**header, "committed_steps": 0, "complete": False}
+        self._block = block
+        self._steps = 0  # appended
+        self._records: list[StepRecord] = []
+        self._rows: list[np.ndarray] = []
+        self._shares: list[np.ndarray] = []  # of the block's steps, with capture="gradients"
+        self._shares_here: list[np.ndarray] = []  # of the step under way
+        self._arrays: dict[str, zarr.Array] = {}
+        self._table: ExampleTable | None = None
+        for name, value in constants.items():
+            dims = tuple(f"d{d}" for d in range(value.ndim))
+            create(self._group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
+        self._mark(0)
+
+    @property
+    def steps(self) -> int:
+        """Steps appended so far, committed or not."""
+        return self._steps
+
+    @property
+    def wants_state(self) -> bool:
+        """Whether the next step begins a block."""
+        return not self._records
+
+    def put_shares(self, rows: np.ndarray) -> None:
+        """The next slice (b, P) of the shares of the step under way; `append` completes it."""
+        self._shares_here.append(rows)
+
+    def drop_shares(self) -> None:
+        """Forget the step under way."""
+        self._shares_here.clear()
+
+    def append(self, record: StepRecord, theta_after: np.ndarray) -> None:
+        """Add a step; a full block is written and committed."""
+        if self._table is None:
+            self._create(record)
+        assert self._table is not None
+        self._rows.append(self._table.rows(record.ids, record.batch))
+        self._records.append(record)
+        if self._shares_here:
+            self._shares.append(np.concatenate(self._shares_here))
+            self._shares_here.clear()
+        self._last = theta_after
+        self._steps += 1
+        if len(self._records) == self._block:
+            self._flush()
+            self._mark(self._steps - 1)
+
+    def update_header(self, **facts: Any) -> None:
+        """Change facts in the header; they are written with the next commit."""
+        self._header.update(facts)
+
+    def close(self) -> None:
+        """Write what is left, the final parameters, and mark the run complete."""
+        if self._records:
+            self._flush()
+        if self._steps:
+            theta = self._arrays["theta"]
+            theta.resize((self._steps + 1, theta.shape[1]))
+            theta[self._steps] = self._last
+        self._header["complete"] = True
+        self._mark(self._steps)
+
+    # one block
+
+    def _flush(self) -> None:
+        assert self._table is not None
+        start, stop = self._steps - len(self._records), self._steps
+        records = self._records
+        width = max(self._arrays["index"].shape[1], *(len(r.ids) for r in records))
+        self._put("theta", start, np.stack([r.theta for r in records]))
+        self._put("gradient", start, np.stack([r.gradient for r in records]))
+        self._put("hyper", start, np.stack([r.hyper for r in records]))
+        self._put("scale", start, np.array([r.scale for r in records]))
+        self._put("index", start, _padded([r.ids for r in records], width, -1))
+        self._put("row", start, _padded(self._rows, width, -1))
+        if self._shares:
+            self._put("gradients", start, _padded(self._shares, width, 0))
+        if records[0].random is not None:
+            self._put("random", start, np.stack([r.random for r in records if r.random is not None]))
+        for name in ("loss", "batch_identity", "step_identity"):
+            self._put(f"log/{name}", start, np.array([r.log.get(name, np.nan) for r in records]))
+        for key, value in (records[0].state or {}).items():
+            self._put(f"state/{key}", -(-stop // (self._block or 1)) - 1, value[None])
+        self._table.commit()
+        self._records, self._rows, self._shares = [], [], []
+
+    def _put(self, name: str, start: int, values: np.ndarray) -> None:
+        array = self._arrays[name]
+        array.resize((start + len(values), *values.shape[1:]))
+        array[start:] = values
+
+    def _mark(self, committed: int) -> None:
+        self._header["committed_steps"] = committed
+        self._group.attrs["attrib"] = self._header
+
+    def _create(self, first: StepRecord) -> None:
+        """Arrays that fit the first step."""
+        shares = np.concatenate(self._shares_here) if self._shares_here else None
+        bytes_per_step = first.theta.nbytes + first.gradient.nbytes + (0 if shares is None else shares.nbytes)
+        self._block = self._block or block_steps(bytes_per_step)
+        self._header["block"] = self._block
+        n, size, slots = self._block, len(first.theta), len(first.ids)
+        self._table = ExampleTable(self._group, first.batch)
+        self._header["arity"] = self._table.arity
+        self._add("theta", (size,), (n, size), first.theta.dtype)
+        self._add("gradient", (size,), (n, size), first.gradient.dtype)
+        self._add("hyper", first.hyper.shape, (n, *first.hyper.shape), np.float64)
+        self._add("index", (slots,), (n, slots), np.int64)
+        self._add("row", (slots,), (n, slots), np.int64)
+        for name in ("scale", "log/loss", "log/batch_identity", "log/step_identity"):
+            self._add(name, (), (n,), np.float64)
+        for key, value in (first.state or {}).items():
+            name = f"state/{key}"
+            self._arrays[name] = create(self._group, name, (0, size), (1, size), value.dtype, ("block", "parameter"))
+        if shares is not None:
+            at_once = max(1, min(slots, (8 << 20) // max(1, n * size * shares.itemsize)))
+            self._add("gradients", (slots, size), (n, at_once, size), shares.dtype)
+        if first.random is not None:
+            self._add("random", (len(first.random),), (n, len(first.random)), np.uint8)
+
+    def _add(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> None:
+        self._arrays[name] = create(self._group, name, (0, *shape), chunks, dtype, DIMENSIONS[name])
+
+
+def _padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
+    """Arrays (b, ...) of different b -> (len, width, ...), filled up."""
+    out = np.full((len(rows), width, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
+    for n, values in enumerate(rows):
+        out[n, : len(values)] = values
+    return out

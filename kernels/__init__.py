@@ -1,0 +1,8 @@
+"""Floor 0: pure functions on arrays. No modules, no optimizers, no disk; never imports the rest of attrib.
+
+- `slopes`: elementwise discrete gradients, (f(x1) - f(x0)) / (x1 - x0) without cancellation
+- `discrete`: discrete gradients of softmax, maxima and anything else (Gonzalez)
+- `recurrence`: an optimizer step with frozen coefficients, forwards and backwards
+- `contraction`: sensitivities times per-example gradients, float64 accumulation
+- `hashing`: one 64-bit word per row of an array
+"""

@@ -1,0 +1,77 @@
+"""Short recorded runs for the tests, with everything an oracle needs beside them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from cases import MODELS, ModelCase
+from torch import Tensor, nn
+
+import attrib
+
+
+class Trained(NamedTuple):
+    """run: opened. thetas (T + 1, P), in the order of model.parameters(); batches: index, x, y of each step."""
+
+    run: attrib.Run
+    model: nn.Module
+    case: ModelCase
+    thetas: list[np.ndarray]
+    rates: list[float]
+    batches: list[tuple[Tensor, Tensor, Tensor]]
+    data: tuple[Tensor, Tensor]
+
+    def measurement(self, queries: int = 2) -> attrib.measure.Measurement:
+        x, y = (d[:queries] for d in self.data)
+        return attrib.measure.log_prob(x, y)
+
+    def attribute(self, measurement: Any = None, **options: Any) -> attrib.Result:
+        options = {"loss": self.case.loss, "progress": False, **options}
+        return attrib.attribute(self.run, self.model, measurement or self.measurement(), **options)
+
+
+def flat(model: nn.Module) -> np.ndarray:
+    return np.concatenate([p.detach().reshape(-1).double().numpy() for p in model.parameters()])
+
+
+def train(
+    store: Path | Any,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    model: str = "mlp",
+    capture: str = "replay",
+    dtype: torch.dtype = torch.float64,
+    steps: int = 6,
+    examples: int = 12,
+    batch: int = 5,
+    reduction: Callable[[Tensor], Tensor] = torch.mean,
+    scheduler: Callable[[Any], Any] | None = None,
+    clip: float | None = None,
+    close: bool = True,
+    **options: Any,
+) -> Trained:
+    torch.manual_seed(0)
+    case = MODELS[model]
+    net = case.build().to(dtype)
+    x, y = case.data(examples)
+    x = x.to(dtype) if x.is_floating_point() else x
+    inner = optimizer(list(net.parameters()))
+    recorder = attrib.record(inner, net, case.loss, store, capture, **{"block": 4, **options})
+    schedule = scheduler(recorder) if scheduler else None
+    thetas, rates, batches = [flat(net)], [], []
+    for step in range(steps):
+        index = torch.randperm(examples)[: batch - step % 2]
+        recorder.zero_grad()
+        reduction(case.loss(net, x[index], y[index])).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        rates.append(inner.param_groups[0]["lr"])
+        recorder.step(index, x[index], y[index])
+        if schedule is not None:
+            schedule.step()
+        thetas.append(flat(net))
+        batches.append((index, x[index], y[index]))
+    if close:
+        recorder.close()
+    return Trained(attrib.open_run(store), net, case, thetas, rates, batches, (x, y))
