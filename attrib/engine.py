@@ -47,35 +47,30 @@ def attribute(
 ) -> Result:
     """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups.
 
-    This is accounting of what happened on the realised path, not a counterfactual: a contribution does not say what would
-    have happened without the example.
+    This is accounting of what happened on the realised path, not a counterfactual: a contribution does not say what
+    would have happened without the example.
 
     Args:
         run: from `attrib.open_run`.
-        model: of the recorded architecture; used in the mode it is in for the measurement, in the recorded mode for the
-            loss, on its own device; given back as it was.
+        model: of the recorded architecture. Used in its mode for the measurement, in the recorded mode for the loss, on
+            its device; given back as it was.
         measurement: `model -> (Q,)`, or one of `attrib.measure`.
         loss: as given to `attrib.record`; needed where the run was captured by "replay".
         path: `Secant()` (default), `GaussLegendre(nodes)` or `Midpoint(nodes)`.
-        steps: a window slice(a, b) of steps, complete by itself; None for the whole run.
+        steps: a window slice(a, b), complete by itself; None for the whole run.
         keep: axes to keep contributions along, one set or several, of "step", "example", "group"; None keeps all
             marginals that fit in memory.
         groups: {name: [parameter names or patterns]}; None makes each parameter tensor a group.
-        dtype: compute type of both measurement and training gradients. None: float64 for the measurement, the recorded
-            type for the gradients. Sums are accumulated in float64 in any case.
+        dtype: compute type. None: float64 for the measurement, the recorded type for the training gradients. Sums are
+            accumulated in float64 in any case.
         progress: show a bar on work longer than two seconds.
         cube: path or zarr Store to write all contributions to, (query, step, slot, group).
 
     Returns:
-        A `Result`; `result.check()` verifies that it is complete.
+        A `Result`; `print(result.check())` verifies that it is complete and shows the ledger.
 
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
-
-    Example:
-        >>> measurement = attrib.measure.log_prob(x_test, y_test)  # doctest: +SKIP
-        >>> result = attrib.attribute(run, model, measurement, loss=loss)  # doctest: +SKIP
-        >>> print(result.check())  # doctest: +SKIP
     """
     check_model(run, model)
     start, stop = _window(run, steps)
@@ -98,7 +93,7 @@ def attribute(
     return Result(sink.dataset(_facts(run, measurement, path or Secant(), start, stop, dtype)))
 
 
-Contract = Callable[[int, Tensor, Tensor], Tensor]  # (step, theta (P,), U (Q, P)) -> (Q, B, K)
+Contract = Callable[[Block, int, Tensor, Tensor], Tensor]  # (block, n-th step, theta (P,), U (Q, P)) -> (Q, B, K)
 
 
 def _sweep(
@@ -121,9 +116,10 @@ def _sweep(
         bar_gradient = path.gradient.double()
         delta = theta1.double() - theta0.double()
         sensitivity, carry = pullback(parts, carry, bar_gradient)
-        contributions = contract(step, theta0, sensitivity)
+        contributions = contract(block, n, theta0, sensitivity)
         sink.add(
             step,
+            block.index[n],
             StepTerms(
                 contributions=contributions.cpu().numpy(),
                 decay=_tensors(run, decay(parts, sensitivity, bar_gradient, theta0)),
@@ -160,9 +156,9 @@ def _shares_source(
 ) -> Contract:
     if run.capture == "gradients":
 
-        def stored(step: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
-            contracted = contract_rows(sensitivity.cpu().numpy(), run.shares(step), run.layout.bounds)
-            return torch.from_numpy(contracted)
+        def stored(block: Block, n: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
+            rows = run.shares(block.steps[n])
+            return torch.from_numpy(contract_rows(sensitivity.cpu().numpy(), rows, run.layout.bounds))
 
         return stored
     if loss is None:
@@ -173,11 +169,11 @@ def _shares_source(
     with training_modes(model, run.header["training"]):
         shares = Shares(loss, model, run.layout, dtype)
 
-    def replayed(step: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
-        batch = tuple(b.to(device) for b in run.batch(step))
-        with training_modes(model, run.header["training"]), random_state(run.random_state(step)):
+    def replayed(block: Block, n: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
+        batch = tuple(b.to(device) for b in run.inputs(block.rows[n]))
+        with training_modes(model, run.header["training"]), random_state(block.random[n]):
             _, contracted = shares.contract(theta.to(dtype), batch, sensitivity)
-        return contracted * run.scale(step)
+        return contracted * float(block.scale[n])
 
     return replayed
 

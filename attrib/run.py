@@ -21,7 +21,8 @@ class Block:
     """Consecutive steps start .. start + n - 1, read together.
 
     theta (n + 1, P), gradient (n, P) as recorded; updates: of each step its frozen coefficients and the replayed update;
-    momentum (P,): the accumulator before the first step.
+    momentum (P,): the accumulator before the first step; index, rows: of each step (B,), the examples and where their
+    inputs stand; scale (n,); random: of each step the generator's state, or None.
     """
 
     start: int
@@ -29,6 +30,10 @@ class Block:
     gradient: Tensor
     updates: list[tuple[Parts, Tensor]]
     momentum: Tensor
+    index: list[np.ndarray]
+    rows: list[np.ndarray]
+    scale: np.ndarray
+    random: list[Tensor | None]
 
     @property
     def steps(self) -> range:
@@ -87,7 +92,11 @@ class Run:
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """The inputs of a step, as they were given to `recorder.step` after the index."""
         rows = self.reader.read("row", self._step(step))
-        return tuple(torch.from_numpy(a.copy()) for a in self.reader.batch(rows[rows >= 0]))
+        return self.inputs(rows[rows >= 0])
+
+    def inputs(self, rows: np.ndarray) -> tuple[Tensor, ...]:
+        """The inputs that stand in the given rows (B,) of the store, one tensor per argument of the batch."""
+        return tuple(torch.from_numpy(a) for a in self.reader.batch(rows))
 
     def scale(self, step: int) -> float:
         """The common factor between an example's gradient and its share."""
@@ -162,7 +171,13 @@ class Run:
                 momentum = replay.state[rule.momentum]
             updates.append(replay.step(hyper[n], gradient[n], theta[n]))
         skip = start - first
-        return Block(start, theta[skip:], gradient[skip:], updates[skip:], momentum)
+        steps = slice(start, stop)
+        index, rows = ([r[r >= 0] for r in self.reader.read(name, steps)] for name in ("index", "row"))
+        scale = self.reader.read("scale", steps)
+        random: list[Tensor | None] = [None] * len(scale)
+        if "random" in self.reader:
+            random = [torch.from_numpy(state.copy()) for state in self.reader.read("random", steps)]
+        return Block(start, theta[skip:], gradient[skip:], updates[skip:], momentum, index, rows, scale, random)
 
     def _step(self, step: int) -> int:
         if not -self.steps <= step < self.steps:

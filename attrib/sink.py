@@ -50,9 +50,9 @@ class Sink:
         self.gaps = {name: np.zeros(steps) for name in ("batch", "step", "measurement")}
         self._cube = None if cube is None else CubeWriter(cube, start, queries, steps, labels)
 
-    def add(self, step: int, t: StepTerms) -> None:
+    def add(self, step: int, index: np.ndarray, t: StepTerms) -> None:
+        """The terms of one step; `index` (B,) are the ids of its examples."""
         n = step - self.first
-        index = self.run.index(step)
         contributions = t.contributions @ self.member
         self.marginals.add(n, np.searchsorted(self.run.examples, index), contributions)
         self.examples += contributions.sum((1, 2))

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 import attrib
-from attrib.studies.modular import TRANSFORMER_GROUPS, PairTransformer, cross_entropy, unordered_pairs
+from attrib.studies.modular import TRANSFORMER_GROUPS, PairTransformer, unordered_pairs
+from attrib.studies.recipe import cross_entropy
 
 
 def train(steps: int, store: str | None) -> list[float]:

@@ -18,9 +18,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_terms_add_up_and_both_captures_agree(
-    optimizer: str, model: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_terms_add_up_and_both_captures_agree(optimizer: str, model: str, dtype: torch.dtype, tmp_path: Path) -> None:
     results = []
     for capture in ("replay", "gradients"):
         trained = train(tmp_path / capture, OPTIMIZERS[optimizer], model, capture, dtype)

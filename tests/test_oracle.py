@@ -92,9 +92,7 @@ def test_secant_contributions_are_those_of_the_rule_written_by_hand(tmp_path: Pa
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.second(torch.relu(self.first(x)))
 
-    MODELS_CASE = MODELS["mlp"]._replace(
-        build=Small, data=lambda n: (torch.randn(n, 4), torch.randint(0, 3, (n,)))
-    )
+    MODELS_CASE = MODELS["mlp"]._replace(build=Small, data=lambda n: (torch.randn(n, 4), torch.randint(0, 3, (n,))))
     kind, options, freeze = CASES["adamw"]
     MODELS["small"] = MODELS_CASE
     try:

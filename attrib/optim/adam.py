@@ -7,7 +7,8 @@
 Frozen: the preconditioner made of v. Linear in the gradients: m.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -15,32 +16,41 @@ import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
-from .rule import Hyper, Rule, State
+from .rule import Hyper, Rule, State, realised
 
-HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled", "age")
+HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled", "fused", "age")
 
 
 def _read(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"])
-    last = (group["maximize"], group.get("decoupled_weight_decay", False), state.get("step", 0.0))
-    return tuple(float(v) for v in (*values, *last))
+    kind = (group["maximize"], group.get("decoupled_weight_decay", False), group.get("fused") or False)
+    return tuple(float(v) for v in (*values, *kind, state.get("step", 0.0)))
 
 
 def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
     sign = -1.0 if h["maximize"] else 1.0
-    lr, beta1, beta2, t = h["lr"], h["beta1"], h["beta2"], h["age"] + 1
-    coupled = 0.0 if h["decoupled"] else sign * h["weight_decay"]
+    t = h["age"] + 1
+    rounded = partial(realised, dtype=theta.dtype)
+    coupled = 0.0 if h["decoupled"] else sign * rounded(h["weight_decay"])
     g = torch.add(gradient, theta, alpha=coupled) if coupled else gradient
-    second = (state["exp_avg_sq"] * beta2).addcmul_(g, g, value=1 - beta2)
+    second = (state["exp_avg_sq"] * h["beta2"]).addcmul_(g, g, value=1 - h["beta2"])
     after = {"exp_avg_sq": second}
     if h["amsgrad"]:
         second = after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], second)
-    denominator = second.sqrt().div_(sqrt(1 - beta2**t)).add_(h["eps"])
-    rate = (lr / (1 - beta1**t)) / denominator
-    feed = (1 - beta1) * sign
-    decoupled = lr * h["weight_decay"] if h["decoupled"] else 0.0
-    return Coefficients(beta1, feed, rate * beta1, rate * feed, coupled, decoupled), after
+    denominator = second.sqrt().div_(sqrt(1 - h["beta2"] ** t)).add_(h["eps"])
+    rate = (h["lr"] / (1 - h["beta1"] ** t)) / denominator
+    feed = rounded(1 - h["beta1"])  # torch: m + feed (g - m)
+    keep = 1 - feed
+    return Coefficients(keep, feed * sign, rate * keep, rate * (feed * sign), coupled, _decoupled(h, rounded)), after
+
+
+def _decoupled(h: Hyper, rounded: Callable[[float], float]) -> float:
+    """The share of theta that AdamW takes off: the fused kernel subtracts it, the others multiply by what is left."""
+    if not h["decoupled"]:
+        return 0.0
+    product = h["lr"] * h["weight_decay"]
+    return rounded(product) if h["fused"] else 1 - rounded(1 - product)
 
 
 # torch.optim.AdamW is Adam with `decoupled_weight_decay` set, which `_read` sees.

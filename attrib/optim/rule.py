@@ -4,12 +4,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
 
 Hyper = Mapping[str, float]
 State = dict[str, Tensor]
+
+
+def realised(value: float, dtype: torch.dtype) -> float:
+    """A scalar as torch's kernels use it: rounded to the parameters' type.
+
+    In float32, 1 - 0.01 is 0.99000001: over thousands of steps of weight decay the difference is no longer small.
+    """
+    return float(np.float32(value)) if dtype == torch.float32 else value
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
-from .rule import Hyper, Rule, State
+from .rule import Hyper, Rule, State, realised
 
 HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "age")
 
@@ -23,11 +23,13 @@ def _read(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ..
 
 def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
     sign = -1.0 if h["maximize"] else 1.0
-    lr, mu = h["lr"], h["momentum"]
-    coupled = sign * h["weight_decay"]  # g = sign * (gradient + sign * weight_decay * theta)
+    lr, mu, fresh, weight_decay = (
+        realised(value, theta.dtype) for value in (h["lr"], h["momentum"], 1 - h["dampening"], h["weight_decay"])
+    )
+    coupled = sign * weight_decay  # g = sign * (gradient + sign * weight_decay * theta)
     if mu == 0:  # torch leaves the buffer alone
         return Coefficients(1.0, 0.0, 0.0, lr * sign, coupled, 0.0), {}
-    keep, feed = (mu, 1 - h["dampening"]) if h["age"] else (0.0, 1.0)
+    keep, feed = (mu, fresh) if h["age"] else (0.0, 1.0)
     if h["nesterov"]:
         apply_old, apply_new = lr * mu * keep, lr * (1 + mu * feed)
     else:

@@ -48,6 +48,7 @@ class Reader:
                 f"{header['versions']['attrib']}), expected at most {FORMAT}, at {target}. Update attrib."
             )
         self._tables: dict[int, np.ndarray] = {}
+        self._arrays: dict[str, zarr.Array] = {}
 
     @property
     def steps(self) -> int:
@@ -58,12 +59,14 @@ class Reader:
         return name in self._group
 
     def array(self, name: str) -> zarr.Array:
-        try:
-            found = self._group[name]
-        except KeyError:
-            raise StoreError(f"an array is missing: expected {name!r}, at {self.target}.") from None
-        assert isinstance(found, zarr.Array)
-        return found
+        if name not in self._arrays:
+            try:
+                found = self._group[name]
+            except KeyError:
+                raise StoreError(f"an array is missing: expected {name!r}, at {self.target}.") from None
+            assert isinstance(found, zarr.Array)
+            self._arrays[name] = found
+        return self._arrays[name]
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
         """`array[rows]` along the first axis, after checking that its chunks are there."""

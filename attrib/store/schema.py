@@ -1,6 +1,6 @@
 """The arrays of a run. T steps, P parameters, K parameter tensors, H numbers a step and tensor, R distinct inputs.
 
-    theta        [step, parameter]             parameters that step s started from; row T: the final ones. Bits preserved
+    theta        [state, parameter]            parameters that step s started from; row T: the final ones. Bits preserved
     gradient     [step, parameter]             p.grad as the optimizer saw it
     state/*      [block, parameter]            the optimizer's accumulators before the first step of each block
     hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
@@ -28,7 +28,7 @@ BLOCK_STEPS = 64
 CHUNK_BYTES = 4 << 20  # of inputs
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
-    "theta": ("step", "parameter"),
+    "theta": ("state", "parameter"),
     "gradient": ("step", "parameter"),
     "hyper": ("step", "tensor", "hyper"),
     "index": ("step", "slot"),

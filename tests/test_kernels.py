@@ -1,0 +1,56 @@
+"""Pure kernels against plain numpy."""
+
+import numpy as np
+import pytest
+from attrib.kernels.contraction import contract_rows, row_dots
+from attrib.kernels.hashing import combine, hash_rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@given(
+    q=st.integers(1, 12),
+    b=st.integers(1, 9),
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=50, deadline=None)
+def test_contraction_is_the_sum_over_each_tensor(q: int, b: int, sizes: list[int], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    bounds = np.cumsum([0, *sizes])
+    u = random.normal(size=(q, bounds[-1]))
+    g = random.normal(size=(b, bounds[-1])).astype(np.float32)
+    want = np.zeros((q, b, len(sizes)))
+    for k in range(len(sizes)):
+        want[:, :, k] = u[:, bounds[k] : bounds[k + 1]] @ g[:, bounds[k] : bounds[k + 1]].astype(np.float64).T
+    np.testing.assert_allclose(contract_rows(u, g, bounds), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_row_dots_accumulate_in_float64(dtype: type) -> None:
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(2, 3, 5000)).astype(dtype)
+    want = (a.astype(np.float64) * b.astype(np.float64)).sum(1)
+    # float32 accumulation would be off by about 1e-5
+    np.testing.assert_allclose(row_dots(a, b), want, rtol=1e-11, atol=1e-11)
+
+
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 20), kind=st.sampled_from(["f4", "f8", "i8", "u1"]))
+@settings(max_examples=50, deadline=None)
+def test_rows_hash_alike_exactly_when_their_bytes_are_alike(seed: int, width: int, kind: str) -> None:
+    random = np.random.default_rng(seed)
+    rows = random.integers(0, 3, size=(30, width)).astype(kind)
+    same = (rows[:, None] == rows[None]).all(-1)
+    hashes = hash_rows(rows)
+    np.testing.assert_array_equal(hashes[:, None] == hashes[None], same)
+
+
+def test_sign_bits_alone_make_different_hashes() -> None:
+    """Words that differ in their top bit only, twice: a plain multiply-and-add hash would cancel them."""
+    rows = np.array([[1.0, 2.0], [-1.0, -2.0]])
+    assert len(set(hash_rows(rows).tolist())) == 2
+
+
+def test_combined_hashes_depend_on_the_order() -> None:
+    a, b = hash_rows(np.arange(4)), hash_rows(np.arange(4) + 7)
+    assert (combine(a, b) != combine(b, a)).all()

@@ -1,0 +1,362 @@
+"""The recorder: an optimizer like the user's own; what is bad is refused and leaves everything as it was."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import MODELS, OPTIMIZERS
+from torch import Tensor, nn
+from training import flat, train
+
+import attrib
+from attrib import errors
+
+LOSS = MODELS["mlp"].loss
+
+
+class Bench:
+    """A model in mid-recording, one good step behind it."""
+
+    def __init__(self, tmp_path: Path, loss: Any = LOSS, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.store = tmp_path / "run"
+        self.recorder = attrib.record(self.optimizer, self.model, loss, self.store, block=2, **options)
+        self.index = torch.arange(5)
+        self.x, self.y = torch.randn(5, 3).double(), torch.randint(0, 2, (5,))
+        self.loss = loss
+
+    def backward(self) -> None:
+        self.recorder.zero_grad()
+        self.loss(self.model, self.x, self.y).mean().backward()
+
+    def good_step(self) -> None:
+        self.backward()
+        self.recorder.step(self.index, self.x, self.y)
+
+    def refused(self, error: type[Exception], match: str, *arguments: Any) -> None:
+        """The step raises; parameters, optimizer state and the number of steps are as they were; a good one follows."""
+        before, steps = flat(self.model), self.recorder._writer.steps
+        state = {k: v.clone() for s in self.optimizer.state.values() for k, v in s.items()}
+        with pytest.raises(error, match=match):
+            self.recorder.step(*(arguments or (self.index, self.x, self.y)))
+        np.testing.assert_array_equal(flat(self.model), before)
+        after = {k: v for s in self.optimizer.state.values() for k, v in s.items()}
+        assert all(torch.equal(state[k], after[k]) for k in state)
+        assert self.recorder._writer.steps == steps
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    b = Bench(tmp_path)
+    b.good_step()
+    return b
+
+
+BAD_INDEX = {
+    "wrong length": (torch.arange(4), "differ in length"),
+    "float": (torch.arange(5).float(), "not integer"),
+    "bool": (torch.ones(5, dtype=torch.bool), "not integer"),
+    "negative": (torch.arange(5) - 1, "negative: got -1"),
+    "matrix": (torch.zeros(5, 1, dtype=torch.long), r"got shape \(5, 1\)"),
+    "empty": ([], "not a list of ids"),
+    "words": (list("abcde"), "not integer"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INDEX)
+def test_bad_index_is_refused(kind: str, bench: Bench) -> None:
+    index, match = BAD_INDEX[kind]
+    bench.backward()
+    bench.refused(errors.BatchError, match, index, bench.x, bench.y)
+    bench.good_step()
+
+
+@pytest.mark.parametrize(
+    ("batch", "match"),
+    [((), "batch is missing"), (("x",), "no batched tensor"), ((torch.tensor(1.0),), "no batched tensor")],
+)
+def test_bad_batch_is_refused(batch: tuple[Any, ...], match: str, bench: Bench) -> None:
+    bench.backward()
+    bench.refused(errors.BatchError, match, bench.index, *batch)
+
+
+def test_index_may_be_a_list_or_an_array(bench: Bench) -> None:
+    for index in ([4, 3, 2, 1, 0], np.arange(5, dtype=np.int32)):
+        bench.backward()
+        bench.recorder.step(index, bench.x, bench.y)
+    bench.recorder.close()
+    np.testing.assert_array_equal(attrib.open_run(bench.store).index(1), [4, 3, 2, 1, 0])
+
+
+def test_penalty_in_the_loss_is_named(bench: Bench) -> None:
+    bench.recorder.zero_grad()
+    penalty = 0.01 * bench.model[2].weight.square().sum()
+    (LOSS(bench.model, bench.x, bench.y).mean() + penalty).backward()
+    bench.refused(errors.BatchIdentityError, r"do not sum to p\.grad.*'2\.weight'")
+    bench.good_step()
+
+
+def test_stale_gradient_is_named(bench: Bench) -> None:
+    bench.backward()
+    bench.model[0].bias.grad += 0.1
+    bench.refused(errors.BatchIdentityError, r"'0\.bias'|different factors")
+
+
+def test_second_backward_without_zero_grad_is_named(bench: Bench) -> None:
+    bench.backward()
+    LOSS(bench.model, bench.x[:2], bench.y[:2]).mean().backward()
+    bench.refused(errors.BatchIdentityError, "sum to p.grad")
+
+
+def test_another_batch_than_the_one_backpropagated_is_named(bench: Bench) -> None:
+    bench.backward()
+    bench.refused(errors.BatchIdentityError, "batch other than", bench.index, bench.x + 1, bench.y)
+
+
+def test_clipping_by_value_is_refused(bench: Bench) -> None:
+    bench.backward()
+    nn.utils.clip_grad_value_(bench.model.parameters(), 0.01)
+    bench.refused(errors.BatchIdentityError, "different factors|sum to p.grad")
+
+
+def test_missing_backward_is_named(bench: Bench) -> None:
+    bench.recorder.zero_grad()
+    bench.refused(errors.BatchIdentityError, "backward")
+
+
+def test_infinite_loss_is_refused(bench: Bench) -> None:
+    bench.x[1, 0] = torch.inf
+    bench.backward()
+    bench.refused(errors.LossError, "not finite")
+    bench.x[1, 0] = 0.0
+    bench.good_step()
+
+
+@pytest.mark.parametrize("capture", ["replay", "gradients"])
+def test_loss_of_wrong_shape_is_refused(capture: str, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, loss=lambda m, x, y: LOSS(m, x, y).mean(), capture=capture)
+    bench.backward()
+    bench.refused(errors.LossError, r"expected shape \(5,\)")
+    bench.recorder.close()
+    with pytest.raises(errors.StoreError, match="no committed steps"):
+        attrib.open_run(bench.store)
+
+
+def test_parameter_moved_outside_is_named(bench: Bench) -> None:
+    bench.backward()
+    with torch.no_grad():
+        bench.model[2].bias += 1.0
+    bench.refused(errors.ChangedOutsideError, r"'2\.bias'")
+
+
+def test_optimizer_state_changed_outside_is_noticed(bench: Bench) -> None:
+    bench.good_step()
+    for state in bench.optimizer.state.values():
+        state["exp_avg"].zero_()
+    bench.backward()
+    bench.refused(errors.ChangedOutsideError, "exp_avg")
+
+
+def test_buffer_that_changes_is_named(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.register_buffer("calls", torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.linear(x)
+
+    model = Counting().double()
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
+    x, y = torch.randn(4, 3).double(), torch.randint(0, 2, (4,))
+    LOSS(model, x, y).mean().backward()
+    with pytest.raises(errors.ChangedOutsideError, match="calls"):
+        recorder.step(torch.arange(4), x, y)
+
+
+def test_batch_norm_in_train_mode_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(errors.CoupledExamplesError, match="'1'"):
+        attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mode_that_changes_is_named(bench: Bench) -> None:
+    bench.backward()
+    bench.model[1].eval()
+    bench.refused(errors.ChangedOutsideError, "train and eval.*'1'")
+
+
+def test_unsupported_optimizer_is_named_with_the_supported_ones(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(errors.UnsupportedOptimizerError, match=r"LBFGS.*SGD, torch\.optim\.Adam, torch\.optim\.AdamW"):
+        attrib.record(torch.optim.LBFGS(model.parameters()), model, LOSS, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_subclass_of_an_optimizer_is_unsupported(tmp_path: Path) -> None:
+    class Mine(torch.optim.SGD):
+        pass
+
+    model = nn.Linear(2, 2)
+    with pytest.raises(errors.UnsupportedOptimizerError, match="Mine"):
+        attrib.record(Mine(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"capture": "all"}, "unknown capture"), ({"check_every": 0}, "count"), ({"block": 1.5}, "count")],
+)
+def test_bad_options_are_refused(options: dict[str, Any], match: str, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=match):
+        attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parameters_of_another_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no parameter of the model"):
+        attrib.record(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), nn.Linear(2, 2), LOSS, tmp_path / "run")
+
+
+def test_mixed_or_half_precision_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"bfloat16.*'weight'"):
+        attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
+
+
+def test_groups_and_state_cannot_be_swapped_in_mid_run(bench: Bench) -> None:
+    with pytest.raises(errors.AttribError, match="fixed parameters"):
+        bench.recorder.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(errors.ChangedOutsideError, match="mid-run"):
+        bench.recorder.load_state_dict(bench.optimizer.state_dict())
+
+
+def test_closed_recorder_takes_no_step(bench: Bench) -> None:
+    bench.recorder.close()
+    bench.recorder.close()
+    bench.backward()
+    bench.refused(errors.AttribError, "closed")
+
+
+def test_what_was_recorded_survives_an_exception_in_the_loop(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    x, y = torch.randn(4, 3), torch.randint(0, 2, (4,))
+
+    def loop() -> None:
+        with attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run") as recorder:
+            for _ in range(3):
+                recorder.zero_grad()
+                LOSS(model, x, y).mean().backward()
+                recorder.step(torch.arange(4), x, y)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        loop()
+    assert attrib.open_run(tmp_path / "run").steps == 3
+
+
+SCHEDULERS = {
+    "step": lambda r: torch.optim.lr_scheduler.StepLR(r, 2, 0.5),
+    "lambda": lambda r: torch.optim.lr_scheduler.LambdaLR(r, lambda t: 1 / (t + 1)),
+    "cosine": lambda r: torch.optim.lr_scheduler.CosineAnnealingLR(r, 4),
+    "one cycle, moving betas": lambda r: torch.optim.lr_scheduler.OneCycleLR(r, 0.02, total_steps=10),
+    "cyclic, moving betas": lambda r: torch.optim.lr_scheduler.CyclicLR(r, 0.001, 0.02, 2),
+    "warm restarts": lambda r: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(r, 3),
+    "sequential": lambda r: torch.optim.lr_scheduler.SequentialLR(
+        r,
+        [torch.optim.lr_scheduler.ConstantLR(r, 0.5, 2), torch.optim.lr_scheduler.ExponentialLR(r, 0.9)],
+        milestones=[2],
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd momentum"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_work_on_the_recorder(name: str, optimizer: str, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS[optimizer], scheduler=SCHEDULERS[name], steps=8)
+    assert len(set(trained.rates)) > 1
+    trained.attribute().check(1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction", [torch.mean, torch.sum, lambda losses: losses.sum() / 7])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_reduction_and_clipping_are_recognised(clip: float, reduction: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], reduction=reduction, clip=clip, steps=8, dtype=dtype)
+    trained.attribute().check(1e-10 if dtype == torch.float64 else 1e-5)
+
+
+def test_clipping_factor_is_the_scale(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"], clip=1e-3, batch=6, check_every=100, steps=5)
+    for step, theta in enumerate(trained.thetas[:-1]):
+        _, x, y = trained.batches[step]
+        model = trained.case.build().double()
+        trained.run.load(model, step)
+        np.testing.assert_array_equal(flat(model), theta)
+        trained.case.loss(model, x, y).mean().backward()
+        norm = float(torch.sqrt(sum(p.grad.square().sum() for p in model.parameters())))
+        # clip_grad_norm_ divides by norm + 1e-6
+        assert trained.run.scale(step) == pytest.approx(1e-3 / (norm + 1e-6) / len(x), rel=1e-12)
+
+
+def test_training_is_not_changed_by_recording(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw amsgrad"], "gpt", scheduler=SCHEDULERS["cosine"])
+    torch.manual_seed(0)
+    case = MODELS["gpt"]
+    model = case.build().double()
+    x, y = case.data(12)
+    optimizer = OPTIMIZERS["adamw amsgrad"](list(model.parameters()))
+    schedule = SCHEDULERS["cosine"](optimizer)
+    for step in range(6):
+        index = torch.randperm(12)[: 5 - step % 2]
+        optimizer.zero_grad()
+        case.loss(model, x[index], y[index]).mean().backward()
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_array_equal(flat(model), trained.thetas[-1])
+
+
+def test_adam_state_from_before_recording_is_inherited(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS["mlp"].build().double()
+    x, y = MODELS["mlp"].data(8)
+    for kind in (torch.optim.AdamW, lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9)):
+        optimizer = kind(model.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            LOSS(model, x, y).mean().backward()
+            optimizer.step()
+        with attrib.record(optimizer, model, LOSS, tmp_path / "run", overwrite=True) as recorder:
+            for _ in range(4):
+                recorder.zero_grad()
+                LOSS(model, x, y).mean().backward()
+                recorder.step(torch.arange(8), x, y)
+        run = attrib.open_run(tmp_path / "run")
+        result = attrib.attribute(run, model, attrib.measure.log_prob(x[:2], y[:2]), loss=LOSS, progress=False)
+        ledger = result.check(1e-10)
+        assert float(abs(ledger.inherited).min()) > 1e-3 * float(abs(ledger.final - ledger.initial).max())
+
+
+def test_check_interval_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="attrib"):
+        run = train(tmp_path / "run", OPTIMIZERS["sgd"], check_every=4, steps=9).run
+    assert any("every 4" in message for message in caplog.messages)
+    checked = np.flatnonzero(~np.isnan(run.log("batch_identity")))
+    np.testing.assert_array_equal(checked, [0, 1, 4, 8])
+    assert not np.isnan(run.log("step_identity")).any()
+
+
+def test_state_dict_is_the_optimizers_own(bench: Bench) -> None:
+    assert bench.recorder.state_dict().keys() == bench.optimizer.state_dict().keys()
+    assert bench.recorder.param_groups is bench.optimizer.param_groups
+    assert bench.recorder.state is bench.optimizer.state
+    assert bench.recorder.defaults is bench.optimizer.defaults
+    assert isinstance(bench.recorder, torch.optim.Optimizer)

@@ -1,0 +1,143 @@
+"""The result: labelled, saved and opened, checked."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+from cases import MODELS, OPTIMIZERS
+from training import train
+from zarr.storage import MemoryStore
+
+import attrib
+from attrib import errors
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> attrib.Result:
+    return train(tmp_path_factory.mktemp("result") / "run", OPTIMIZERS["adamw"], steps=5).attribute()
+
+
+def test_promised_names_have_the_promised_dimensions(result: attrib.Result) -> None:
+    assert result.initial.dims == result.final.dims == result.residual.dims == ("query",)
+    assert result.by("example").dims == ("query", "example")
+    assert result.by("step", "group").dims == ("query", "step", "group")
+    assert result.by("group", "step").dims == ("query", "group", "step")
+    assert result.by().dims == ("query",)
+    assert result.timeline().dims == ("query", "update_step", "group")
+    assert result.decay.dims[0] == result.inherited.dims[0] == "query"
+    assert isinstance(result.dataset, xr.Dataset)
+
+
+def test_the_ledger_adds_up_term_by_term(result: attrib.Result) -> None:
+    total = result.initial + result.by("example").sum("example") + result.decay.sum(["step", "group"])
+    total = total + result.inherited.sum("group") + result.residual
+    np.testing.assert_allclose(total, result.final, rtol=1e-14)
+    ledger = result.check()
+    text = str(ledger)
+    for word in ("initial", "examples", "decay", "inherited", "residual", "final", "batch identity", "step identity"):
+        assert word in text
+    assert set(ledger.identities) == {"batch", "step", "measurement"}
+
+
+def test_a_sign_is_positive_where_the_example_raised_the_measurement() -> None:
+    """One example, one step of plain gradient descent: its own log-probability rises."""
+    store = MemoryStore()
+    model = torch.nn.Linear(2, 3).double()
+    x, y = torch.randn(1, 2).double(), torch.tensor([1])
+    with attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, MODELS["mlp"].loss, store) as recorder:
+        MODELS["mlp"].loss(model, x, y).sum().backward()
+        recorder.step([7], x, y)
+    result = attrib.attribute(attrib.open_run(store), model, attrib.measure.log_prob(x, y), loss=MODELS["mlp"].loss)
+    assert result.by("example").sel(example=7).item() > 0
+    assert (result.final - result.initial).item() > 0
+
+
+def test_top_holds_the_largest_and_the_smallest(result: attrib.Result) -> None:
+    table = result.top(2)
+    assert list(table.columns) == ["query", "example", "contribution"]
+    for q in (0, 1):
+        values = np.sort(result.by("example").values[q])
+        got = table[table["query"] == q]["contribution"].to_numpy()
+        np.testing.assert_array_equal(got, [values[-1], values[-2], values[1], values[0]])
+    assert len(result.top(1000)) == 2 * result.dataset.sizes["example"]
+    assert isinstance(table, pd.DataFrame)
+
+
+def test_saved_result_is_the_same_result(result: attrib.Result, tmp_path: Path) -> None:
+    result.save(tmp_path / "result.zarr")
+    again = attrib.open_result(tmp_path / "result.zarr")
+    xr.testing.assert_identical(again.dataset.load(), result.dataset)
+    again.check()
+    assert repr(again) == repr(result)
+    with pytest.raises(errors.StoreExistsError, match="overwrite=True"):
+        result.save(tmp_path / "result.zarr")
+    result.save(tmp_path / "result.zarr", overwrite=True)
+
+
+def test_opening_what_is_no_result_says_so(tmp_path: Path) -> None:
+    with pytest.raises(errors.StoreError, match="no result"):
+        attrib.open_result(tmp_path / "nothing")
+    train(tmp_path / "run", OPTIMIZERS["sgd"])
+    with pytest.raises(errors.StoreError, match="open_run"):
+        attrib.open_result(tmp_path / "run")
+
+
+def test_incomplete_result_names_the_number_and_the_query(result: attrib.Result) -> None:
+    dataset = result.dataset.copy(deep=True)
+    dataset["residual"][1] = 0.5
+    dataset["step_identity"][3] = 0.25
+    with pytest.raises(errors.CompletenessError, match=r"at query 1\. The step identity .* 0\.25 at step 3"):
+        attrib.Result(dataset).check()
+
+
+def test_residual_that_is_not_a_number_is_no_pass(result: attrib.Result) -> None:
+    dataset = result.dataset.copy(deep=True)
+    dataset["residual"][0] = np.nan
+    with pytest.raises(errors.CompletenessError):
+        attrib.Result(dataset).check()
+
+
+def test_facts_about_the_run_travel_with_the_result(result: attrib.Result) -> None:
+    facts = result.dataset.attrs
+    assert facts["measurement"] == "log_prob"
+    assert facts["units"] == "nats"
+    assert facts["optimizer"] == "AdamW"
+    assert "not a counterfactual" in facts["meaning"]
+
+
+MEASUREMENTS = {
+    "log_prob": lambda z, y: torch.log_softmax(z, -1)[torch.arange(len(y)), y],
+    "loss": lambda z, y: torch.nn.functional.cross_entropy(z, y, reduction="none"),
+    "logit": lambda z, y: z[torch.arange(len(y)), y],
+    "margin": lambda z, y: torch.stack(
+        [r[k] - torch.cat([r[:k], r[k + 1 :]]).max() for r, k in zip(z, y, strict=True)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_measurements_are_what_they_say(name: str) -> None:
+    model = torch.nn.Linear(4, 5).double()
+    x, y = torch.randn(6, 4).double(), torch.randint(0, 5, (6,))
+    measurement = getattr(attrib.measure, name)(x, y)
+    torch.testing.assert_close(measurement(model), MEASUREMENTS[name](model(x), y))
+
+
+def test_token_log_probabilities_are_summed_and_ignored_targets_left_out() -> None:
+    logits = torch.randn(2, 3, 5).double()
+    y = torch.tensor([[1, 2, 3], [0, -100, 4]])
+    model = torch.nn.Identity()
+    expected = torch.log_softmax(logits, -1)
+    want = [expected[0, 0, 1] + expected[0, 1, 2] + expected[0, 2, 3], expected[1, 0, 0] + expected[1, 2, 4]]
+    torch.testing.assert_close(attrib.measure.log_prob(logits, y)(model), torch.stack(want))
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [(torch.zeros(3), torch.tensor(1)), (torch.zeros(3, 2), torch.zeros(2)), ("x", "y")]
+)
+def test_bad_measurement_batches_are_refused(x: object, y: object) -> None:
+    with pytest.raises(errors.MeasurementError):
+        attrib.measure.log_prob(x, y)  # type: ignore[arg-type]

@@ -1,0 +1,204 @@
+"""The store: bits preserved, killed runs readable, damage named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+import zarr
+from cases import MODELS, OPTIMIZERS
+from training import train
+from zarr.storage import MemoryStore
+
+import attrib
+from attrib.errors import StoreError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("model", MODELS)
+def test_states_read_back_bit_for_bit(model: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], model, dtype=dtype, steps=9)
+    for step, theta in enumerate(trained.thetas):
+        fresh = trained.case.build().to(dtype)
+        trained.run.load(fresh, step)
+        got = np.concatenate([p.detach().reshape(-1).numpy() for p in fresh.parameters()])
+        assert got.dtype == str(dtype).removeprefix("torch.")
+        np.testing.assert_array_equal(got.astype(np.float64), theta)
+        for name, value in trained.run.parameters(step).items():
+            assert torch.equal(value, fresh.get_parameter(name))
+
+
+def test_index_and_inputs_read_back(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"], "cnn", steps=6)
+    assert trained.run.steps == 6
+    for step, (index, x, y) in enumerate(trained.batches):
+        np.testing.assert_array_equal(trained.run.index(step), index)
+        got_x, got_y = trained.run.batch(step)
+        assert torch.equal(got_x, x)
+        assert torch.equal(got_y, y)
+    np.testing.assert_array_equal(trained.run.examples, np.unique(np.concatenate([b[0] for b in trained.batches])))
+
+
+def test_inputs_are_stored_once_and_again_only_where_they_vary(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    loss = MODELS["mlp"].loss
+    x, y = torch.randn(4, 3), torch.randint(0, 2, (4,))
+    with attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, loss, tmp_path / "run") as recorder:
+        for step in range(5):
+            changed = x.clone()
+            if step == 3:
+                changed[2] += 1.0  # augmented once
+            recorder.zero_grad()
+            loss(model, changed, y).mean().backward()
+            recorder.step(torch.arange(4), changed, y)
+    run = attrib.open_run(tmp_path / "run")
+    assert len(run.reader.read("examples/0")) == 5
+    assert torch.equal(run.batch(2)[0], x)
+    assert torch.equal(run.batch(3)[0][2], x[2] + 1.0)
+
+
+def test_memory_and_disk_hold_the_same(tmp_path: Path) -> None:
+    store = MemoryStore()
+    a = train(store, OPTIMIZERS["adam"])
+    b = train(tmp_path / "run", OPTIMIZERS["adam"])
+    assert a.run.reader.names() == b.run.reader.names()
+    for name in a.run.reader.names():
+        np.testing.assert_array_equal(a.run.reader.read(name), b.run.reader.read(name))
+    np.testing.assert_array_equal(a.attribute().by("example"), b.attribute().by("example"))
+
+
+def test_every_array_has_named_dimensions_and_opens_in_xarray(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adam"], capture="gradients")
+    for name in trained.run.reader.names():
+        names = trained.run.reader.array(name).metadata.dimension_names
+        assert names is not None
+        assert len(names) == trained.run.reader.array(name).ndim
+    dataset = xr.open_zarr(tmp_path / "run", chunks=None, consolidated=False)
+    assert dataset["gradients"].dims == ("step", "slot", "parameter")
+    json.dumps(dict(dataset.attrs))
+
+
+def test_no_pickle_in_a_store(tmp_path: Path) -> None:
+    train(tmp_path / "run", OPTIMIZERS["adamw"], capture="gradients")
+    for path in (tmp_path / "run").rglob("zarr.json"):
+        assert "pickle" not in path.read_text()
+
+
+KILLED = """
+    import os, signal, sys
+    import torch
+    sys.path[:0] = {paths!r}
+    from cases import MODELS, OPTIMIZERS
+    import attrib
+    torch.manual_seed(0)
+    case = MODELS["mlp"]
+    model = case.build().double()
+    x, y = case.data(12)
+    recorder = attrib.record(OPTIMIZERS["adamw"](list(model.parameters())), model, case.loss, {store!r}, block=4)
+    for step in range(11):
+        recorder.zero_grad()
+        case.loss(model, x, y).mean().backward()
+        recorder.step(torch.arange(12), x, y)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_run_reads_up_to_its_last_committed_block(tmp_path: Path) -> None:
+    store = str(tmp_path / "run")
+    script = textwrap.dedent(KILLED).format(store=store, paths=[str(Path(__file__).parent)])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env={**os.environ}, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    run = attrib.open_run(store)
+    assert not run.complete
+    assert run.steps == 7  # two blocks of four; the last state of a full block comes with the next
+    assert "7 steps (not closed" in repr(run)
+    case = MODELS["mlp"]
+    x, y = torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    measurement = attrib.measure.log_prob(x, y)
+    attrib.attribute(run, case.build().double(), measurement, loss=case.loss, progress=False).check(1e-10)
+
+
+def test_run_killed_before_its_first_block_says_so(tmp_path: Path) -> None:
+    trained = None
+    with pytest.raises(StoreError, match="no committed steps"):
+        trained = train(tmp_path / "run", OPTIMIZERS["sgd"], steps=3, close=False)
+    assert trained is None
+
+
+def damage(folder: Path, kind: str) -> Path:
+    victim = sorted((folder / "theta" / "c").rglob("*"))[-1]
+    if kind == "truncated":
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    elif kind == "corrupted":
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        victim.write_bytes(bytes(data))
+    else:
+        victim.unlink()
+    return victim
+
+
+@pytest.mark.parametrize("kind", ["truncated", "corrupted", "missing"])
+def test_damaged_chunk_is_named(kind: str, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    victim = damage(tmp_path / "run", kind)
+    name = str(victim.relative_to(tmp_path / "run"))
+    with pytest.raises(StoreError, match=name):
+        attrib.open_run(tmp_path / "run").parameters(trained.run.steps)
+    with pytest.raises(StoreError, match=name):
+        trained.attribute()
+    attrib.open_run(tmp_path / "run").parameters(0)  # the rest is readable
+
+
+def test_missing_array_is_named(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    for path in sorted((tmp_path / "run" / "gradient").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (tmp_path / "run" / "gradient").rmdir()
+    with pytest.raises(StoreError, match="'gradient'"):
+        trained.attribute()
+
+
+def test_newer_format_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run", OPTIMIZERS["sgd"])
+    group = zarr.open_group(tmp_path / "run", mode="r+")
+    header = dict(group.attrs["attrib"])  # type: ignore[arg-type]
+    group.attrs["attrib"] = {**header, "format": 99}
+    with pytest.raises(StoreError, match=r"format 99.*Update attrib"):
+        attrib.open_run(tmp_path / "run")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no run is stored there"):
+        attrib.open_run(tmp_path / "nothing")
+    zarr.create_group(tmp_path / "other")
+    with pytest.raises(StoreError, match="not a run"):
+        attrib.open_run(tmp_path / "other")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match="broken"):
+        attrib.open_run(tmp_path / "broken")
+
+
+def test_existing_store_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    with pytest.raises(attrib.errors.StoreExistsError, match="overwrite=True"):
+        train(tmp_path / "run", OPTIMIZERS["adam"])
+    assert attrib.open_run(tmp_path / "run").header["optimizer"] == "SGD"
+    assert torch.equal(attrib.open_run(tmp_path / "run").vector(6), trained.run.vector(6))
+    train(tmp_path / "run", OPTIMIZERS["adam"], overwrite=True)
+    assert attrib.open_run(tmp_path / "run").header["optimizer"] == "Adam"
+
+
+@pytest.mark.parametrize("step", [7, -8, 100])
+def test_state_outside_the_run_is_refused(step: int, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", OPTIMIZERS["sgd"], steps=6).run
+    with pytest.raises(IndexError, match="expected 0 to 6"):
+        run.parameters(step)
