@@ -15,6 +15,7 @@ from .path import GaussLegendre, Midpoint, Secant
 from .recorder import Recorder, record
 from .result import Result, open_result
 from .run import Run, open_run
+from .verify import verify
 
 __all__ = [
     "GaussLegendre",
@@ -29,4 +30,5 @@ __all__ = [
     "open_result",
     "open_run",
     "record",
+    "verify",
 ]

@@ -21,7 +21,8 @@ class Block:
     """Consecutive steps start .. start + n - 1, read together.
 
     theta (n + 1, P), gradient (n, P) as recorded; updates: of each step its frozen coefficients and the replayed update;
-    momentum (P,): the accumulator before the first step; index, rows: of each step (B,), the examples and where their
+    momentum (P,): the accumulator before the first step; state, state_after: all accumulators as stored for the block
+    and as replayed after its last step; index, rows: of each step (B,), the examples and where their
     inputs stand; scale (n,); random: of each step the generator's state, or None.
     """
 
@@ -30,6 +31,8 @@ class Block:
     gradient: Tensor
     updates: list[tuple[Parts, Tensor]]
     momentum: Tensor
+    state: dict[str, Tensor]
+    state_after: dict[str, Tensor]
     index: list[np.ndarray]
     rows: list[np.ndarray]
     scale: np.ndarray
@@ -96,7 +99,7 @@ class Run:
 
     def inputs(self, rows: np.ndarray) -> tuple[Tensor, ...]:
         """The inputs that stand in the given rows (B,) of the store, one tensor per argument of the batch."""
-        return tuple(torch.from_numpy(a) for a in self.reader.batch(rows))
+        return tuple(_tensor(a) for a in self.reader.batch(rows))
 
     def scale(self, step: int) -> float:
         """The common factor between an example's gradient and its share."""
@@ -106,7 +109,7 @@ class Run:
         """(P,): all parameters of a step, 0 .. T, bit for bit."""
         if not -self.steps - 1 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
-        return torch.from_numpy(self.reader.read("theta", step % (self.steps + 1)).copy())
+        return _tensor(self.reader.read("theta", step % (self.steps + 1)))
 
     def parameters(self, step: int) -> dict[str, Tensor]:
         """Name -> tensor, the parameters that step `step` started from; T for the final ones. Bit for bit."""
@@ -120,7 +123,7 @@ class Run:
         """State of torch's generator before the forward pass of a step; None where the loss drew no numbers."""
         if "random" not in self.reader:
             return None
-        return torch.from_numpy(self.reader.read("random", self._step(step)).copy())
+        return _tensor(self.reader.read("random", self._step(step)))
 
     def log(self, name: str) -> np.ndarray:
         """(T,) of "loss", "batch_identity" or "step_identity"; NaN where it was not checked."""
@@ -148,7 +151,7 @@ class Run:
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, by name."""
         names = self.reader.groups("constants")
-        return {name: torch.from_numpy(np.array(self.reader.read(f"constants/{name}"))) for name in names}
+        return {name: _tensor(self.reader.read(f"constants/{name}")) for name in names}
 
     def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Block]:
         """The steps start .. stop - 1 in the blocks they were written in, each with its updates replayed."""
@@ -160,10 +163,10 @@ class Run:
     def _block(self, first: int, start: int, stop: int) -> Block:
         """Steps start .. stop - 1, replayed from the state stored for `first`."""
         rule, size = self.rule, int(self.header["block"])
-        theta = torch.from_numpy(self.reader.read("theta", slice(first, stop + 1)))
-        gradient = torch.from_numpy(self.reader.read("gradient", slice(first, stop)))
+        theta = _tensor(self.reader.read("theta", slice(first, stop + 1)))
+        gradient = _tensor(self.reader.read("gradient", slice(first, stop)))
         hyper = self.reader.read("hyper", slice(first, stop))
-        state = {k: torch.from_numpy(self.reader.read(f"state/{k}", first // size).copy()) for k in rule.state}
+        state = {k: _tensor(self.reader.read(f"state/{k}", first // size)) for k in rule.state}
         replay = Replay(rule, self.layout, state)
         momentum, updates = replay.state[rule.momentum], []
         for n in range(stop - first):
@@ -176,8 +179,20 @@ class Run:
         scale = self.reader.read("scale", steps)
         random: list[Tensor | None] = [None] * len(scale)
         if "random" in self.reader:
-            random = [torch.from_numpy(state.copy()) for state in self.reader.read("random", steps)]
-        return Block(start, theta[skip:], gradient[skip:], updates[skip:], momentum, index, rows, scale, random)
+            random = [_tensor(state) for state in self.reader.read("random", steps)]
+        return Block(
+            start,
+            theta[skip:],
+            gradient[skip:],
+            updates[skip:],
+            momentum,
+            state,
+            replay.state,
+            index,
+            rows,
+            scale,
+            random,
+        )
 
     def _step(self, step: int) -> int:
         if not -self.steps <= step < self.steps:
@@ -192,6 +207,11 @@ class Run:
             f"{len(self.groups)} tensors, {len(self.examples)} examples, {h['model']}, {h['optimizer']}, {h['dtype']}, "
             f"capture={h['capture']!r}>"
         )
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """Zarr hands out read-only arrays now and then, which torch does not take."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def open_run(store: Any) -> Run:

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "layout", "functional", "marginals", "result"},
     {"checks", "gradients", "optim", "path", "store", "measure"},
     {"recorder", "run", "sink"},
-    {"engine"},
+    {"engine", "verify"},
     {"intervention", "report", "scale"},
     {"studies"},
     {"cli", "__main__"},

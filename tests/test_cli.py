@@ -1,0 +1,87 @@
+"""The command line: demo, info, verify."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from cases import OPTIMIZERS
+from training import train
+
+import attrib
+from attrib.cli import main
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    train(tmp_path / "run", OPTIMIZERS["adamw"], "gpt", capture="gradients", steps=6)
+    return str(tmp_path / "run")
+
+
+def test_info_tells_what_a_run_holds(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", store]) == 0
+    text = capsys.readouterr().out
+    for word in ("6", "Gpt", "AdamW", "float64", "gradients", "batch identity"):
+        assert word in text
+    assert main(["info", store, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["optimizer"] == "AdamW"
+
+
+def test_verify_checks_every_step(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", store, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["failure"] is None
+    assert found["identities"]["step"]["steps"] == found["identities"]["batch"]["steps"] == 6
+    assert found["chunks"] > 10
+    assert main(["verify", store]) == 0
+    assert "verified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("array", ["theta", "gradient", "gradients", "hyper", "state/exp_avg"])
+def test_verify_finds_a_changed_number(array: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A well-formed chunk with a wrong number in it: only the identities can tell."""
+    found = zarr.open_group(store, mode="r+")[array]
+    assert isinstance(found, zarr.Array)
+    values = np.asarray(found[...])
+    place = (min(4, len(values) - 1),) + (0,) * (values.ndim - 1)
+    values[place] += 0.125
+    found[...] = values
+    assert main(["verify", store]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_verify_names_a_damaged_chunk(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    victim = sorted(p for p in (Path(store) / "gradients" / "c").rglob("*") if p.is_file())[0]
+    victim.write_bytes(b"nonsense")
+    assert main(["verify", store]) == 1
+    assert str(victim.relative_to(store)) in capsys.readouterr().out
+
+
+def test_errors_are_one_line_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tmp_path / "nothing")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("attrib: no run is stored there")
+
+
+def test_module_and_command_are_one(store: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "attrib", "info", store], capture_output=True, text=True, check=True)
+    assert "AdamW" in done.stdout
+
+
+@pytest.mark.slow
+def test_demo_tells_its_story_and_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    for word in ("ledger", "residual", "batch identity", "step identity", "measurement identity", " + ", "embedding"):
+        assert word in text
+    assert (tmp_path / "out" / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    result = attrib.open_result(tmp_path / "out" / "result.zarr")
+    ledger = result.check(1e-5)
+    assert float(result.curve.isel(state=-1).max()) > np.log(0.9)
+    assert float(abs(ledger.residual).max()) > 0  # float32: measured, not assumed
+    top = result.top(1)
+    assert len(top) == 2 * result.dataset.sizes["query"]
