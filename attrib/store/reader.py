@@ -121,7 +121,7 @@ class Reader:
     def _committed(self, name: str) -> int:
         """Rows of an array that belong to committed steps."""
         array = self.array(name)
-        names = array.metadata.dimension_names
+        names = getattr(array.metadata, "dimension_names", None)
         first = names[0] if array.ndim and names else None
         block = int(self.header.get("block", 1))
         known = {"step": self.steps, "state": self.steps + 1, "block": -(-self.steps // block)}
