@@ -9,6 +9,13 @@ weight decay, inherited momentum and a residual that is measured.
     print(result.check())
 """
 
+from pathlib import Path
+
+# Installed, kernels/ is inside this package. In the source tree it stands beside it, where a plain `import attrib` with the
+# tree as the working directory would not find it.
+if not (Path(__file__).parent / "kernels").exists():
+    __path__.append(str(Path(__file__).parent.parent))
+
 from . import errors, measure
 from .engine import attribute
 from .path import GaussLegendre, Midpoint, Secant

@@ -94,6 +94,13 @@ def test_the_wheel_carries_no_top_level_kernels(tmp_path: Path) -> None:
     assert "attrib/py.typed" in names
 
 
+@pytest.mark.parametrize("folder", [ROOT, Path("/")])
+def test_attrib_is_importable_from_any_folder(folder: Path) -> None:
+    command = [sys.executable, "-c", "import attrib.kernels.slopes, attrib.cli; print(attrib.__name__)"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "attrib", done.stderr
+
+
 def test_the_top_level_is_the_agreed_list() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     tops = {name.split("/")[0] for name in listed}
