@@ -88,8 +88,7 @@ def attribute(
         integrate = (path or Secant()).bind(query)
         for block in run.blocks(start, stop):
             carry = _sweep(run, block, integrate, source, carry, sink, bar)
-            sink.inherited = _tensors(run, carry * block.momentum.to(device))
-        sink.flush()
+    sink.close(_tensors(run, carry * block.momentum.to(device)))
     return Result(sink.dataset(_facts(run, measurement, path or Secant(), start, stop, dtype)))
 
 

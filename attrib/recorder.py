@@ -239,6 +239,8 @@ class Recorder(torch.optim.Optimizer):
         if self.capture == "replay" and not due and self._scale.settled(size):
             return self._scale.expected(size, clip)
         self._guard.constants(number)
+        if self._random is None:  # the loss does not go through model(...): then it must not be random
+            self._random = torch.get_rng_state()
         with random_state(self._random):
             losses, total = self._shares.total(theta, batch)
             self._note_stochastic(number)
@@ -287,7 +289,7 @@ class Recorder(torch.optim.Optimizer):
 
     def _note_stochastic(self, number: int) -> None:
         """Whether the forward pass drew random numbers; called with the generator still where that pass left it."""
-        if number or self._random is None:
+        if number:
             return
         self._stochastic = not torch.equal(torch.get_rng_state(), self._random)
         if self._stochastic:

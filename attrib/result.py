@@ -191,12 +191,13 @@ class Result:
         """Write the dataset to a path or zarr Store, to be opened again with `attrib.open_result`.
 
         Raises:
-            StoreExistsError: something is there and overwrite is False.
+            StoreExistsError: something is there and overwrite is False, or it is no Zarr store.
         """
-        if not overwrite and isinstance(store, str | Path) and Path(store).exists():
+        path = Path(store) if isinstance(store, str | Path) else None
+        if path is not None and path.exists() and not (overwrite and (path / "zarr.json").exists()):
             raise StoreExistsError(
                 f"a store exists already: got {store}, expected an empty place. Choose another path, or pass "
-                f"overwrite=True."
+                f"overwrite=True to replace a result that is there."
             )
         labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS}
         plain = self.dataset.drop_vars(LABELS).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})

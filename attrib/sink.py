@@ -45,7 +45,7 @@ class Sink:
         self.decay = np.zeros((queries, steps, groups))
         self.timeline = np.zeros((queries, steps, groups))
         self.curve = np.full((queries, steps + 1), np.nan)
-        self.inherited = np.zeros((queries, len(run.layout.names)))
+        self.inherited = np.zeros((queries, groups))
         self.examples = np.zeros(queries)
         self.gaps = {name: np.zeros(steps) for name in ("batch", "step", "measurement")}
         self._cube = None if cube is None else CubeWriter(cube, start, queries, steps, labels)
@@ -68,21 +68,22 @@ class Sink:
         if self._cube is not None:
             self._cube.put(n, index, contributions)
 
-    def flush(self) -> None:
+    def close(self, inherited: np.ndarray) -> None:
+        """After the last step; inherited (Q, K)."""
+        self.inherited = inherited @ self.member
         if self._cube is not None:
             self._cube.close()
 
     def dataset(self, facts: dict[str, Any]) -> xr.Dataset:
         queries, steps, _ = self.decay.shape
-        inherited = self.inherited @ self.member
         initial, final = self.curve[:, 0], self.curve[:, -1]
-        explained = self.examples + self.decay.sum((1, 2)) + inherited.sum(1)
+        explained = self.examples + self.decay.sum((1, 2)) + self.inherited.sum(1)
         variables: dict[str, Any] = {
             "initial": (("query",), initial),
             "final": (("query",), final),
             "residual": (("query",), final - initial - explained),
             "decay": (("query", "step", "group"), self.decay),
-            "inherited": (("query", "group"), inherited),
+            "inherited": (("query", "group"), self.inherited),
             "timeline": (("query", "update_step", "group"), self.timeline),
             "curve": (("query", "state"), self.curve),
             **{f"{name}_identity": (("step",), gap) for name, gap in self.gaps.items()},

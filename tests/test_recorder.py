@@ -85,6 +85,22 @@ def test_bad_batch_is_refused(batch: tuple[Any, ...], match: str, bench: Bench) 
     bench.refused(errors.BatchError, match, bench.index, *batch)
 
 
+def test_inputs_that_numpy_has_no_type_for_are_refused(bench: Bench) -> None:
+    bench.backward()
+    bench.refused(errors.BatchError, "bfloat16", bench.index, bench.x.bfloat16(), bench.y)
+
+
+def test_random_loss_that_bypasses_the_model_call_is_refused(tmp_path: Path) -> None:
+    def noisy(m: nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(m[2](torch.dropout(m[0](x), 0.5, True)), y, reduction="none")
+
+    bench = Bench(tmp_path, loss=noisy)
+    bench.backward()
+    before = torch.get_rng_state()
+    bench.refused(errors.BatchIdentityError, "sum to p.grad")
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_index_may_be_a_list_or_an_array(bench: Bench) -> None:
     for index in ([4, 3, 2, 1, 0], np.arange(5, dtype=np.int32)):
         bench.backward()

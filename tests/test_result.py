@@ -75,6 +75,9 @@ def test_saved_result_is_the_same_result(result: attrib.Result, tmp_path: Path) 
     with pytest.raises(errors.StoreExistsError, match="overwrite=True"):
         result.save(tmp_path / "result.zarr")
     result.save(tmp_path / "result.zarr", overwrite=True)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(errors.StoreExistsError):
+        result.save(tmp_path / "notes", overwrite=True)
 
 
 def test_opening_what_is_no_result_says_so(tmp_path: Path) -> None:

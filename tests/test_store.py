@@ -202,3 +202,14 @@ def test_state_outside_the_run_is_refused(step: int, tmp_path: Path) -> None:
     run = train(tmp_path / "run", OPTIMIZERS["sgd"], steps=6).run
     with pytest.raises(IndexError, match="expected 0 to 6"):
         run.parameters(step)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_attrib_did_not_write_is_never_deleted(overwrite: bool, tmp_path: Path) -> None:
+    precious = tmp_path / "folder" / "thesis.tex"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    for place in (precious.parent, precious):
+        with pytest.raises(attrib.errors.StoreExistsError, match="does not delete"):
+            train(place, OPTIMIZERS["sgd"], overwrite=overwrite)
+    assert precious.read_text() == "years of work"

@@ -65,7 +65,13 @@ def check_batch(index: Any, batch: tuple[Any, ...]) -> tuple[np.ndarray, list[np
                 f"index and batch differ in length: got {len(ids)} ids and {len(value)} rows, expected as many, at "
                 f"argument {j} after the index."
             )
-        rows.append(value.detach().cpu().numpy())
+        try:
+            rows.append(value.detach().cpu().numpy())
+        except TypeError:
+            raise BatchError(
+                f"a part of the batch cannot be stored: got {value.dtype}, expected a type that numpy has, at argument "
+                f"{j} after the index. Convert it in the training loop, e.g. to float32."
+            ) from None
     return ids.astype(np.int64), rows
 
 

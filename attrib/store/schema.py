@@ -23,7 +23,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 FORMAT = 1
-BLOCK_BYTES = 32 << 20  # of theta and gradients a block: several steps a chunk, well over a megabyte
+BLOCK_BYTES = 128 << 20  # of theta and gradients a block: several steps a chunk, well over a megabyte
 BLOCK_STEPS = 64
 CHUNK_BYTES = 4 << 20  # of inputs
 

@@ -4,6 +4,7 @@ A run that is killed can be read up to its last committed block. States stand in
 from them, so the last step of the last full block is committed only with the next block, or by `close`.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,18 @@ class StepRecord(NamedTuple):
 
 
 def check_target(target: Any, overwrite: bool) -> None:
-    """Raise StoreExistsError where something is stored already and must not be overwritten."""
+    """Raise StoreExistsError where something is stored already and must not be overwritten.
+
+    A folder or file that is no Zarr store is never overwritten, asked or not.
+    """
+    path = Path(target) if isinstance(target, str | Path) else None
+    if path is not None and path.exists() and not (path / "zarr.json").exists():
+        if path.is_file() or any(path.iterdir()):
+            raise StoreExistsError(
+                f"something other than a store is there: got {target}, expected a new path or an empty folder. "
+                f"Choose another path; attrib does not delete what it did not write."
+            )
+        return
     if overwrite:
         return
     try:
