@@ -2,8 +2,10 @@
 
 Each row says, for each weight that the call takes (its *role*):
 
-    tangent(call, U)            how y moves when the weight moves along U; the calls here are linear in each weight
-    rows(call, delta, split)    the gradient of each example, (B, *weight), from delta = dl/dy
+    pair(call, delta, U)        two tensors whose product, summed over an example, is <dl_i/dy, dy/dweight U>
+    rows(call, delta, split)    the gradient of each example, (B, *weight)
+
+with delta = dl/dy. The usual pair is delta and the tangent, how y moves when the weight moves along U.
 
 Calls that are not listed go through forward-mode derivatives (`sites.jvp`); their rows through `vmap`.
 Sources: per-example gradients of linear layers, Goodfellow 2015 (arXiv 1510.01799); convolutions, Rochette et al. 2019.
@@ -26,7 +28,7 @@ Split = Callable[[Tensor], Tensor]  # (..., B k, ...) -> (B, ..., k, ...)
 class Role:
     """What a call does with one of its weights; `small` where the rows are no larger than the output itself."""
 
-    tangent: Callable[[Bound, Tensor, torch.Size], Tensor]
+    pair: Callable[[Bound, Tensor, Tensor], tuple[Tensor, Tensor]]
     rows: Callable[[Bound, Tensor, Split], Tensor]
     small: bool = False
 
@@ -56,8 +58,14 @@ def _linear_rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
     return torch.bmm(_per_position(delta, split, out).transpose(1, 2), _per_position(b["input"], split, inner))
 
 
-def _last_bias(b: Bound, direction: Tensor, shape: torch.Size) -> Tensor:
-    return direction.expand(shape)
+def _linear_pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """delta^T U a, multiplied from the side that leaves the narrower tensors."""
+    out, inner = direction.shape
+    return (delta @ direction, b["input"]) if inner < out else (delta, F.linear(b["input"], direction))
+
+
+def _broadcast_pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    return delta, direction.expand(delta.shape)
 
 
 def _last_bias_rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
@@ -69,8 +77,12 @@ def _last_bias_rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
 # Convolution: y (B, C, ...); weight rows by one grouped convolution over the batch (vmap of the vjp)
 
 
-def _channel_bias(b: Bound, direction: Tensor, shape: torch.Size) -> Tensor:
-    return direction.reshape(-1, *(1,) * (len(shape) - 2)).expand(shape)
+def _per_channel(direction: Tensor, like: Tensor) -> Tensor:
+    return direction.reshape(-1, *(1,) * (like.dim() - 2)).expand(like.shape)
+
+
+def _channel_pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    return delta, _per_channel(direction, delta)
 
 
 def _channel_sum(t: Tensor) -> Tensor:
@@ -81,8 +93,8 @@ def _convolution(function: Callable[..., Tensor]) -> Function:
     def without_bias(b: Bound, **changed: Tensor) -> Tensor:
         return function(**{**b, "bias": None, **changed})
 
-    def tangent(b: Bound, direction: Tensor, shape: torch.Size) -> Tensor:
-        return without_bias(b, weight=direction)
+    def pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        return delta, without_bias(b, weight=direction)
 
     def rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
         def one(x: Tensor, d: Tensor) -> Tensor:
@@ -91,9 +103,9 @@ def _convolution(function: Callable[..., Tensor]) -> Function:
 
         return torch.vmap(one)(b["input"], delta)
 
-    bias = Role(_channel_bias, lambda b, d, split: _channel_sum(d), small=True)
+    bias = Role(_channel_pair, lambda b, d, split: _channel_sum(d), small=True)
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    return Function(names, {"weight": Role(tangent, rows), "bias": bias})
+    return Function(names, {"weight": Role(pair, rows), "bias": bias})
 
 
 # Normalisation: y = weight * normalised(x) + bias, with no share through the statistics' own weights
@@ -110,14 +122,14 @@ def _norm_last(function: Callable[..., Tensor], names: tuple[str, ...]) -> Funct
         product = split(delta * _normalised(function, b))
         return product.reshape(product.shape[0], -1, *b["weight"].shape).sum(1)
 
-    def tangent(b: Bound, direction: Tensor, shape: torch.Size) -> Tensor:
-        return _normalised(function, b) * direction
+    def pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        return delta, _normalised(function, b) * direction
 
     return Function(
         names,
         {
-            "weight": Role(tangent, rows, small=True),
-            "bias": Role(_last_bias, _last_bias_rows, small=True),
+            "weight": Role(pair, rows, small=True),
+            "bias": Role(_broadcast_pair, _last_bias_rows, small=True),
         },
     )
 
@@ -128,14 +140,14 @@ def _norm_channel(function: Callable[..., Tensor], names: tuple[str, ...]) -> Fu
     def rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
         return _channel_sum(delta * _normalised(function, b))
 
-    def tangent(b: Bound, direction: Tensor, shape: torch.Size) -> Tensor:
-        return _normalised(function, b) * _channel_bias(b, direction, shape)
+    def pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        return delta, _normalised(function, b) * _per_channel(direction, delta)
 
     return Function(
         names,
         {
-            "weight": Role(tangent, rows, small=True),
-            "bias": Role(_channel_bias, lambda b, d, split: _channel_sum(d), small=True),
+            "weight": Role(pair, rows, small=True),
+            "bias": Role(_channel_pair, lambda b, d, split: _channel_sum(d), small=True),
         },
     )
 
@@ -143,9 +155,9 @@ def _norm_channel(function: Callable[..., Tensor], names: tuple[str, ...]) -> Fu
 # Embedding: rows of the weight, the padding row excepted
 
 
-def _embedding_tangent(b: Bound, direction: Tensor, shape: torch.Size) -> Tensor:
+def _embedding_pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     y = F.embedding(b["input"], direction)
-    return y if b.get("padding_idx") is None else y * _unpadded(b)
+    return delta, y if b.get("padding_idx") is None else y * _unpadded(b)
 
 
 def _unpadded(b: Bound) -> Tensor:
@@ -177,13 +189,13 @@ def _sum_rows(product: Tensor, shape: torch.Size, split: Split) -> Tensor:
 
 def _elementwise(product: bool) -> Function:
     def role(mine: str, other: str) -> Role:
-        def tangent(b: Bound, direction: Tensor, shape: torch.Size) -> Tensor:
-            return (direction * b[other] if product else direction).expand(shape)
+        def pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+            return delta, (direction * b[other] if product else direction).expand(delta.shape)
 
         def rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
             return _sum_rows(delta * b[other] if product else delta, b[mine].shape, split)
 
-        return Role(tangent, rows, small=True)
+        return Role(pair, rows, small=True)
 
     return Function(("input", "other"), {"input": role("input", "other"), "other": role("other", "input")})
 
@@ -205,21 +217,21 @@ _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "traini
 
 _MATMUL = Function(
     ("input", "other"),
-    {"other": Role(lambda b, direction, shape: b["input"] @ direction, _matmul_rows)},
+    {"other": Role(lambda b, delta, direction: (delta, b["input"] @ direction), _matmul_rows)},
 )
 
 FUNCTIONS: dict[Callable[..., Any], Function] = {
     F.linear: Function(
         _LINEAR,
         {
-            "weight": Role(lambda b, direction, shape: F.linear(b["input"], direction), _linear_rows),
-            "bias": Role(_last_bias, _last_bias_rows, small=True),
+            "weight": Role(_linear_pair, _linear_rows),
+            "bias": Role(_broadcast_pair, _last_bias_rows, small=True),
         },
     ),
     F.conv1d: _convolution(F.conv1d),
     F.conv2d: _convolution(F.conv2d),
     F.conv3d: _convolution(F.conv3d),
-    F.embedding: Function(_EMBEDDING, {"weight": Role(_embedding_tangent, _embedding_rows)}),
+    F.embedding: Function(_EMBEDDING, {"weight": Role(_embedding_pair, _embedding_rows)}),
     F.layer_norm: _norm_last(F.layer_norm, _LAYER_NORM),
     F.rms_norm: _norm_last(F.rms_norm, _RMS_NORM),
     F.group_norm: _norm_channel(F.group_norm, _GROUP_NORM),

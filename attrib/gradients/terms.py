@@ -43,10 +43,10 @@ def contract_site(site: Site, reading: Batchwise, delta: Tensor, name: str, dire
             with torch.no_grad():
                 along = tangent(weight, name, direction)
                 if role is not None:
-                    moved = role.tangent(bound, along, site.shape)
+                    pair = role.pair(bound, delta, along)
                 else:
-                    moved = jvp(site.call, {i: (weight.tensor, along)})
-            out.append(_row_dots(reading.split(delta, size), reading.split(moved, size)))
+                    pair = delta, jvp(site.call, {i: (weight.tensor, along)})
+            out.append(_row_dots(*(reading.split(t, size) for t in pair)))
         total = total + torch.stack(out)
     assert isinstance(total, Tensor)
     return total
