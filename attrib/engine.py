@@ -10,7 +10,7 @@
 State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from .kernels.contraction import contract_rows
 from .layout import group_tensors
 from .marginals import choose
 from .optim import Parts, decay, pullback
-from .path import Path, Query, Secant
+from .path import Path, PathGradient, Query, Secant
 from .result import Result
 from .run import Block, Run, check_model
 from .sink import Sink, StepTerms
@@ -87,7 +87,7 @@ def attribute(
     ):
         integrate = (path or Secant()).bind(query)
         for block in run.blocks(start, stop):
-            carry = _sweep(run, block, integrate, source, carry, sink, bar)
+            carry = _sweep(run, block, integrate, query.steps_at_once(), source, carry, sink, bar)
     sink.close(_tensors(run, carry * block.momentum.to(device)))
     return Result(sink.dataset(_facts(run, measurement, path or Secant(), start, stop, dtype)))
 
@@ -98,7 +98,8 @@ Contract = Callable[[Block, int, Tensor, Tensor], Tensor]  # (block, n-th step, 
 def _sweep(
     run: Run,
     block: Block,
-    integrate: Callable[..., Any],
+    integrate: Callable[..., PathGradient],
+    at_once: int,
     contract: Contract,
     carry: Tensor,
     sink: Sink,
@@ -106,12 +107,11 @@ def _sweep(
 ) -> Tensor:
     """One block, backwards: returns the carry before its first step."""
     device = carry.device
-    for n in reversed(range(len(block.steps))):
+    for n, path in _paths(block, integrate, at_once, device):
         step = block.steps[n]
         theta0, theta1 = block.theta[n].to(device), block.theta[n + 1].to(device)
         gradient = block.gradient[n].to(device)
         parts, replayed = _to(block.updates[n], device)
-        path = integrate(theta0, theta1)
         bar_gradient = path.gradient.double()
         delta = theta1.double() - theta0.double()
         sensitivity, carry = pullback(parts, carry, bar_gradient)
@@ -131,6 +131,18 @@ def _sweep(
         )
         bar.update()
     return carry
+
+
+def _paths(
+    block: Block, integrate: Callable[..., PathGradient], at_once: int, device: torch.device
+) -> Iterator[tuple[int, PathGradient]]:
+    """Path gradients of a block's steps, last first, computed several steps at a time."""
+    for stop in range(len(block.steps), 0, -at_once):
+        start = max(0, stop - at_once)
+        theta = block.theta[start : stop + 1].to(device)
+        several = integrate(theta[:-1], theta[1:])
+        for n in reversed(range(start, stop)):
+            yield n, PathGradient(*(t[n - start] for t in several))
 
 
 def _to(update: tuple[Parts, Tensor], device: torch.device) -> tuple[Parts, Tensor]:

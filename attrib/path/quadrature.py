@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .query import PathGradient, Query
 
@@ -33,7 +32,7 @@ class Quadrature:
             assert isinstance(total, Tensor)
             return PathGradient(total, query.values(theta0), query.values(theta1))
 
-        return integrate
+        return query.over_steps(integrate)
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ def gradient_of(query: Query) -> Callable[[Tensor], Tensor]:
 
     def gradient(theta: Tensor) -> Tensor:
         named = query.named(theta)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not map over queries
-            found = by_rows(named) if query.batch else jacobian(named)
+        found = by_rows(named) if query.batch else jacobian(named)
         return torch.cat([found[name].reshape(query.count, -1) for name in query.layout.names], dim=1)
 
     return gradient

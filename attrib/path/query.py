@@ -5,16 +5,21 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MeasurementError
 from ..functional import Functional, cast
 from ..layout import Layout
 
 GRADIENT_BYTES = 256 << 20  # gradients (q, P) of the queries run side by side
+STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
 
 
 class PathGradient(NamedTuple):
-    """gradient (Q, P) with <gradient, theta1 - theta0> = end - start; the measurement at both ends, (Q,)."""
+    """gradient (Q, P) with <gradient, theta1 - theta0> = end - start; the measurement at both ends, (Q,).
+
+    For several steps at once each has a leading dimension of steps.
+    """
 
     gradient: Tensor
     start: Tensor
@@ -25,7 +30,7 @@ class Path(Protocol):
     """One way of writing a change of the measurement through the update."""
 
     def bind(self, query: "Query") -> Callable[[Tensor, Tensor], PathGradient]:
-        """Prepare for one query; the returned function takes theta0, theta1 (P,)."""
+        """Prepare for one query; the returned function takes theta0, theta1, (P,) each or (n, P) for n steps at once."""
 
 
 class Query:
@@ -43,7 +48,7 @@ class Query:
     """
 
     def __init__(self, model: nn.Module, measurement: Any, layout: Layout, dtype: torch.dtype, example: Tensor) -> None:
-        self.layout, self.dtype = layout, dtype
+        self.layout, self.dtype, self.example = layout, dtype, example
         rows, batch = getattr(measurement, "rows", None), getattr(measurement, "batch", ())
         self.batch: tuple[Tensor, ...] = ()
         if rows is not None and batch:
@@ -62,12 +67,29 @@ class Query:
         return self.layout.unflatten(theta.detach().to(self.dtype))
 
     def of_parameters(self, parameters: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        """Parameters by name and a batch of rows -> (Q,)."""
-        return self._function(parameters, *batch)
+        """Parameters by name and a batch of rows -> (Q,). Attention by plain mathematics: it can be traced and mapped."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._function(parameters, *batch)
 
     def at_once(self) -> int:
         """Queries whose gradients fit the budget."""
         return max(1, GRADIENT_BYTES // (self.dtype.itemsize * max(1, self.layout.size)))
+
+    def steps_at_once(self) -> int:
+        """Steps whose path gradients are computed side by side: it saves overhead, which matters for small models only."""
+        return max(1, STEPS_BYTES // (self.dtype.itemsize * max(1, self.layout.size * self.count)))
+
+    def over_steps(self, single: Callable[[Tensor, Tensor], PathGradient]) -> Callable[[Tensor, Tensor], PathGradient]:
+        """`single` takes theta0, theta1 (P,); the result takes (n, P) as well."""
+
+        def either(theta0: Tensor, theta1: Tensor) -> PathGradient:
+            if theta0.dim() == 1:
+                return single(theta0, theta1)
+            if len(theta0) == 1:
+                return PathGradient(*(t.unsqueeze(0) for t in single(theta0[0], theta1[0])))
+            return torch.vmap(single, chunk_size=self.steps_at_once())(theta0, theta1)
+
+        return either
 
     def _first_values(self, theta: Tensor) -> Tensor:
         values = self.values(theta)

@@ -33,22 +33,19 @@ class Secant:
         check_count("substeps", self.substeps)
 
     def bind(self, query: Query) -> Callable[[Tensor, Tensor], PathGradient]:
-        secant: Callable[..., PathGradient] | None = None
+        secant = _trace(query)
 
         def gradient(theta0: Tensor, theta1: Tensor) -> PathGradient:
-            nonlocal secant
-            if secant is None:
-                secant = _trace(query, theta0)
             points = [torch.lerp(theta0.to(query.dtype), theta1.to(query.dtype), k / self.substeps)
                       for k in range(self.substeps + 1)]  # fmt: skip
             pieces = [secant(a, b) for a, b in itertools.pairwise(points)]
             mean = sum(p.gradient for p in pieces[1:]) + pieces[0].gradient
             return PathGradient(mean / self.substeps, pieces[0].start, pieces[-1].end)
 
-        return gradient
+        return query.over_steps(gradient)
 
 
-def _trace(query: Query, theta: Tensor) -> Callable[[Tensor, Tensor], PathGradient]:
+def _trace(query: Query) -> Callable[[Tensor, Tensor], PathGradient]:
     names, layout = query.layout.names, query.layout
 
     def function(*inputs: Tensor) -> Tensor:
@@ -59,7 +56,7 @@ def _trace(query: Query, theta: Tensor) -> Callable[[Tensor, Tensor], PathGradie
     def tensors(vector: Tensor) -> list[Tensor]:
         return list(layout.unflatten(vector.detach().to(query.dtype)).values())
 
-    graph = Graph(function, tensors(theta), [b[0] for b in query.batch])
+    graph = Graph(function, tensors(query.example), [b[0] for b in query.batch])
 
     def one(moving0: list[Tensor], moving1: list[Tensor], *row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ends = graph.forward(moving0, moving1, row)
