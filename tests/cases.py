@@ -174,6 +174,17 @@ class Flattened(nn.Module):
         return self.linear(x.reshape(-1, 6)).relu().view(x.shape[0], -1)
 
 
+class Frames(nn.Module):
+    """The frames of an example stand in the batch dimension of a convolution and its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 4, 3), nn.GroupNorm(2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.flatten(0, 1))).relu().unflatten(0, x.shape[:2])
+
+
 class ClassToken(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -223,6 +234,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "attention, batch second": (TimeFirst, (3, 6)),
     "attention, batch first": (lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True), (3, 6)),
     "positions and batch in one dimension": (Flattened, (3, 6)),
+    "frames in the batch dimension": (Frames, (3, 2, 6)),
     "class token": (ClassToken, (3, 6)),
     "einsum": (Mixed, (3, 6)),
     "bilinear": (lambda: nn.Sequential(nn.Linear(6, 6), nn.GLU()), (6,)),

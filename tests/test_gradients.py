@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import attrib
 from attrib.gradients import FUNCTIONS, Shares
 from attrib.gradients.batchwise import Batchwise, candidates, find
+from attrib.gradients.terms import rows_are_cheaper
 from attrib.layout import Layout
 
 
@@ -52,6 +53,25 @@ def test_shares_of_every_layer_are_those_of_single_examples(name: str, size: int
     np.testing.assert_allclose(shares.rows(theta, (x,)), expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
     total = shares.total(theta, (x,))[1]
     np.testing.assert_allclose(total, expected.sum(0), rtol=1e-10, atol=1e-10 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_contraction_is_the_same_by_rows_and_by_pairs(name: str, rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layout, theta, x, expected = setting(name, 5)
+    monkeypatch.setattr("attrib.gradients.terms.rows_are_cheaper", lambda queries, positions: rows)
+    monkeypatch.setattr("attrib.gradients.terms.ROWS_BYTES", 8 * 40)  # slices of one or a few examples
+    directions = torch.randn(4, layout.size, dtype=torch.float64)
+    contracted = Shares(loss, model, layout, torch.float64).contract(theta, (x,), directions)[1]
+    products = directions.numpy()[:, None] * expected[None]
+    want = np.stack([products[..., part].sum(-1) for _, part in layout.slices()], -1)
+    np.testing.assert_allclose(contracted, want, rtol=1e-10, atol=1e-10 * np.abs(products).sum(-1).max())
+
+
+def test_rows_are_made_where_counting_says_so() -> None:
+    assert [rows_are_cheaper(q, 4) for q in (1, 2, 115)] == [False, True, True]
+    assert not any(rows_are_cheaper(q, 1) for q in (1, 2, 115))
+    assert not any(rows_are_cheaper(1, n) for n in (1, 64, 4096))
 
 
 def test_a_plan_made_on_one_batch_size_serves_the_others() -> None:

@@ -26,11 +26,16 @@ Split = Callable[[Tensor], Tensor]  # (..., B k, ...) -> (B, ..., k, ...)
 
 @dataclass(frozen=True)
 class Role:
-    """What a call does with one of its weights; `small` where the rows are no larger than the output itself."""
+    """What a call does with one of its weights.
+
+    small: the rows are no larger than the output itself. outputs: the dimension of the weight that counts its outputs,
+    where the call multiplies every position by the whole weight.
+    """
 
     pair: Callable[[Bound, Tensor, Tensor], tuple[Tensor, Tensor]]
     rows: Callable[[Bound, Tensor, Split], Tensor]
     small: bool = False
+    outputs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,9 @@ def _channel_pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, T
     return delta, _per_channel(direction, delta)
 
 
-def _channel_sum(t: Tensor) -> Tensor:
-    return t.reshape(*t.shape[:2], -1).sum(2)
+def _channel_sum(rows: Tensor) -> Tensor:
+    """(B, k, C, ...) -> (B, C)."""
+    return rows.reshape(*rows.shape[:3], -1).sum((1, 3))
 
 
 def _convolution(function: Callable[..., Tensor]) -> Function:
@@ -98,14 +104,14 @@ def _convolution(function: Callable[..., Tensor]) -> Function:
 
     def rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
         def one(x: Tensor, d: Tensor) -> Tensor:
-            _, pull = torch.func.vjp(lambda w: without_bias(b, input=x[None], weight=w), b["weight"])
-            return pull(d[None])[0]
+            _, pull = torch.func.vjp(lambda w: without_bias(b, input=x, weight=w), b["weight"])
+            return pull(d)[0]
 
-        return torch.vmap(one)(b["input"], delta)
+        return torch.vmap(one)(split(b["input"]), split(delta))
 
-    bias = Role(_channel_pair, lambda b, d, split: _channel_sum(d), small=True)
+    bias = Role(_channel_pair, lambda b, d, split: _channel_sum(split(d)), small=True)
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    return Function(names, {"weight": Role(pair, rows), "bias": bias})
+    return Function(names, {"weight": Role(pair, rows, outputs=0), "bias": bias})
 
 
 # Normalisation: y = weight * normalised(x) + bias, with no share through the statistics' own weights
@@ -138,7 +144,7 @@ def _norm_channel(function: Callable[..., Tensor], names: tuple[str, ...]) -> Fu
     """Weights over dimension 1: group_norm, batch_norm with fixed statistics."""
 
     def rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
-        return _channel_sum(delta * _normalised(function, b))
+        return _channel_sum(split(delta * _normalised(function, b)))
 
     def pair(b: Bound, delta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
         return delta, _normalised(function, b) * _per_channel(direction, delta)
@@ -147,7 +153,7 @@ def _norm_channel(function: Callable[..., Tensor], names: tuple[str, ...]) -> Fu
         names,
         {
             "weight": Role(pair, rows, small=True),
-            "bias": Role(_channel_pair, lambda b, d, split: _channel_sum(d), small=True),
+            "bias": Role(_channel_pair, lambda b, d, split: _channel_sum(split(d)), small=True),
         },
     )
 
@@ -217,14 +223,14 @@ _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "traini
 
 _MATMUL = Function(
     ("input", "other"),
-    {"other": Role(lambda b, delta, direction: (delta, b["input"] @ direction), _matmul_rows)},
+    {"other": Role(lambda b, delta, direction: (delta, b["input"] @ direction), _matmul_rows, outputs=1)},
 )
 
 FUNCTIONS: dict[Callable[..., Any], Function] = {
     F.linear: Function(
         _LINEAR,
         {
-            "weight": Role(_linear_pair, _linear_rows),
+            "weight": Role(_linear_pair, _linear_rows, outputs=0),
             "bias": Role(_broadcast_pair, _last_bias_rows, small=True),
         },
     ),

@@ -12,6 +12,8 @@ from .batchwise import Batchwise
 from .functions import FUNCTIONS, Bound, Role
 from .sites import Site, Weight, jvp, tangent
 
+ROWS_BYTES = 4 << 20  # gradient rows held at once, to stay in the cache
+
 
 def names_of(site: Site) -> frozenset[str]:
     return frozenset().union(*(w.names for w in site.call.weights.values()))
@@ -34,9 +36,8 @@ def contract_site(site: Site, reading: Batchwise, delta: Tensor, name: str, dire
     """(Q, *parameter) -> (Q, B) float64: <dl_i/dy, dy/dparameter U_q> at one site."""
     total: Tensor | float = 0.0
     for i, weight, bound, role in _roles(site, name):
-        if role is not None and role.small and weight.maker is None:
-            rows = role.rows(bound, delta, lambda t: reading.split(t, size)).detach()
-            total = total + directions.flatten(1).double() @ rows.flatten(1).double().T
+        if role is not None and weight.maker is None and _by_rows(role, weight, delta, len(directions), size):
+            total = total + _contract_rows(role, bound, reading, delta, directions, size)
             continue
         out = []
         for direction in directions:
@@ -50,6 +51,35 @@ def contract_site(site: Site, reading: Batchwise, delta: Tensor, name: str, dire
         total = total + torch.stack(out)
     assert isinstance(total, Tensor)
     return total
+
+
+def rows_are_cheaper(queries: int, positions: int) -> bool:
+    """Multiplications per example and weight entry: a product for every query and position, or rows made once
+    (one for every position) and then contracted (one for every query)."""
+    return queries * positions > queries + positions
+
+
+def _by_rows(role: Role, weight: Weight, delta: Tensor, queries: int, size: int) -> bool:
+    if role.outputs is None:
+        return role.small
+    return rows_are_cheaper(queries, delta.numel() // (size * weight.tensor.shape[role.outputs]))
+
+
+def _contract_rows(
+    role: Role, bound: Bound, reading: Batchwise, delta: Tensor, directions: Tensor, size: int
+) -> Tensor:
+    """(Q, *parameter) -> (Q, B) float64, through gradient rows of as many examples at once as fit the budget."""
+    flat = directions.flatten(1)
+    at_once = size if role.small else max(1, ROWS_BYTES // (flat.element_size() * max(1, flat.shape[1])))
+    out = []
+    for lo in range(0, size, at_once):
+
+        def part(t: Tensor, few: slice = slice(lo, lo + at_once)) -> Tensor:
+            return reading.split(t, size)[few]
+
+        rows = role.rows(bound, delta, part).detach().flatten(1)
+        out.append(flat.double() @ rows.double().T if role.small else (flat @ rows.T).double())
+    return torch.cat(out, 1)
 
 
 def _row_dots(first: Tensor, second: Tensor) -> Tensor:
