@@ -181,7 +181,8 @@ def _shares_source(
         shares = Shares(loss, model, run.layout, dtype)
 
     def replayed(block: Block, n: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
-        batch = tuple(b.to(device) for b in run.inputs(block.rows[n]))
+        batch = tuple(b.to(device) for b in run.inputs(int(block.kind[n]), block.rows[n]))
+        shares.active = block.active[n]
         with training_modes(model, run.header["training"]), random_state(block.random[n]):
             _, contracted = shares.contract(theta.to(dtype), batch, sensitivity)
         return contracted * float(block.scale[n])

@@ -7,7 +7,7 @@ What is refused is refused before the optimizer moves.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .checks import (
     Guard,
+    RandomWatch,
     Reduction,
     batch_identity,
     check_batch,
@@ -24,9 +25,10 @@ from .checks import (
     check_options,
     names_of,
     same_state,
+    share_bound,
     step_identity,
 )
-from .errors import AttribError, ChangedOutsideError, StepIdentityError
+from .errors import AttribError, BatchIdentityError, ChangedOutsideError, StepIdentityError
 from .functional import random_state
 from .gradients import Shares
 from .layout import Layout
@@ -105,13 +107,12 @@ class Recorder(torch.optim.Optimizer):
         self._guard = Guard(model, self._layout)
         self._check_every, self._stochastic = check_every, False
         self._replay: Replay | None = None
-        self._random: Tensor | None = None
-        self._busy, self._open = False, True
+        self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
         check_target(store, overwrite)
         self._writer = Writer(store, self._header(), constants, overwrite, block)
         self._scale = Reduction(self._parameters)
-        self._hook = model.register_forward_pre_hook(self._note_random)
+        self._random = RandomWatch(model)
         log.info(
             "recording %s: batch identity on the first %d steps, then every %d",
             capture,
@@ -161,6 +162,9 @@ class Recorder(torch.optim.Optimizer):
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: Any) -> "Recorder":
+        raise AttribError("a recorder cannot be copied: it writes one run. Copy the model or the optimizer instead.")
+
     def __repr__(self) -> str:
         return f"Recorder({type(self.optimizer).__name__}, capture={self.capture!r}, steps={self._writer.steps})"
 
@@ -188,20 +192,22 @@ class Recorder(torch.optim.Optimizer):
             self._writer.update_header(training=self._guard.training())
         gradient = check_gradient(self._layout, self._parameters, number)
         facts: dict[str, float] = {}
-        self._busy = True
+        self._random.busy = True
         try:
-            scale = self._check_shares(theta, gradient, batch, len(ids), number, facts)
+            scale = self._check_shares(theta, gradient, batch, number, facts)
         except BaseException:
             self._writer.drop_shares()
             raise
         finally:
-            self._busy = False
+            self._random.busy = False
         state = self._state_at_block()
         hyper = read_hyper(self._rule, self.optimizer)
         self.optimizer.step()
         after = self._layout.flatten(self._parameters)
         facts["step_identity"] = self._replayed(hyper, gradient, theta, after, number)
-        random = self._random.numpy() if self._stochastic and self._random is not None else None
+        random = self._random.before.numpy() if self._stochastic and self._random.before is not None else None
+        self._guard.stepped(after)
+        self._scale.clear()
         self._writer.append(
             StepRecord(
                 *(_array(theta), _array(gradient), hyper, ids, rows, scale),
@@ -211,53 +217,66 @@ class Recorder(torch.optim.Optimizer):
             ),
             _array(after),
         )
-        self._guard.stepped(after)
-        self._scale.clear()
 
     def close(self) -> None:
         """Write what is left and mark the run complete. Closing twice is harmless."""
         if self._open:
             self._open = False
-            self._hook.remove()
+            self._random.remove()
             self._scale.remove()
             self._writer.close()
 
     # first identity: shares sum to p.grad
 
     def _check_shares(
-        self,
-        theta: Tensor,
-        gradient: Tensor,
-        batch: tuple[Tensor, ...],
-        size: int,
-        number: int,
-        facts: dict[str, float],
+        self, theta: Tensor, gradient: Tensor, batch: tuple[Tensor, ...], number: int, facts: dict[str, float]
     ) -> float:
         """Return the scale of the shares; with capture="gradients", hand them to the writer."""
-        clip = self._scale.clipping()
+        size, clip = len(batch[0]), self._scale.clipping()
+        if number:
+            self._check_random(number, self._random.drew)
         due = number < CHECK_FIRST or number % self._check_every == 0
         if self.capture == "replay" and not due and self._scale.settled(size):
             return self._scale.expected(size, clip)
         self._guard.constants(number)
-        if self._random is None:  # the loss does not go through model(...): then it must not be random
-            self._random = torch.get_rng_state()
-        with random_state(self._random):
+        self._shares.active = frozenset(
+            n for n, p in zip(self._layout.names, self._parameters, strict=True) if p.grad is not None
+        )
+        before = self._random.before if self._random.before is not None else torch.get_rng_state()
+        with random_state(before):
             losses, total = self._shares.total(theta, batch)
-            self._note_stochastic(number)
+            self._check_random(number, not torch.equal(torch.get_rng_state(), before))
+        if number == 0:  # so that what cannot be split is refused now, not when attributing
+            with random_state(before):
+                self._shares.contract(theta, batch, gradient[None])
         facts["loss"] = float(losses.double().mean())
-        scale = self._scale.fit(gradient, total, size, clip)
+        within = share_bound(gradient, lambda: clip * self._gross(theta, batch, before))
+        scale = self._scale.fit(gradient, total, size, clip, within)
         if self.capture == "gradients":
             total = torch.zeros_like(total)
-            for rows in self._share_rows(theta, batch, size):
+            for rows in self._share_rows(theta, batch, before):
                 total += rows.sum(0)
                 self._writer.put_shares(_array(rows * scale))
-        facts["batch_identity"] = batch_identity(self._layout, gradient, scale * total, number)
+        try:
+            facts["batch_identity"] = batch_identity(self._layout, gradient, scale * total, number, within)
+        except BatchIdentityError as error:
+            if not self._stochastic:
+                raise
+            hint = "The loss draws random numbers: make one forward pass per step, through model(...)."
+            raise BatchIdentityError(f"{error} {hint}") from None
         return scale
 
-    def _share_rows(self, theta: Tensor, batch: tuple[Tensor, ...], size: int) -> Any:
+    def _gross(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> float:
+        """sum_i |g_i|, unscaled by the reduction: no larger than what the optimizer's gradient may have cancelled from."""
+        norms = [float(rows.double().norm(dim=1).sum()) for rows in self._share_rows(theta, batch, before)]
+        return sum(norms) / (len(batch[0]) if self._scale.kind != "sum" else 1)
+
+    def _share_rows(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> Iterator[Tensor]:
+        """The gradients of the examples in slices (b, P); of a random loss all at once: a slice draws other numbers."""
+        size = len(batch[0])
         at_once = size if self._stochastic else self._shares.rows_at_once()
         for lo in range(0, size, at_once):
-            with random_state(self._random):
+            with random_state(before):
                 yield self._shares.rows(theta, tuple(b[lo : lo + at_once] for b in batch))
 
     # second identity: the replayed update is the real one
@@ -283,17 +302,17 @@ class Recorder(torch.optim.Optimizer):
 
     # randomness of the loss (dropout)
 
-    def _note_random(self, module: nn.Module, args: Any) -> None:
-        if not self._busy and torch.is_grad_enabled():
-            self._random = torch.get_rng_state()
-
-    def _note_stochastic(self, number: int) -> None:
-        """Whether the forward pass drew random numbers; called with the generator still where that pass left it."""
-        if number:
-            return
-        self._stochastic = not torch.equal(torch.get_rng_state(), self._random)
-        if self._stochastic:
-            log.info("the loss draws random numbers: the generator's state is recorded with every step")
+    def _check_random(self, number: int, drew: bool) -> None:
+        """Whether the generator's state is stored is settled at the first step, and must not change."""
+        if number == 0:
+            self._stochastic = drew
+            if drew:
+                log.info("the loss draws random numbers: the generator's state is recorded with every step")
+        elif drew and not self._stochastic:
+            raise ChangedOutsideError(
+                f"the loss draws random numbers now: expected none, as at the first step, at step {number}. Keep dropout "
+                f"rates and modes as they were, or record a new run. The step was refused."
+            )
 
     def _header(self) -> dict[str, Any]:
         return {

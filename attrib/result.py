@@ -193,10 +193,10 @@ class Result:
         Raises:
             StoreExistsError: something is there and overwrite is False, or it is no Zarr store.
         """
-        path = Path(store) if isinstance(store, str | Path) else None
-        if path is not None and path.exists() and not (overwrite and (path / "zarr.json").exists()):
+        there = _what_stands(store)
+        if there is not None and not (overwrite and there == "result"):
             raise StoreExistsError(
-                f"a store exists already: got {store}, expected an empty place. Choose another path, or pass "
+                f"something is there already, {there}: got {store}, expected an empty place. Choose another path, or pass "
                 f"overwrite=True to replace a result that is there."
             )
         labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS}
@@ -210,6 +210,23 @@ class Result:
             f"<attrib.Result: {sizes['query']} queries over {sizes['step']} steps, {sizes['example']} examples, "
             f"{sizes['group']} groups; kept: {kept}>\n{self.ledger()}"
         )
+
+
+def _what_stands(store: Any) -> str | None:
+    """ "result", something else, or None where nothing stands."""
+    if isinstance(store, str | Path):
+        path = Path(store)
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return None
+        if not (path / "zarr.json").exists():
+            return "no Zarr store"
+    try:
+        with xr.open_zarr(store, chunks=None, consolidated=False) as dataset:
+            return "result" if "attrib_labels" in dataset.attrs else "another store"
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return "another store"
 
 
 def open_result(store: Any) -> Result:

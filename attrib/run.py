@@ -22,8 +22,9 @@ class Block:
 
     theta (n + 1, P), gradient (n, P) as recorded; updates: of each step its frozen coefficients and the replayed update;
     momentum (P,): the accumulator before the first step; state, state_after: all accumulators as stored for the block
-    and as replayed after its last step; index, rows: of each step (B,), the examples and where their
-    inputs stand; scale (n,); random: of each step the generator's state, or None.
+    and as replayed after its last step; index, rows: of each step (B,), the examples and where in the table `kind` (n,)
+    their inputs stand; scale (n,); random: of each step the generator's state, or None; active: the parameters that had
+    a gradient.
     """
 
     start: int
@@ -35,8 +36,10 @@ class Block:
     state_after: dict[str, Tensor]
     index: list[np.ndarray]
     rows: list[np.ndarray]
+    kind: np.ndarray
     scale: np.ndarray
     random: list[Tensor | None]
+    active: list[frozenset[str]]
 
     @property
     def steps(self) -> range:
@@ -95,11 +98,11 @@ class Run:
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """The inputs of a step, as they were given to `recorder.step` after the index."""
         rows = self.reader.read("row", self._step(step))
-        return self.inputs(rows[rows >= 0])
+        return self.inputs(int(self.reader.read("kind", self._step(step))), rows[rows >= 0])
 
-    def inputs(self, rows: np.ndarray) -> tuple[Tensor, ...]:
-        """The inputs that stand in the given rows (B,) of the store, one tensor per argument of the batch."""
-        return tuple(_tensor(a) for a in self.reader.batch(rows))
+    def inputs(self, kind: int, rows: np.ndarray) -> tuple[Tensor, ...]:
+        """The inputs that stand in the given rows (B,) of a table of the store, one tensor per argument of the batch."""
+        return tuple(_tensor(a) for a in self.reader.batch(kind, rows))
 
     def scale(self, step: int) -> float:
         """The common factor between an example's gradient and its share."""
@@ -176,22 +179,24 @@ class Run:
         skip = start - first
         steps = slice(start, stop)
         index, rows = ([r[r >= 0] for r in self.reader.read(name, steps)] for name in ("index", "row"))
-        scale = self.reader.read("scale", steps)
+        kind, scale = self.reader.read("kind", steps), self.reader.read("scale", steps)
         random: list[Tensor | None] = [None] * len(scale)
         if "random" in self.reader:
             random = [_tensor(state) for state in self.reader.read("random", steps)]
         return Block(
-            start,
-            theta[skip:],
-            gradient[skip:],
-            updates[skip:],
-            momentum,
-            state,
-            replay.state,
-            index,
-            rows,
-            scale,
-            random,
+            start=start,
+            theta=theta[skip:],
+            gradient=gradient[skip:],
+            updates=updates[skip:],
+            momentum=momentum,
+            state=state,
+            state_after=replay.state,
+            index=index,
+            rows=rows,
+            kind=kind,
+            scale=scale,
+            random=random,
+            active=[frozenset(n for n, on in zip(self.groups, row[:, -1], strict=True) if on) for row in hyper[skip:]],
         )
 
     def _step(self, step: int) -> int:

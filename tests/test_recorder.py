@@ -101,6 +101,107 @@ def test_random_loss_that_bypasses_the_model_call_is_refused(tmp_path: Path) -> 
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_ids_beyond_int64_are_refused(bench: Bench) -> None:
+    bench.backward()
+    index = np.array([5, 6, 7, 8, 2**63 + 1], dtype=np.uint64)
+    bench.refused(errors.BatchError, r"too large.*slot 4", index, bench.x, bench.y)
+
+
+def test_sparse_gradient_is_named(tmp_path: Path) -> None:
+    model = nn.Embedding(5, 2, sparse=True).double()
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
+    x, y = torch.arange(4), torch.zeros(4, dtype=torch.long)
+    LOSS(model, x, y).mean().backward()
+    with pytest.raises(errors.BatchIdentityError, match=r"sparse.*'weight'"):
+        recorder.step(x, x, y)
+
+
+def test_coupled_examples_are_refused_at_the_first_step_of_a_replay_run(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, loss=lambda m, x, y: LOSS(lambda z: m(z) - m(z).mean(0), x, y))
+    bench.backward()
+    bench.refused(errors.CoupledExamplesError, "its own example")
+
+
+def test_frozen_layers_in_the_optimizer_and_gradual_unfreezing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, check_every=1)
+    bench.model[0].requires_grad_(False)
+    for step in range(6):
+        bench.model[0].requires_grad_(step >= 3)
+        bench.good_step()
+    bench.recorder.close()
+    run = attrib.open_run(bench.store)
+    measurement = attrib.measure.log_prob(bench.x[:2], bench.y[:2])
+    result = attrib.attribute(run, bench.model, measurement, loss=LOSS, progress=False)
+    result.check(1e-10)
+    early = result.by("step", "group").sel(group="0.weight")
+    assert not early.isel(step=slice(0, 3)).any()
+    assert early.isel(step=slice(3, None)).any()
+
+
+def test_a_run_may_converge(tmp_path: Path) -> None:
+    """At the optimum of a full batch the gradient cancels to rounding; its shares do not."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1)
+    x = torch.randn(40, 5)
+    y = x @ torch.randn(5, 1) + torch.randn(40, 1)
+
+    def squares(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (m(x) - y).square().sum(1)
+
+    with attrib.record(
+        torch.optim.SGD(model.parameters(), lr=0.2), model, squares, tmp_path / "run", check_every=20
+    ) as r:
+        for _ in range(201):
+            r.zero_grad()
+            squares(model, x, y).mean().backward()
+            r.step(torch.arange(40), x, y)
+    assert float(model.weight.grad.norm()) < 1e-6
+    run = attrib.open_run(tmp_path / "run")
+    # updates below the spacing of float32 do not move the parameters: a hundred such steps are rounding that adds up
+    attrib.attribute(run, model, attrib.measure.loss(x[:2], y[:2], squares), loss=squares, progress=False).check(1e-4)
+
+
+def test_models_may_be_copied_while_they_are_recorded(bench: Bench) -> None:
+    import copy
+
+    copied = copy.deepcopy(bench.model)
+    averaged = torch.optim.swa_utils.AveragedModel(bench.model)
+    bench.good_step()
+    averaged.update_parameters(bench.model)
+    copied(bench.x).sum().backward()
+    with pytest.raises(errors.AttribError, match="cannot be copied"):
+        copy.deepcopy(bench.recorder)
+    bench.good_step()
+    bench.recorder.close()
+    assert attrib.open_run(bench.store).steps == 3
+
+
+def test_dropout_that_begins_later_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.0), nn.Linear(4, 2)).double()
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "other")
+    x, y = torch.randn(5, 3).double(), torch.randint(0, 2, (5,))
+    for step in range(2):
+        model[1].p = 0.5 * step
+        recorder.zero_grad()
+        LOSS(model, x, y).mean().backward()
+        if step:
+            with pytest.raises(errors.ChangedOutsideError, match="draws random numbers now"):
+                recorder.step(torch.arange(5), x, y)
+        else:
+            recorder.step(torch.arange(5), x, y)
+
+
+def test_two_random_passes_in_a_step_are_told_apart_from_a_penalty(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)).double()
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
+    x, y = torch.randn(6, 3).double(), torch.randint(0, 2, (6,))
+    for half in (slice(0, 3), slice(3, 6)):
+        (LOSS(model, x[half], y[half]).sum() / 6).backward()
+    with pytest.raises(errors.BatchIdentityError, match="one forward pass per step"):
+        recorder.step(torch.arange(6), x, y)
+
+
 def test_index_may_be_a_list_or_an_array(bench: Bench) -> None:
     for index in ([4, 3, 2, 1, 0], np.arange(5, dtype=np.int32)):
         bench.backward()

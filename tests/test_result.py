@@ -1,6 +1,7 @@
 """The result: labelled, saved and opened, checked."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 import xarray as xr
 from cases import MODELS, OPTIMIZERS
 from training import train
-from zarr.storage import MemoryStore
+from zarr.storage import LocalStore, MemoryStore
 
 import attrib
 from attrib import errors
@@ -75,9 +76,22 @@ def test_saved_result_is_the_same_result(result: attrib.Result, tmp_path: Path) 
     with pytest.raises(errors.StoreExistsError, match="overwrite=True"):
         result.save(tmp_path / "result.zarr")
     result.save(tmp_path / "result.zarr", overwrite=True)
+
+
+@pytest.mark.parametrize("wrap", [str, LocalStore])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_saving_never_deletes_what_is_no_result(
+    wrap: Any, overwrite: bool, result: attrib.Result, tmp_path: Path
+) -> None:
+    train(tmp_path / "run", OPTIMIZERS["sgd"])
     (tmp_path / "notes").mkdir()
-    with pytest.raises(errors.StoreExistsError):
-        result.save(tmp_path / "notes", overwrite=True)
+    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
+    for place in ("run", "notes"):
+        if place == "run" or wrap is str:
+            with pytest.raises(errors.StoreExistsError, match="something is there"):
+                result.save(wrap(str(tmp_path / place)), overwrite=overwrite)
+    assert attrib.open_run(tmp_path / "run").steps == 6
+    assert (tmp_path / "notes" / "thesis.tex").read_text() == "years of work"
 
 
 def test_opening_what_is_no_result_says_so(tmp_path: Path) -> None:

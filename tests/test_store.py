@@ -59,7 +59,7 @@ def test_inputs_are_stored_once_and_again_only_where_they_vary(tmp_path: Path) -
             loss(model, changed, y).mean().backward()
             recorder.step(torch.arange(4), changed, y)
     run = attrib.open_run(tmp_path / "run")
-    assert len(run.reader.read("examples/0")) == 5
+    assert len(run.reader.read("examples/0/0")) == 5
     assert torch.equal(run.batch(2)[0], x)
     assert torch.equal(run.batch(3)[0][2], x[2] + 1.0)
 
@@ -213,3 +213,83 @@ def test_what_attrib_did_not_write_is_never_deleted(overwrite: bool, tmp_path: P
         with pytest.raises(attrib.errors.StoreExistsError, match="does not delete"):
             train(place, OPTIMIZERS["sgd"], overwrite=overwrite)
     assert precious.read_text() == "years of work"
+
+
+class BagOfWords(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(11, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table(x).sum(1)
+
+
+@pytest.mark.parametrize("capture", ["replay", "gradients"])
+def test_batches_may_grow_and_inputs_may_change_their_length(capture: str, tmp_path: Path) -> None:
+    """Warm-up of the batch size, padding to the longest of each batch, labels of another type."""
+    torch.manual_seed(0)
+    model = BagOfWords().double()
+    loss = MODELS["mlp"].loss
+    batches = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attrib.record(optimizer, model, loss, tmp_path / "run", capture, block=2) as recorder:
+        for size, length in ((3, 4), (3, 4), (5, 6), (5, 4), (2, 1), (9, 6), (4, 4)):
+            index = torch.randperm(20)[:size]
+            x, y = torch.randint(0, 11, (size, length)), torch.randint(0, 3, (size,))
+            recorder.zero_grad()
+            loss(model, x, y).mean().backward()
+            recorder.step(index, x, y)
+            batches.append((index, x, y))
+    run = attrib.open_run(tmp_path / "run")
+    for step, (index, x, y) in enumerate(batches):
+        np.testing.assert_array_equal(run.index(step), index)
+        for got, expected in zip(run.batch(step), (x, y), strict=True):
+            assert torch.equal(got, expected)
+    x, y = batches[0][1:]
+    attrib.attribute(run, model, attrib.measure.log_prob(x, y), loss=loss, progress=False).check(1e-10)
+    assert attrib.verify(run, progress=False).failure is None
+
+
+def test_kill_between_commits_costs_no_committed_input(tmp_path: Path) -> None:
+    """Rows of inputs that were being written, their array already longer, are not asked for."""
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    group = zarr.open_group(tmp_path / "run", mode="r+")
+    for name in ("examples/0/0", "examples/0/1", "index", "theta"):
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        array.resize((array.shape[0] + 100, *array.shape[1:]))
+    again = attrib.open_run(tmp_path / "run")
+    assert torch.equal(again.batch(0)[0], trained.batches[0][1])
+    result = attrib.attribute(again, trained.model, trained.measurement(), loss=trained.case.loss, progress=False)
+    result.check(1e-10)
+
+
+def test_full_disk_ends_recording_and_close_can_still_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attrib.store.examples import ExampleTable
+
+    model = torch.nn.Linear(3, 2).double()
+    loss = MODELS["mlp"].loss
+    x, y = torch.randn(4, 3).double(), torch.randint(0, 2, (4,))
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, loss, tmp_path / "run", block=2)
+
+    def step() -> None:
+        recorder.zero_grad()
+        loss(model, x, y).mean().backward()
+        recorder.step(torch.arange(4), x, y)
+
+    def full(self: ExampleTable) -> int:
+        raise OSError(28, "No space left on device")
+
+    for _ in range(3):
+        step()
+    with monkeypatch.context() as patch:
+        patch.setattr(ExampleTable, "commit", full)
+        with pytest.raises(StoreError, match=r"No space left.*step 3"):
+            step()
+    with pytest.raises(StoreError, match="Recording has ended"):
+        step()
+    assert attrib.open_run(tmp_path / "run").steps == 1
+    recorder.close()
+    run = attrib.open_run(tmp_path / "run")
+    assert run.steps == 4
+    assert attrib.verify(run, progress=False).failure is None

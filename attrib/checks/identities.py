@@ -1,5 +1,7 @@
 """The first two identities, as numbers and as errors: shares sum to p.grad; the replayed update is the real one."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,24 +15,40 @@ def _root(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.5)
 
 
-def batch_identity(layout: Layout, gradient: Tensor, shares: Tensor, step: int) -> float:
+def share_bound(gradient: Tensor, gross: Callable[[], float]) -> Callable[[float], bool]:
+    """Whether a gap between p.grad and the sum of shares is no more than rounding.
+
+    At an optimum p.grad cancels to rounding itself; what the rounding is of is the gross size, sum_i |g_i|, which is
+    asked for only where the cheap bound does not settle it.
+    """
+    norm, eps = float(gradient.double().norm()), float(torch.finfo(gradient.dtype).eps)
+
+    def within(gap: float) -> bool:
+        return gap <= eps**0.5 * norm or gap <= 16 * eps * gross()
+
+    return within
+
+
+def batch_identity(
+    layout: Layout, gradient: Tensor, shares: Tensor, step: int, within: Callable[[float], bool] | None = None
+) -> float:
     """Largest |sum of shares - p.grad| of a parameter tensor over |p.grad| of all; vectors (P,).
 
     Raises:
-        BatchIdentityError: above sqrt(eps), naming the parameter.
+        BatchIdentityError: naming the parameter, where a gap is not `within` rounding (sqrt(eps) of |p.grad| by default).
     """
+    within = within or share_bound(gradient, lambda: 0.0)
     norm = float(gradient.double().norm()) or 1.0
-    gaps = {name: float((gradient[part] - shares[part]).double().norm()) / norm for name, part in layout.slices()}
+    gaps = {name: float((gradient[part] - shares[part]).double().norm()) for name, part in layout.slices()}
     worst = max(gaps, key=gaps.__getitem__)
-    tolerance = _root(gradient.dtype)
-    if not gaps[worst] <= tolerance:
+    if not within(gaps[worst]):
         raise BatchIdentityError(
-            f"the shares of the examples do not sum to p.grad: got a gap of {gaps[worst]:.3g} of |p.grad|, expected at "
-            f"most {tolerance:.1g}, at parameter {worst!r}, step {step}. Look for a penalty in the loss that is no "
-            f"example's, a gradient left from before zero_grad(), a gradient changed other than by a common factor, or "
-            f"a batch other than the one backpropagated. The step was refused."
+            f"the shares of the examples do not sum to p.grad: got a gap of {gaps[worst] / norm:.3g} of |p.grad|, expected "
+            f"at most {_root(gradient.dtype):.1g}, at parameter {worst!r}, step {step}. Look for a penalty in the loss that "
+            f"is no example's, a gradient left from before zero_grad(), a gradient changed other than by a common factor, "
+            f"or a batch other than the one backpropagated. The step was refused."
         )
-    return gaps[worst]
+    return gaps[worst] / norm
 
 
 def step_identity(layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int) -> float:

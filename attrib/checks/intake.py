@@ -49,6 +49,8 @@ def check_batch(index: Any, batch: tuple[Any, ...]) -> tuple[np.ndarray, list[np
         raise BatchError(f"index is not a list of ids: got shape {ids.shape}, expected (B,) with B of at least 1.")
     if not np.issubdtype(ids.dtype, np.integer):
         raise BatchError(f"index is not integer: got {ids.dtype}, expected int64 ids of the training examples.")
+    if ids.dtype == np.uint64 and (ids > np.iinfo(np.int64).max).any():
+        raise BatchError(f"an id is too large: got {ids.max()}, expected at most 2**63 - 1, at slot {ids.argmax()}.")
     if (ids < 0).any():
         raise BatchError(f"an id is negative: got {ids.min()}, expected ids of 0 or more, at slot {ids.argmin()}.")
     if not batch:
@@ -85,6 +87,12 @@ def check_gradient(layout: Layout, parameters: Sequence[Tensor], step: int) -> T
         raise BatchIdentityError(
             "no parameter has a gradient: got p.grad None everywhere, expected loss(...).backward() before step."
         )
+    for name, p in zip(layout.names, parameters, strict=True):
+        if p.grad is not None and p.grad.is_sparse:
+            raise BatchIdentityError(
+                f"a gradient is sparse, expected a dense one, at parameter {name!r}, step {step}. Build the embedding with "
+                f"sparse=False. The step was refused."
+            )
     gradient = layout.flatten(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)
     if not torch.isfinite(gradient).all():
         bad = next(n for n, part in layout.slices() if not torch.isfinite(gradient[part]).all())

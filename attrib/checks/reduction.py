@@ -7,7 +7,7 @@ one factor after backward, is read off the norms before and after.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Reduction:
         self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in parameters if p.requires_grad]
 
     def _note(self, p: Tensor) -> None:
-        if p.grad is not None:
+        if p.grad is not None and not p.grad.is_sparse:
             self._raw[id(p)] = torch.linalg.vector_norm(p.grad)
 
     def clear(self) -> None:
@@ -72,20 +72,17 @@ class Reduction:
         """The scale where the shares are not computed."""
         return clip / size if self.kind == "mean" else clip
 
-    def fit(self, gradient: Tensor, total: Tensor, size: int, clip: float) -> float:
-        """The scale from p.grad and the unscaled sum of shares, (P,) each; snapped to mean or sum where it is one."""
-        square = float(total.double().square().sum())
-        if square == 0:
-            return self.expected(size, clip)
-        found = float((gradient.double() * total.double()).sum()) / square
-        near = torch.finfo(gradient.dtype).eps ** 0.5
-        for kind, scale in (("mean", clip / size), ("sum", clip)):
-            if abs(found - scale) <= near * abs(scale):
+    def fit(self, gradient: Tensor, total: Tensor, size: int, clip: float, within: Callable[[float], bool]) -> float:
+        """The scale from p.grad and the unscaled sum of shares, (P,) each: the mean or the sum where the gap that
+        leaves is `within` rounding, fitted otherwise."""
+        scales = {"mean": clip / size, "sum": clip}
+        for kind in ["mean", "sum"] if self.kind not in scales else [self.kind]:
+            if within(float((gradient - scales[kind] * total).double().norm())):
                 if self.kind in (None, "single"):
                     self.kind = "single" if size == 1 else kind
-                if self.kind in (kind, "single", "other"):
-                    return scale
+                return scales[kind]
         if self.kind != "other":
             log.info("the reduction of the loss is neither its mean nor its sum: shares are computed at every step")
         self.kind = "other"
-        return found
+        square = float(total.double().square().sum())
+        return float((gradient.double() * total.double()).sum()) / square if square else clip

@@ -1,6 +1,6 @@
 """Which index of a site's output belongs to which example of the batch.
 
-Read off, not assumed: the gradient of one example's loss alone must vanish on everything that is another example's. So
+Read off, not assumed: the output is computed again with one example replaced, and what changes must be that example's. So
 (B, T, d), (T, B, d) and (B T, d) are told apart, and a module that couples examples is found out.
 """
 
@@ -33,12 +33,15 @@ def candidates(shape: Iterable[int], batch: int) -> list[Batchwise]:
     return whole + major + minor
 
 
-def find(shape: Iterable[int], batch: int, probes: list[tuple[int, Tensor]]) -> Batchwise | None:
-    """The first reading under which each probe, (example i, dl_i/dy), vanishes off example i; None if none does."""
-    for reading in candidates(shape, batch):
-        if all(_only(reading.split(delta, batch), i) for i, delta in probes):
-            return reading
-    return None
+def find(shape: Iterable[int], batch: int, changes: list[tuple[int, Tensor]]) -> Batchwise | None:
+    """The one reading under which each change, (example i, output with i replaced minus output), vanishes off example i.
+
+    None where no reading does, or where more than one does and they differ: then nothing may be assumed.
+    """
+    fitting = [
+        reading for reading in candidates(shape, batch) if all(_only(reading.split(d, batch), i) for i, d in changes)
+    ]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _only(rows: Tensor, i: int) -> bool:

@@ -210,6 +210,8 @@ def _elementwise(product: bool) -> Function:
 
 
 def _matmul_rows(b: Bound, delta: Tensor, split: Split) -> Tensor:
+    if b["other"].dim() != 2:
+        raise NotImplementedError("only a matrix has one row per input")
     inner, out = b["other"].shape
     return torch.bmm(_per_position(b["input"], split, inner).transpose(1, 2), _per_position(delta, split, out))
 

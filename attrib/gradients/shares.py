@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import CoupledExamplesError
-from ..functional import Functional
+from ..functional import Functional, random_state
 from ..layout import Layout
 from .batchwise import Batchwise, find
 from .checks import check_losses, refuse_coupling
@@ -43,6 +43,8 @@ class Plan:
 class Shares:
     """Per-example gradients of `loss(model, *batch) -> (B,)`.
 
+    active: names of the parameters that have a gradient at the step; the others' shares are zero. May be set between calls.
+
     Args:
         loss: called with the model and a batch; returns one loss per example.
         model: used as it is; parameters are given with each call.
@@ -54,16 +56,18 @@ class Shares:
         refuse_coupling(model)
         self.layout = layout
         self._loss = Functional(model, loss, layout, dtype)
+        self.active = frozenset(layout.names)
         self._plans: dict[Any, Plan] = {}
 
     def total(self, theta: Tensor, batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """(P,), batch -> losses (B,), sum of all shares (P,)."""
         parameters = self._parameters(theta)
+        moving = {n: p for n, p in parameters.items() if p.requires_grad}
         with torch.enable_grad():
             losses = self._losses(parameters, batch)
-            grads = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
-        filled = (torch.zeros_like(p) if g is None else g for p, g in zip(parameters.values(), grads, strict=True))
-        return losses.detach(), self.layout.flatten(filled)
+            grads = torch.autograd.grad(losses.sum(), list(moving.values()), allow_unused=True)
+        found = {n: g for n, g in zip(moving, grads, strict=True) if g is not None}
+        return losses.detach(), self.layout.flatten(found.get(n, torch.zeros_like(p)) for n, p in parameters.items())
 
     def contract(self, theta: Tensor, batch: tuple[Any, ...], directions: Tensor) -> tuple[Tensor, Tensor]:
         """(P,), batch, U (Q, P) -> losses (B,), <U_q, g_i> per parameter tensor, (Q, B, K) float64."""
@@ -86,7 +90,7 @@ class Shares:
         for name, part in self.layout.slices():
             found = None if name in run.plan.whole else rows_at(run.at(name), name, run.size)
             if found is None:
-                found = self._rows_whole(theta, batch, name)
+                found = self._materialised(theta, batch, name)
             out[:, part] = found.flatten(1) if isinstance(found, Tensor) else found
         return out
 
@@ -98,25 +102,26 @@ class Shares:
 
     def _parameters(self, theta: Tensor) -> dict[str, Tensor]:
         named = self.layout.unflatten(theta.detach())
-        return {name: t.clone().requires_grad_() for name, t in named.items()}
+        return {name: t.clone().requires_grad_(name in self.active) for name, t in named.items()}
 
     def _losses(self, parameters: dict[str, Tensor], batch: tuple[Any, ...]) -> Tensor:
         losses = self._loss(parameters, *batch)
         self._loss.check_constants()
         return check_losses(losses, batch)
 
-    def _trace(self, theta: Tensor, batch: tuple[Any, ...]) -> "_Trace":
+    def _trace(self, theta: Tensor, batch: tuple[Any, ...], values: bool = False) -> "_Trace":
         parameters = self._parameters(theta)
         batch = tuple(a.detach() if isinstance(a, Tensor) else a for a in batch)
         data = [a for a in batch if isinstance(a, Tensor)]
-        with torch.enable_grad(), SiteTracer(parameters, data) as tracer:
+        moving = {n: p for n, p in parameters.items() if p.requires_grad}
+        with torch.enable_grad(), SiteTracer(moving, data, values) as tracer:
             losses = self._losses(parameters, batch)
-        return _Trace(parameters, tracer.sites, tracer.unsplit, losses)
+        return _Trace(moving, tracer.sites, tracer.unsplit, losses)
 
     def _run(self, theta: Tensor, batch: tuple[Any, ...]) -> "_Run":
         trace = self._trace(theta, batch)
         size = len(trace.losses)
-        key = (*((s.call.function, *sorted(names_of(s)), len(s.shape)) for s in trace.sites), size == 1)
+        key = (*(_kind(s, size) for s in trace.sites), *sorted(trace.unsplit), size == 1)
         plan = self._plans.get(key)
         if plan is None:
             few = tuple(a[:PLAN_BATCH] if isinstance(a, Tensor) else a for a in batch)
@@ -131,25 +136,44 @@ class Shares:
 
     def _plan(self, theta: Tensor, batch: tuple[Any, ...]) -> Plan:
         """Read the split off a few examples, one backward pass for each, and check it against their own gradients."""
-        trace = self._trace(theta, batch)
+        start = torch.get_rng_state()
+        trace = self._trace(theta, batch, values=True)
         size, count = len(trace.losses), len(trace.sites)
+        readings = self._readings(theta, batch, trace, start)
         wanted = [*(s.edge for s in trace.sites), *trace.parameters.values()]
         probes = []
         for i in sorted({0, size // 2, size - 1}):
             found = torch.autograd.grad(trace.losses[i], wanted, retain_graph=True, allow_unused=True)
             probes.append(_Probe(i, found[:count], dict(zip(trace.parameters, found[count:], strict=True))))
-        readings = [
-            find(site.shape, size, [(p.example, d) for p in probes if (d := p.deltas[n]) is not None])
-            for n, site in enumerate(trace.sites)
-        ]
         whole = set(trace.unsplit)
-        for name in self.layout.names:
+        for name in trace.parameters:
             if name not in whole and not _splits(name, trace.sites, readings, probes, size):
                 whole.add(name)
         for name in sorted(whole):
             self._check_whole(theta, batch, name, probes)
             log.info("per-example gradients of %s go through vmap of the whole loss", name)
         return Plan(readings, tuple(sorted(whole)))
+
+    def _readings(
+        self, theta: Tensor, batch: tuple[Any, ...], trace: "_Trace", start: Tensor
+    ) -> list[Batchwise | None]:
+        """Replace each example in turn by its neighbour, the random numbers being the same, and see what changes."""
+        size = len(trace.losses)
+        if size == 1:
+            return [Batchwise(0) if site.shape else None for site in trace.sites]
+        changes: list[list[tuple[int, Tensor]]] = [[] for _ in trace.sites]
+        for i in range(size):
+            order = torch.arange(size)
+            order[i] = (i + 1) % size
+            other = tuple(a[order.to(a.device)] if isinstance(a, Tensor) else a for a in batch)
+            with random_state(start):
+                replaced = self._trace(theta, other, values=True)
+            for change, before, after in zip(changes, trace.sites, replaced.sites, strict=False):
+                assert before.value is not None
+                assert after.value is not None
+                if before.shape == after.shape:
+                    change.append((i, (after.value != before.value)))
+        return [find(site.shape, size, change) for site, change in zip(trace.sites, changes, strict=True)]
 
     # the last resort: vmap of the gradient of the whole loss
 
@@ -161,13 +185,25 @@ class Shares:
             return self._loss({**named, name: parameter}, *rows)[0]
 
         dims = (None, *(0 if isinstance(a, Tensor) else None for a in batch))
-        at_once = max(1, ROWS_BYTES // (8 * max(1, named[name].numel())))
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not map over examples
-            return torch.vmap(torch.func.grad(one), in_dims=dims, chunk_size=at_once)(named[name], *batch)
+            return torch.vmap(torch.func.grad(one), in_dims=dims)(named[name], *batch)
 
     def _contract_whole(self, theta: Tensor, batch: tuple[Any, ...], name: str, direction: Tensor) -> Tensor:
-        rows = self._rows_whole(theta, batch, name).flatten(1)
-        return (direction.flatten(1) @ rows.T).double()
+        """(Q, *parameter) -> (Q, B) float64, the rows of a few examples at a time."""
+        size, flat = len(batch[0]), direction.flatten(1)
+        at_once = max(1, ROWS_BYTES // (8 * max(1, flat.shape[1])))
+        slices = (slice(lo, lo + at_once) for lo in range(0, size, at_once))
+        few = (tuple(a[s] if isinstance(a, Tensor) else a for a in batch) for s in slices)
+        return torch.cat([(flat @ self._rows_whole(theta, b, name).flatten(1).T).double() for b in few], 1)
+
+    def _materialised(self, theta: Tensor, batch: tuple[Any, ...], name: str) -> Tensor:
+        try:
+            return self._rows_whole(theta, batch, name)
+        except RuntimeError as error:
+            raise CoupledExamplesError(
+                f"the gradient of a parameter cannot be written out per example: got {str(error).splitlines()[0]}, at "
+                f'{name!r}. Record with capture="replay", which does not need the rows.'
+            ) from error
 
     def _check_whole(self, theta: Tensor, batch: tuple[Any, ...], name: str, probes: "list[_Probe]") -> None:
         reason = "its rows do not agree with the gradient of a single loss"
@@ -186,6 +222,12 @@ class Shares:
                 f"depend on its own example alone, at {name!r}. Check that loss(model, *batch)[i] uses only row i "
                 f"of the batch (no batch statistics, no reduction across examples)."
             )
+
+
+def _kind(site: Site, size: int) -> tuple[Any, ...]:
+    """What the split of a site may depend on: its call, its parameters, its shape but for the size of the batch."""
+    shape = tuple((n // size, True) if n % size == 0 else (n, False) for n in site.shape)
+    return (site.call.function, *sorted(names_of(site)), shape)
 
 
 @dataclass(frozen=True)

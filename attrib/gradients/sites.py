@@ -13,7 +13,7 @@ example i along a direction U of the parameters is sum over sites of <dl_i/dy, d
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..functional import random_state
+from .functions import FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,18 @@ class Weight:
 
 @dataclass(frozen=True)
 class Call:
-    """One torch call: flat arguments, and which of them are weights (position in `leaves` -> Weight)."""
+    """One torch call: flat arguments, and which of them are weights (position in `leaves` -> Weight).
+
+    output: which element, where the call returns a tuple. random: the generator's state before the call, where it has
+    no closed form and may have to run again (dropout inside attention).
+    """
 
     function: Callable[..., Any]
     leaves: tuple[Any, ...]
     spec: Any
     weights: dict[int, Weight]
-    output: int | None = None  # which element, where the call returns a tuple
+    output: int | None = None
+    random: Tensor | None = None
 
     def run(self, replaced: dict[int, Tensor]) -> Tensor:
         """Call again with some of the flat arguments replaced."""
@@ -58,24 +66,29 @@ class Call:
 
 @dataclass(frozen=True)
 class Site:
-    """A call where weights meet data, its output's shape and its place in the autograd graph."""
+    """A call where weights meet data: its output's shape, place in the autograd graph and, on request, value."""
 
     call: Call
     shape: torch.Size
     edge: GradientEdge
+    value: Tensor | None = None
 
 
 class SiteTracer(TorchFunctionMode):
     """Collects the sites of the calls made while it is active.
 
-    parameters: name -> the very tensor that the model will use. data: the tensors of the batch.
+    parameters: name -> the very tensor that the model will use. data: the tensors of the batch. values: keep a copy of
+    every site's output.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], data: Sequence[Any]) -> None:
+    def __init__(self, parameters: dict[str, Tensor], data: Sequence[Any], values: bool = False) -> None:
         super().__init__()
+        self._values = values
         self.sites: list[Site] = []
-        self.unsplit: set[str] = set()  # parameters used by a call that cannot be run a second time
+        # parameters used by a call that cannot run a second time, or on data whose layout depends on their content
+        self.unsplit: set[str] = set()
         self._data = WeakTensorKeyDictionary()
+        self._ragged = WeakTensorKeyDictionary()
         self._weights = WeakTensorKeyDictionary()
         for t in data:
             if isinstance(t, Tensor):
@@ -85,36 +98,53 @@ class SiteTracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        outputs = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
-        if not outputs:
-            return out
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [(i, t) for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         weights = {i: self._weights[t] for i, t in tensors if t in self._weights}
-        if any(t in self._data for _, t in tensors):
-            for t in outputs:
+        random = torch.get_rng_state() if weights and func not in FUNCTIONS else None
+        out = func(*args, **kwargs)
+        outputs = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        data = any(t in self._data for _, t in tensors)
+        ragged = any(t in self._ragged for _, t in tensors) or (data and _is_ragged(func, tensors))
+        for t in outputs:
+            if data:
                 self._data[t] = True
-        elif not weights:
-            return out
-        if weights:
-            self._note(func, tuple(leaves), spec, weights, out)
+            if ragged:
+                self._ragged[t] = True
+        if weights and outputs:
+            if ragged or _writes(func):
+                self.unsplit.update(*(w.names for w in weights.values()))
+            else:
+                self._note(Call(func, tuple(leaves), spec, weights, None, random), out)
         return out
 
-    def _note(self, func: Any, leaves: tuple[Any, ...], spec: Any, weights: dict[int, Weight], out: Any) -> None:
-        if getattr(func, "__name__", "").rstrip("_") + "_" == getattr(func, "__name__", ""):  # in place
-            self.unsplit.update(*(w.names for w in weights.values()))
-            return
+    def _note(self, call: Call, out: Any) -> None:
         several = isinstance(out, tuple | list)
         for k, t in enumerate(out if several else (out,)):
             if not (isinstance(t, Tensor) and t.requires_grad):
                 continue
-            call = Call(func, leaves, spec, weights, k if several else None)
+            this = replace(call, output=k) if several else call
             if t in self._data:
-                self.sites.append(Site(call, t.shape, get_gradient_edge(t)))
+                value = t.detach().clone() if self._values else None
+                self.sites.append(Site(this, t.shape, get_gradient_edge(t), value))
             else:
-                names = frozenset().union(*(w.names for w in weights.values()))
-                self._weights[t] = Weight(t, names, call)
+                names = frozenset().union(*(w.names for w in call.weights.values()))
+                self._weights[t] = Weight(t, names, this)
+
+
+# calls whose output's layout over examples depends on the content of the data: packing, selecting
+_RAGGED = {"masked_select", "nonzero", "argwhere", "_pack_padded_sequence", "unique", "unique_consecutive"}
+
+
+def _is_ragged(func: Any, tensors: list[tuple[int, Tensor]]) -> bool:
+    name = getattr(func, "__name__", "")
+    picks = name == "__getitem__" and any(t.dtype in (torch.bool, torch.uint8) for _, t in tensors[1:])
+    return picks or name in _RAGGED
+
+
+def _writes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
 
 
 def tangent(weight: Weight, name: str, direction: Tensor) -> Tensor:
@@ -144,4 +174,5 @@ def jvp(call: Call, moving: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
     _load_forward_mode()
     primals = tuple(moving[i][0].detach() for i in positions)
     tangents = tuple(moving[i][1].to(moving[i][0].dtype) for i in positions)
-    return torch.func.jvp(run, primals, tangents)[1]
+    with random_state(call.random):
+        return torch.func.jvp(run, primals, tangents)[1]

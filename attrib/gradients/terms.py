@@ -4,6 +4,8 @@ contract_site   <dl_i/dy, dy/dparameter U_q>      (Q, B)
 rows_at         dl_i/dparameter                   (B, *parameter)
 """
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,9 @@ def contract_site(site: Site, reading: Batchwise, delta: Tensor, name: str, dire
     total: Tensor | float = 0.0
     for i, weight, bound, role in _roles(site, name):
         if role is not None and weight.maker is None and _by_rows(role, weight, delta, len(directions), size):
-            total = total + _contract_rows(role, bound, reading, delta, directions, size)
-            continue
+            with suppress(NotImplementedError):  # of this shape the function has no rows
+                total = total + _contract_rows(role, bound, reading, delta, directions, size)
+                continue
         out = []
         for direction in directions:
             with torch.no_grad():
@@ -62,7 +65,9 @@ def rows_are_cheaper(queries: int, positions: int) -> bool:
 def _by_rows(role: Role, weight: Weight, delta: Tensor, queries: int, size: int) -> bool:
     if role.outputs is None:
         return role.small
-    return rows_are_cheaper(queries, delta.numel() // (size * weight.tensor.shape[role.outputs]))
+    return weight.tensor.dim() > role.outputs and rows_are_cheaper(
+        queries, delta.numel() // (size * weight.tensor.shape[role.outputs])
+    )
 
 
 def _contract_rows(

@@ -1,4 +1,7 @@
-"""Each distinct input once: rows are recognised by example id and content, so augmented data get rows of their own."""
+"""Each distinct input once: rows are recognised by example id and content, so augmented data get rows of their own.
+
+Inputs of one shape and type make a table; batches padded to different lengths go to different tables.
+"""
 
 import numpy as np
 import zarr
@@ -7,20 +10,41 @@ from ..kernels.hashing import combine, hash_rows
 from .schema import CHUNK_BYTES, create
 
 
+class ExampleTables:
+    """`kind` and rows of every slot: kind k stands in the arrays examples/k/0, examples/k/1, ..."""
+
+    def __init__(self, group: zarr.Group) -> None:
+        self._group = group
+        self._tables: dict[tuple[object, ...], tuple[int, ExampleTable]] = {}
+
+    def place(self, index: np.ndarray, batch: list[np.ndarray]) -> tuple[int, np.ndarray]:
+        """(B,) ids and the batch's arrays -> the kind of the batch and the rows (B,) of its inputs."""
+        signature = tuple((a.dtype.str, a.shape[1:]) for a in batch)
+        if signature not in self._tables:
+            number = len(self._tables)
+            self._tables[signature] = number, ExampleTable(self._group, f"examples/{number}", batch)
+        number, table = self._tables[signature]
+        return number, table.rows(index, batch)
+
+    def commit(self) -> list[int]:
+        """Write the rows that wait; the number of rows written so far, per kind."""
+        return [table.commit() for _, table in self._tables.values()]
+
+
 class ExampleTable:
-    """Assigns a row of `examples/*` to every slot of a batch; new rows wait until the next commit.
+    """One table: assigns a row to every slot of a batch; new rows wait until the next commit.
 
     A commit fills whole chunks: rows after it start on a new chunk, so that no committed chunk is written twice.
     """
 
-    def __init__(self, group: zarr.Group, batch: list[np.ndarray]) -> None:
-        bytes_per_row = max(1, *(a.nbytes // max(1, len(a)) for a in batch)) if batch else 1
+    def __init__(self, group: zarr.Group, path: str, batch: list[np.ndarray]) -> None:
+        bytes_per_row = max(1, *(a.nbytes // max(1, len(a)) for a in batch))
         # no longer than four first batches: a table of few rows should not be padded to many
-        self._chunk = int(min(max(1, CHUNK_BYTES // bytes_per_row), max(1, 4 * len(batch[0])) if batch else 1))
+        self._chunk = int(min(max(1, CHUNK_BYTES // bytes_per_row), max(1, 4 * len(batch[0]))))
         self._arrays = [
             create(
                 group,
-                f"examples/{j}",
+                f"{path}/{j}",
                 (0, *a.shape[1:]),
                 (self._chunk, *a.shape[1:]),
                 a.dtype,
@@ -32,6 +56,7 @@ class ExampleTable:
         self._rows = np.zeros(0, dtype=np.int64)  # row of each key
         self._next = 0
         self._start = 0  # first row not yet written
+        self._written = 0  # rows written, the last chunk not filled up
         self._pending: list[list[np.ndarray]] = [[] for _ in batch]
 
     def rows(self, index: np.ndarray, batch: list[np.ndarray]) -> np.ndarray:
@@ -57,17 +82,15 @@ class ExampleTable:
             self._keys = merged[order]
         return rows[inverse]
 
-    def commit(self) -> None:
-        """Write the rows that wait."""
-        if self._next == self._start or not self._arrays:
-            return
-        for array, pending in zip(self._arrays, self._pending, strict=True):
-            values = np.concatenate(pending)
-            array.resize((self._start + len(values), *array.shape[1:]))
-            array[self._start :] = values
-            pending.clear()
-        self._next = self._start = -(-self._next // self._chunk) * self._chunk
-
-    @property
-    def arity(self) -> int:
-        return len(self._arrays)
+    def commit(self) -> int:
+        """Write the rows that wait and return how many stand there; if a write fails, they wait on."""
+        if self._next > self._start:
+            for array, pending in zip(self._arrays, self._pending, strict=True):
+                values = np.concatenate(pending)
+                array.resize((self._start + len(values), *array.shape[1:]))
+                array[self._start :] = values
+            self._written = self._next
+            self._next = self._start = -(-self._next // self._chunk) * self._chunk
+            for pending in self._pending:
+                pending.clear()
+        return self._written

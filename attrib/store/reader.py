@@ -47,7 +47,7 @@ class Reader:
                 f"the store is of a newer format: got format {header['format']} (attrib "
                 f"{header['versions']['attrib']}), expected at most {FORMAT}, at {target}. Update attrib."
             )
-        self._tables: dict[int, np.ndarray] = {}
+        self._tables: dict[str, np.ndarray] = {}
         self._arrays: dict[str, zarr.Array] = {}
 
     @property
@@ -80,9 +80,11 @@ class Reader:
                 f"an array is too short: got {array.shape[0]} rows, expected {chosen.stop}, at {name!r} in "
                 f"{self.target}."
             )
+        names = getattr(array.metadata, "dimension_names", None) or ()
+        columns = (slice(0, int(self.header["slots"])),) if names[1:2] == ("slot",) else ()
         self._check_present(array, chosen)
         try:
-            values = np.asarray(array[chosen] if array.ndim else array[...])
+            values = np.asarray(array[(chosen, *columns)] if array.ndim else array[...])
         except Exception as error:
             raise StoreError(
                 f"a chunk is damaged: got {error}, at array {name!r}, file {self._damaged(array, chosen)} in "
@@ -90,9 +92,9 @@ class Reader:
             ) from error
         return values[0] if isinstance(rows, int) else values
 
-    def batch(self, rows: np.ndarray) -> list[np.ndarray]:
-        """The inputs in the given rows, one array (B, ...) per tensor of the batch."""
-        return [self._inputs(j, rows) for j in range(int(self.header["arity"]))]
+    def batch(self, kind: int, rows: np.ndarray) -> list[np.ndarray]:
+        """The inputs in the given rows of a table, one array (B, ...) per tensor of the batch."""
+        return [self._inputs(kind, j, rows) for j in range(int(self.header["arity"]))]
 
     def groups(self, prefix: str) -> list[str]:
         """Names of the arrays under a group."""
@@ -124,21 +126,28 @@ class Reader:
         names = getattr(array.metadata, "dimension_names", None)
         first = names[0] if array.ndim and names else None
         block = int(self.header.get("block", 1))
+        if first == "row":
+            return int(self.header["rows"][int(name.split("/")[1])])
         known = {"step": self.steps, "state": self.steps + 1, "block": -(-self.steps // block)}
         return min(known.get(first, array.shape[0]), array.shape[0]) if array.ndim and first else 0
 
-    def _inputs(self, j: int, rows: np.ndarray) -> np.ndarray:
-        array = self.array(f"examples/{j}")
+    def _inputs(self, kind: int, j: int, rows: np.ndarray) -> np.ndarray:
+        name = f"examples/{kind}/{j}"
+        array = self.array(name)
         if array.nbytes <= CACHED_BYTES:
-            if j not in self._tables:
-                self._tables[j] = self.read(f"examples/{j}")
-            return self._tables[j][rows]
+            if name not in self._tables:
+                self._tables[name] = self.read(name, slice(0, self._committed(name)))
+            return self._tables[name][rows]
         return np.asarray(array.oindex[rows])
 
     # damage
 
     def _keys(self, array: zarr.Array, rows: slice) -> list[str]:
-        grid = [range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True)]
+        names = getattr(array.metadata, "dimension_names", None) or ()
+        lengths = [
+            int(self.header["slots"]) if name == "slot" else n for name, n in zip(names, array.shape, strict=True)
+        ]
+        grid = [range(-(-n // c)) for n, c in zip(lengths, array.chunks, strict=True)]
         if grid:
             grid[0] = range(rows.start // array.chunks[0], -(-rows.stop // array.chunks[0]))
         prefix = f"{array.path}/" if array.path else ""

@@ -5,9 +5,10 @@
     state/*      [block, parameter]            the optimizer's accumulators before the first step of each block
     hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
     index        [step, slot]                  ids of the training examples, -1 where the batch was smaller
-    row          [step, slot]                  where in examples/* the inputs of the slot stand
+    kind         [step]                        which table of examples/ holds the inputs of the batch
+    row          [step, slot]                  which row of it those of the slot
     scale        [step]                        share = scale * gradient of the example's loss (reduction, clipping)
-    examples/*   [row, ...]                    the inputs, one array per tensor of the batch
+    examples/*/* [row, ...]                    the inputs: a table per shape, in it an array per tensor of the batch
     gradients    [step, slot, parameter]       per-example shares, with capture="gradients"
     random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it
     constants/*                                buffers and frozen parameters
@@ -33,6 +34,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "hyper": ("step", "tensor", "hyper"),
     "index": ("step", "slot"),
     "row": ("step", "slot"),
+    "kind": ("step",),
     "scale": ("step",),
     "gradients": ("step", "slot", "parameter"),
     "random": ("step", "byte"),

@@ -12,8 +12,8 @@ import zarr
 from zarr.abc.store import Store
 from zarr.errors import GroupNotFoundError
 
-from ..errors import StoreExistsError
-from .examples import ExampleTable
+from ..errors import StoreError, StoreExistsError
+from .examples import ExampleTables
 from .schema import DIMENSIONS, block_steps, create
 
 
@@ -80,11 +80,12 @@ class Writer:
         self._block = block
         self._steps = 0  # appended
         self._records: list[StepRecord] = []
-        self._rows: list[np.ndarray] = []
+        self._rows: list[tuple[int, np.ndarray]] = []
         self._shares: list[np.ndarray] = []  # of the block's steps, with capture="gradients"
         self._shares_here: list[np.ndarray] = []  # of the step under way
         self._arrays: dict[str, zarr.Array] = {}
-        self._table: ExampleTable | None = None
+        self._table = ExampleTables(self._group)
+        self._broken: str | None = None
         for name, value in constants.items():
             dims = tuple(f"d{d}" for d in range(value.ndim))
             create(self._group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
@@ -110,10 +111,11 @@ class Writer:
 
     def append(self, record: StepRecord, theta_after: np.ndarray) -> None:
         """Add a step; a full block is written and committed."""
-        if self._table is None:
+        if self._broken:
+            raise StoreError(f"the store could not be written: got {self._broken}. Recording has ended; see `close`.")
+        if not self._arrays:
             self._create(record)
-        assert self._table is not None
-        self._rows.append(self._table.rows(record.ids, record.batch))
+        self._rows.append(self._table.place(record.ids, record.batch))
         self._records.append(record)
         if self._shares_here:
             self._shares.append(np.concatenate(self._shares_here))
@@ -121,8 +123,15 @@ class Writer:
         self._last = theta_after
         self._steps += 1
         if len(self._records) == self._block:
-            self._flush()
-            self._mark(self._steps - 1)
+            try:
+                self._flush()
+                self._mark(self._steps - 1)
+            except OSError as error:
+                self._broken = repr(error)
+                raise StoreError(
+                    f"the store could not be written: got {error!r}, at step {self._steps - 1}. The step was made but is "
+                    f"not stored; earlier blocks can be read. Recording has ended: make room and call recorder.close()."
+                ) from error
 
     def update_header(self, **facts: Any) -> None:
         """Change facts in the header; they are written with the next commit."""
@@ -142,16 +151,17 @@ class Writer:
     # one block
 
     def _flush(self) -> None:
-        assert self._table is not None
         start, stop = self._steps - len(self._records), self._steps
         records = self._records
         width = max(self._arrays["index"].shape[1], *(len(r.ids) for r in records))
+        self._widen(width, start)
         self._put("theta", start, np.stack([r.theta for r in records]))
         self._put("gradient", start, np.stack([r.gradient for r in records]))
         self._put("hyper", start, np.stack([r.hyper for r in records]))
         self._put("scale", start, np.array([r.scale for r in records]))
         self._put("index", start, _padded([r.ids for r in records], width, -1))
-        self._put("row", start, _padded(self._rows, width, -1))
+        self._put("kind", start, np.array([kind for kind, _ in self._rows]))
+        self._put("row", start, _padded([rows for _, rows in self._rows], width, -1))
         if self._shares:
             self._put("gradients", start, _padded(self._shares, width, 0))
         if records[0].random is not None:
@@ -160,8 +170,20 @@ class Writer:
             self._put(f"log/{name}", start, np.array([r.log.get(name, np.nan) for r in records]))
         for key, value in (records[0].state or {}).items():
             self._put(f"state/{key}", -(-stop // (self._block or 1)) - 1, value[None])
-        self._table.commit()
+        self._header.update(rows=self._table.commit(), slots=width)
         self._records, self._rows, self._shares = [], [], []
+
+    def _widen(self, width: int, steps: int) -> None:
+        """Make room for larger batches, and write the padding of the earlier steps: no committed chunk may be missing."""
+        for name, fill in (("index", -1), ("row", -1), ("gradients", 0)):
+            array = self._arrays.get(name)
+            if array is None or array.shape[1] >= width:
+                continue
+            whole = -(-array.shape[1] // array.chunks[1]) * array.chunks[1]  # columns that have chunks already
+            rest = array.shape[2:]
+            array.resize((array.shape[0], width, *rest))
+            for first in range(0, steps, array.chunks[0]):
+                array[first : min(first + array.chunks[0], steps), whole:] = fill
 
     def _put(self, name: str, start: int, values: np.ndarray) -> None:
         array = self._arrays[name]
@@ -179,13 +201,13 @@ class Writer:
         self._block = self._block or block_steps(bytes_per_step)
         self._header["block"] = self._block
         n, size, slots = self._block, len(first.theta), len(first.ids)
-        self._table = ExampleTable(self._group, first.batch)
-        self._header["arity"] = self._table.arity
+        self._header["arity"] = len(first.batch)
         self._add("theta", (size,), (n, size), first.theta.dtype)
         self._add("gradient", (size,), (n, size), first.gradient.dtype)
         self._add("hyper", first.hyper.shape, (n, *first.hyper.shape), np.float64)
         self._add("index", (slots,), (n, slots), np.int64)
         self._add("row", (slots,), (n, slots), np.int64)
+        self._add("kind", (), (n,), np.int64)
         for name in ("scale", "log/loss", "log/batch_identity", "log/step_identity"):
             self._add(name, (), (n,), np.float64)
         for key, value in (first.state or {}).items():
