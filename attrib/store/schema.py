@@ -51,14 +51,16 @@ def create(
     chunks: tuple[int, ...],
     dtype: Any,
     dimensions: tuple[str, ...],
+    fill: int = 0,
 ) -> zarr.Array:
-    """An array with fast lossless compression and a checksum on every chunk."""
+    """An array with fast lossless compression and a checksum on every chunk. fill: what stands beyond its edge."""
     return group.create_array(
         name,
         shape=shape,
         chunks=tuple(max(1, c) for c in chunks),
         dtype=dtype,
         dimension_names=dimensions,
+        fill_value=fill,
         compressors=(BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()),
         config={"write_empty_chunks": True},
     )

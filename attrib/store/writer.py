@@ -16,6 +16,8 @@ from ..errors import StoreError, StoreExistsError
 from .examples import ExampleTables
 from .schema import DIMENSIONS, block_steps, create
 
+PADDING = {"index": -1, "row": -1, "gradients": 0}  # of slots beyond a step's batch
+
 
 class StepRecord(NamedTuple):
     """Everything about one step, as arrays. `state` is read only where `Writer.wants_state`."""
@@ -159,11 +161,11 @@ class Writer:
         self._put("gradient", start, np.stack([r.gradient for r in records]))
         self._put("hyper", start, np.stack([r.hyper for r in records]))
         self._put("scale", start, np.array([r.scale for r in records]))
-        self._put("index", start, _padded([r.ids for r in records], width, -1))
+        self._put("index", start, _padded([r.ids for r in records], width, PADDING["index"]))
         self._put("kind", start, np.array([kind for kind, _ in self._rows]))
-        self._put("row", start, _padded([rows for _, rows in self._rows], width, -1))
+        self._put("row", start, _padded([rows for _, rows in self._rows], width, PADDING["row"]))
         if self._shares:
-            self._put("gradients", start, _padded(self._shares, width, 0))
+            self._put("gradients", start, _padded(self._shares, width, PADDING["gradients"]))
         if records[0].random is not None:
             self._put("random", start, np.stack([r.random for r in records if r.random is not None]))
         for name in ("loss", "batch_identity", "step_identity"):
@@ -175,7 +177,7 @@ class Writer:
 
     def _widen(self, width: int, steps: int) -> None:
         """Make room for larger batches, and write the padding of the earlier steps: no committed chunk may be missing."""
-        for name, fill in (("index", -1), ("row", -1), ("gradients", 0)):
+        for name, fill in PADDING.items():
             array = self._arrays.get(name)
             if array is None or array.shape[1] >= width:
                 continue
@@ -220,7 +222,8 @@ class Writer:
             self._add("random", (len(first.random),), (n, len(first.random)), np.uint8)
 
     def _add(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> None:
-        self._arrays[name] = create(self._group, name, (0, *shape), chunks, dtype, DIMENSIONS[name])
+        fill = PADDING.get(name, 0)
+        self._arrays[name] = create(self._group, name, (0, *shape), chunks, dtype, DIMENSIONS[name], fill)
 
 
 def _padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
