@@ -64,6 +64,12 @@ def leaky_relu(x0: Tensor, x1: Tensor, negative_slope: float = 0.01) -> Tensor:
     return negative_slope + (1 - negative_slope) * relu(x0, x1)
 
 
+def step(y0: Tensor, y1: Tensor, d0: Tensor, d1: Tensor) -> Tensor:
+    """Slope of a comparison: its jump over the change of the difference d that it compares with 0; 0 where it holds."""
+    jump = y1.to(d0.dtype) - y0.to(d0.dtype)
+    return torch.where(jump == 0, 0.0, jump / torch.where(jump == 0, 1.0, d1 - d0))
+
+
 def clamp(x0: Tensor, x1: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     """clamp(x) = low + relu(x - low) - relu(x - high); outside derivative 0."""
     if low is not None and high is not None and low >= high:
@@ -90,7 +96,9 @@ def log(x0: Tensor, x1: Tensor) -> Tensor:
 
 
 def sqrt(x0: Tensor, x1: Tensor) -> Tensor:
-    return 1 / (x0.sqrt() + x1.sqrt())
+    """Where both ends are 0, 0: the derivative that torch gives a norm there."""
+    total = x0.sqrt() + x1.sqrt()
+    return torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total))
 
 
 def rsqrt(x0: Tensor, x1: Tensor) -> Tensor:
@@ -102,14 +110,21 @@ def reciprocal(x0: Tensor, x1: Tensor) -> Tensor:
     return -1 / (x0 * x1)
 
 
-def tanh(x0: Tensor, x1: Tensor) -> Tensor:
-    """tanh(b) - tanh(a) = tanh(b - a) (1 - tanh(a) tanh(b))."""
-    return _ratio(torch.tanh, x1 - x0) * (1 - x0.tanh() * x1.tanh())
-
-
 def sigmoid(x0: Tensor, x1: Tensor) -> Tensor:
-    """sigmoid(x) = (1 + tanh(x/2)) / 2."""
-    return tanh(x0 / 2, x1 / 2) / 4
+    """sinh(h/2) / (h/2) * sqrt(s(a) s(-a)) * sqrt(s(b) s(-b)) with s the sigmoid: accurate far out in the tails too."""
+    h = x1 - x0
+    far = h.abs() > 1
+    near = _ratio(torch.sinh, torch.where(far, torch.zeros_like(h), h / 2))
+    for x in (x0, x1):
+        near = near * (x.sigmoid() * (-x).sigmoid()).sqrt()
+    upper = x0 + x1 > 0  # there 1 - s is the small, accurate number
+    change = torch.where(upper, (-x0).sigmoid() - (-x1).sigmoid(), x1.sigmoid() - x0.sigmoid())
+    return torch.where(far, change / torch.where(far, h, torch.ones_like(h)), near)
+
+
+def tanh(x0: Tensor, x1: Tensor) -> Tensor:
+    """tanh(x) = 2 sigmoid(2x) - 1."""
+    return 4 * sigmoid(2 * x0, 2 * x1)
 
 
 def silu(x0: Tensor, x1: Tensor) -> Tensor:
@@ -124,7 +139,11 @@ def power(x0: Tensor, x1: Tensor, exponent: float) -> Tensor:
         special = {0.5: sqrt, -0.5: rsqrt}.get(exponent)
         if special is not None:
             return special(x0, x1)
-        return exp(exponent * x0.log(), exponent * x1.log()) * exponent * log(x0, x1)
+        inside = (x0 > 0) & (x1 > 0)
+        a, b = (torch.where(inside, x, 1.0) for x in (x0, x1))
+        h = difference(x0, x1)
+        edge = (x1**exponent - x0**exponent) / torch.where(h == 0, 1.0, h)  # an end at 0: nothing cancels
+        return torch.where(inside, exp(exponent * a.log(), exponent * b.log()) * exponent * log(a, b), edge)
     if n < 0:
         return reciprocal(x0**-n, x1**-n) * power(x0, x1, -n)
     total = torch.zeros_like(x0)

@@ -257,6 +257,13 @@ def split_in_two(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Te
     return lambda x: f(*x.chunk(2, 0))
 
 
+def assigned(x: Tensor) -> Tensor:
+    out = torch.zeros(4, 7, dtype=x.dtype)
+    out[:, 1:] = x
+    out[:, 0] = x[:, 0] * 2
+    return out
+
+
 FIXED = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 6)
 
 OPERATIONS: dict[str, OperationCase] = {
@@ -324,6 +331,25 @@ OPERATIONS: dict[str, OperationCase] = {
     "attention": OperationCase(lambda x: F.scaled_dot_product_attention(x, x * 0.5, x + 1, is_causal=True), (2, 3, 4)),
     "shapes": OperationCase(lambda x: torch.cat([x.T.flip(0), x.T.roll(1, 0)], 1)[1:, ::2].unfold(0, 2, 1)),
     "pad and split": OperationCase(lambda x: torch.stack(F.pad(x, (1, 3)).split(5, 1), 0)),
+    "masked by itself": OperationCase(lambda x: x * (x > 0)),
+    "masked by itself, converted": OperationCase(lambda x: x * (x > 0.1).to(x.dtype)),
+    "slope by where": OperationCase(lambda x: x * torch.where(x > 0, 1.0, 0.1)),
+    "step": OperationCase(lambda x: (x[:2] > x[2:]).double() + (x[:2] == x[2:]) + (x[0] <= x[1])),
+    "logic": OperationCase(lambda x: x * ((x > 0) & (x < 1) | ~(x > -1))),
+    "masked fill by itself": OperationCase(lambda x: x.masked_fill(x < 0, -1.0)),
+    "floor division": OperationCase(lambda x: torch.div(3 * x, 2, rounding_mode="floor") + x // 0.5 + x, kinks=True),
+    "sharp softplus": OperationCase(lambda x: F.softplus(x, beta=100)),
+    "log of a small sigmoid": OperationCase(lambda x: torch.sigmoid(x - 30).log()),
+    "log of a sigmoid near one": OperationCase(lambda x: (1 - torch.sigmoid(x + 8)).log()),
+    "norm with a row of zeros": OperationCase(lambda x: (x * FIXED[0] ** 0 * (FIXED[:, :1] > -0.9)).norm(dim=1)),
+    "power at zero": OperationCase(lambda x: F.relu(x) ** 1.5 + x.abs() ** 2.5),
+    "clamp by a tensor": OperationCase(lambda x: x.clamp(min=FIXED) + x.clamp(max=x[0])),
+    "cosine similarity": OperationCase(lambda x: F.cosine_similarity(x[:2], x[2:])),
+    "power of two": OperationCase(lambda x: 2**x),
+    "both move": OperationCase(split_in_two(torch.pow), positive=True),
+    "scaled sum of products": OperationCase(lambda x: torch.addmm(x[:, :4], x, x.T, beta=0.5, alpha=2)),
+    "assigned": OperationCase(lambda x: assigned(x)),
+    "scalar reductions": OperationCase(lambda x: x[0, 0].amax() + x[0, 1].logsumexp(0) + x[1, 1].max(0).values),
     "in place": OperationCase(lambda x: x.clone().mul_(2).add_(x[:1]).relu_()),
     "running sum": OperationCase(lambda x: x.cumsum(1)),
     "where on itself": OperationCase(lambda x: torch.where(x > 0, 2 * x, x**2), kinks=True),

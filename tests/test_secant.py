@@ -191,6 +191,23 @@ def test_untraceable_model_is_told_to_use_gauss_legendre() -> None:
         attrib.Secant().bind(query)(theta0, theta1)
 
 
+def test_complex_numbers_are_refused_by_name() -> None:
+    model = nn.Embedding(8, 3).double()
+    query, _, _ = query_of(model, lambda m: torch.fft.rfft(m.weight, dim=0).abs()[:, 0])
+    with pytest.raises(attrib.errors.UntraceableModelError, match=r"complex numbers at aten.*GaussLegendre"):
+        attrib.Secant().bind(query)
+
+
+def test_model_that_runs_in_one_type_only_is_told_of_dtype() -> None:
+    model = nn.Linear(3, 2).double()
+    layout = Layout(("weight", "bias"), ((2, 3), (2,)))
+    theta = layout.flatten(model.parameters())
+    x = torch.randint(0, 255, (2, 3), dtype=torch.uint8)
+    with pytest.raises(attrib.errors.MeasurementError, match=r"dtype=torch\.float32"):
+        Query(model, lambda m: m(x.float() / 255)[:, 0], layout, torch.float64, theta)
+    Query(model, lambda m: m(x.float() / 255)[:, 0], layout, torch.float32, theta)
+
+
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "4"])
 @pytest.mark.parametrize("path", [attrib.Secant, attrib.GaussLegendre, attrib.Midpoint])
 def test_number_of_nodes_must_be_a_count(path: type, bad: object) -> None:

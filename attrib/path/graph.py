@@ -91,6 +91,9 @@ class Graph:
         example = {**attributes, **dict(zip(inputs, [*moving, *rows], strict=True))}
         for n in calls:
             example[n] = run_node(n, example)
+        for n in self.active:
+            if isinstance(example[n], Tensor) and example[n].is_complex():
+                raise _untraceable(f"complex numbers at {n.target} (write the transform with cosines and sines)")
         self.fixed = attributes | {n: example[n] for n in calls if n not in active and n not in varying}
 
     def forward(self, moving0: Sequence[Tensor], moving1: Sequence[Tensor], rows: Sequence[Tensor]) -> Ends:
@@ -112,10 +115,16 @@ class Graph:
         cotangents: dict[fx.Node, Any] = {self.output: c}
         for n in reversed(self.active):
             if n in cotangents:
-                for source, inward in pull(n, cotangents.pop(n), ends, moving):
+                for source, inward in self._pull(n, cotangents.pop(n), ends, moving):
                     known = cotangents.get(source)
                     cotangents[source] = inward if known is None else _add(known, inward)
         return [cotangents[n] if n in cotangents else torch.zeros_like(ends.first[n]) * c.sum() for n in self.moving]
+
+    def _pull(self, node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> list[tuple[fx.Node, Any]]:
+        try:
+            return list(pull(node, c, ends, moving))
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise _untraceable(f"no way through {node.target} ({error})") from error
 
 
 def run_node(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -92,7 +92,15 @@ class Query:
         return either
 
     def _first_values(self, theta: Tensor) -> Tensor:
-        values = self.values(theta)
+        try:
+            values = self.values(theta)
+        except RuntimeError as error:
+            if "dtype" not in str(error) and "scalar type" not in str(error):
+                raise
+            raise MeasurementError(
+                f"the model does not run in {self.dtype}: got {str(error).splitlines()[0]}. Measurements are computed in "
+                f"float64 unless asked otherwise: pass dtype=torch.float32, or leave types to the model's parameters."
+            ) from error
         if not isinstance(values, Tensor) or values.dim() != 1:
             got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
             raise MeasurementError(

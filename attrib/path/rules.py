@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from ..kernels import discrete, slopes
 from .ends import Ends, Pairs, Values
-from .special import SPECIAL
+from .special import SPECIAL, applies
 
 log = logging.getLogger("attrib")
 aten = torch.ops.aten
@@ -28,9 +28,9 @@ aten = torch.ops.aten
 def pull(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> Pairs:
     """Apply the rule of a node's operation. `moving`: the nodes whose values differ between the ends."""
     operation = getattr(node.target, "overloadpacket", node.target)
-    if operation in SPECIAL:
+    if applies(node):
         pairs = SPECIAL[operation](node, c, ends)
-    elif operation in ELEMENTWISE:
+    elif operation in ELEMENTWISE and not any(isinstance(a, fx.Node) for a in node.args[1:]):
         pairs = _elementwise(node, c, ends, ELEMENTWISE[operation])
     elif operation in WRITTEN_OUT:
         pairs = _written_out(node, c, ends, WRITTEN_OUT[operation])
@@ -57,7 +57,8 @@ def _smooth(f: Callable[..., Tensor], *breaks: float) -> Callable[..., Tensor]:
 
 
 def _softplus(x0: Tensor, x1: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    return slopes.smooth(lambda x: F.softplus(x, beta, threshold), x0, x1, (threshold / beta,))
+    """softplus(x, beta) = softplus(beta x) / beta."""
+    return slopes.smooth(lambda x: F.softplus(x, 1.0, threshold), beta * x0, beta * x1, (threshold,))
 
 
 def _log1p(x0: Tensor, x1: Tensor) -> Tensor:
@@ -100,21 +101,25 @@ MIDPOINT: set[Any] = {
     # shape
     *(aten.reshape, aten.permute, aten.slice, aten.select, aten.split, aten.split_with_sizes),
     *(aten.unbind, aten.flip, aten.roll, aten.repeat, aten.diagonal, aten.as_strided, aten.unfold),
-    *(aten._to_copy, aten.constant_pad_nd, aten.im2col, aten.col2im),
+    *(aten.constant_pad_nd, aten.im2col, aten.col2im),
     *(aten.cat, aten.stack, aten.tril, aten.triu, aten.lift_fresh_copy, aten.contiguous),
     # sums
     *(aten.rsub, aten.neg, aten.sum, aten.mean, aten.cumsum),
     *(aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten.adaptive_avg_pool1d),
     # lookups by a fixed index
-    *(aten.gather, aten.index, aten.index_select, aten.embedding, aten.masked_fill, aten.where, aten.scatter),
+    *(aten.gather, aten.index, aten.index_select, aten.embedding, aten.scatter),
     *(aten.select_scatter, aten.slice_scatter, aten.index_put, aten.scatter_add),
     # products
     *(aten.baddbmm, aten.mv, aten.dot, aten.addmv, aten.matmul, aten.einsum, aten.convolution, aten.square),
 }
 
 
-def _between(a: Any, b: Any) -> Any:
-    return (a + b) / 2 if isinstance(a, Tensor) and a.is_floating_point() else a
+def _between(a: Any, b: Any, dtype: torch.dtype | None = None) -> Any:
+    """The average of the ends, in `dtype`; of a mask, how much of the way it holds."""
+    if not isinstance(a, Tensor) or not (a.is_floating_point() or a.dtype == torch.bool):
+        return a
+    dtype = dtype or a.dtype
+    return (a.to(dtype) + b.to(dtype)) / 2
 
 
 def _call(node: fx.Node, values: Values) -> Any:
@@ -171,9 +176,36 @@ def _matrix_product(c: Tensor, a: Any, b: Any, at: Middle) -> Iterator[Any]:
     yield b, at(a).transpose(-1, -2) @ c
 
 
-def _addmm(c: Tensor, bias: Any, a: Any, b: Any, at: Middle) -> Iterator[Any]:
-    yield bias, _fit(c, at(bias))
-    yield from _matrix_product(c, a, b, at)
+def _addmm(c: Tensor, bias: Any, a: Any, b: Any, at: Middle, beta: float = 1.0, alpha: float = 1.0) -> Iterator[Any]:
+    yield bias, _fit(c * beta, at(bias))
+    yield from _matrix_product(c * alpha, a, b, at)
+
+
+def _where(c: Tensor, mask: Any, a: Any, b: Any, at: Middle) -> Iterator[Any]:
+    """mask a + (1 - mask) b."""
+    share = at(mask)
+    yield a, _fit(c * share, at(a))
+    yield b, _fit(c * (1 - share), at(b))
+    yield mask, _fit(c * _gain(at(a), at(b), c), share)
+
+
+def _masked_fill(c: Tensor, x: Any, mask: Any, value: Any, at: Middle) -> Iterator[Any]:
+    share = at(mask)
+    yield x, _fit(c * (1 - share), at(x))
+    yield value, _fit(c * share, at(value))
+    yield mask, _fit(c * _gain(at(value), at(x), c), share)
+
+
+def _gain(a: Any, b: Any, like: Tensor) -> Tensor:
+    """a - b in the precision of `like`, 0 where one is infinite."""
+    a, b = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (a, b))
+    return torch.where(torch.isfinite(a - b), a - b, 0.0)
+
+
+def _either(c: Tensor, a: Any, b: Any, at: Middle) -> Iterator[Any]:
+    """a + b - a b, of masks."""
+    yield a, _fit(c * (1 - at(b)), at(a))
+    yield b, _fit(c * (1 - at(a)), at(b))
 
 
 def _fit(c: Tensor, like: Any) -> Any:
@@ -192,11 +224,17 @@ WRITTEN_OUT: dict[Any, Callable[..., Iterator[Any]]] = {
     aten.mm: _matrix_product,
     aten.bmm: _matrix_product,
     aten.addmm: _addmm,
+    aten.where: _where,
+    aten.masked_fill: _masked_fill,
+    aten.copy: lambda c, old, new, at, **_: iter([(new, _fit(c, at(new)))]),
+    **dict.fromkeys((aten.logical_and, aten.bitwise_and), _multiply),
+    **dict.fromkeys((aten.logical_or, aten.bitwise_or), _either),
+    **dict.fromkeys((aten.logical_not, aten.bitwise_not), lambda c, x, at: iter([(x, -c)])),
     aten.t: lambda c, x, at: iter([(x, c.t())]),
     aten.transpose: lambda c, x, i, j, at: iter([(x, c.transpose(i, j))]),
     aten.expand: lambda c, x, shape, at: iter([(x, _fit(c, at(x)))]),
     **dict.fromkeys((aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze), _reshaped),
-    **dict.fromkeys((aten.clone, aten.alias, aten.detach), lambda c, x, at, **_: iter([(x, c)])),
+    **dict.fromkeys((aten.clone, aten.alias, aten.detach, aten._to_copy), lambda c, x, at, **_: iter([(x, c)])),
 }
 
 
@@ -207,7 +245,7 @@ def _written_out(node: fx.Node, c: Tensor, ends: Ends, rule: Callable[..., Itera
         if not isinstance(value, fx.Node):
             return value
         if value not in known:
-            known[value] = _between(*ends.of(value))
+            known[value] = _between(*ends.of(value), c.dtype)
         return known[value]
 
     yield from rule(c, *node.args, at=at, **node.kwargs)
@@ -230,7 +268,11 @@ def _gonzalez(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> Pairs:
     if not inputs or (isinstance(y0, Tensor) and not y0.is_floating_point()):
         return
     points = [_between(*ends.of(n)) for n in inputs]
-    halves = [_vjp(node, c, inputs, {n: end[n] for n in node.all_input_nodes}, points) for end in ends]
+    try:
+        halves = [_vjp(node, c, inputs, {n: end[n] for n in node.all_input_nodes}, points) for end in ends]
+    except RuntimeError:  # floor and the like have no derivative; all of the change goes by the correction
+        total = sum(ck.sum() for ck in (c.values() if isinstance(c, dict) else [c]))
+        halves = [[torch.zeros_like(p) * total for p in points]] * 2
     means = [(a + b) / 2 for a, b in zip(*halves, strict=True)]
     parts = c.items() if isinstance(c, dict) else [(None, c)]
     change = [(ck * slopes.difference(*((y0, y1) if k is None else (y0[k], y1[k])))).sum() for k, ck in parts]

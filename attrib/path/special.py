@@ -3,6 +3,7 @@
 Softmax and its kin, maxima and pooling (the winner may change), division, powers, the parts of a tuple.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -39,6 +40,8 @@ def _logsumexp(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
 
 def _join(x: Tensor, dims: list[int]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Move `dims` to the end and flatten them to one; the second value undoes it for a tensor of x's shape."""
+    if x.dim() == 0:
+        return x.reshape(1), lambda t: t.reshape(())
     chosen = sorted(d % x.dim() for d in dims) or list(range(x.dim()))
     others = [d for d in range(x.dim()) if d not in chosen]
     moved = x.permute(*others, *chosen)
@@ -47,6 +50,8 @@ def _join(x: Tensor, dims: list[int]) -> tuple[Tensor, Callable[[Tensor], Tensor
 
 
 def _reinsert(c: Tensor, dims: list[int], rank: int) -> Tensor:
+    if rank == 0:
+        return c
     for d in sorted(d % rank for d in dims) or range(rank):
         c = c.unsqueeze(d)
     return c
@@ -97,12 +102,30 @@ def _divide(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
         yield a, c / b0
         return
     yield a, (c * (1 / b0 + 1 / b1) / 2).sum_to_size(a0.shape)
-    yield b, (c * (a0 + a1) / 2 * slopes.reciprocal(b0, b1)).sum_to_size(b0.shape)
+    if isinstance(b, fx.Node):
+        yield b, (c * (a0 + a1) / 2 * slopes.reciprocal(b0, b1)).sum_to_size(b0.shape)
 
 
 def _power(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
-    x, exponent = node.args
-    yield x, c * slopes.power(*ends.of(x), exponent)
+    base, exponent = node.args
+    if isinstance(base, fx.Node):
+        yield base, c * slopes.power(*ends.of(base), exponent)
+    else:  # a number to the power of x
+        factor = math.log(base)
+        x0, x1 = ends.of(exponent)
+        yield exponent, c * factor * slopes.exp(factor * x0, factor * x1)
+
+
+def _compare(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    """A mask that depends on parameters: c is what its 0 or 1 would be worth."""
+    a, b = node.args
+    a0, a1 = ends.of(a) if isinstance(a, fx.Node) else (a, a)
+    b0, b1 = ends.of(b) if isinstance(b, fx.Node) else (b, b)
+    inward = c * slopes.step(*ends.of(node), a0 - b0, a1 - b1)
+    if isinstance(a, fx.Node):
+        yield a, inward.sum_to_size(a0.shape)
+    if isinstance(b, fx.Node):
+        yield b, -inward.sum_to_size(b0.shape)
 
 
 SPECIAL: dict[Any, Callable[[fx.Node, Any, Ends], Pairs]] = {
@@ -121,4 +144,12 @@ SPECIAL: dict[Any, Callable[[fx.Node, Any, Ends], Pairs]] = {
     aten.max_pool3d_with_indices: partial(_max_pool, 3),
     aten.div: _divide,
     aten.pow: _power,
+    **dict.fromkeys((aten.gt, aten.ge, aten.lt, aten.le, aten.eq, aten.ne), _compare),
 }
+
+
+def applies(node: fx.Node) -> bool:
+    """Whether SPECIAL has the rule of this very call: not of rounded division, nor of x ** y with both moving."""
+    operation = getattr(node.target, "overloadpacket", node.target)
+    both = operation is aten.pow and all(isinstance(a, fx.Node) for a in node.args[:2])
+    return operation in SPECIAL and not both and not node.kwargs.get("rounding_mode")
