@@ -248,7 +248,7 @@ class Recorder(torch.optim.Optimizer):
             self._check_random(number, not torch.equal(torch.get_rng_state(), before))
         if number == 0:  # so that what cannot be split is refused now, not when attributing
             with random_state(before):
-                self._shares.contract(theta, batch, gradient[None])
+                self._shares.check_split(theta, batch)
         facts["loss"] = float(losses.double().mean())
         within = share_bound(gradient, lambda: clip * self._gross(theta, batch, before))
         scale = self._scale.fit(gradient, total, size, clip, within)

@@ -94,6 +94,10 @@ class Shares:
             out[:, part] = found.flatten(1) if isinstance(found, Tensor) else found
         return out
 
+    def check_split(self, theta: Tensor, batch: tuple[Any, ...]) -> None:
+        """Raise CoupledExamplesError, on a few examples, where the gradient does not split over examples."""
+        self._run(theta, tuple(a[:PLAN_BATCH] if isinstance(a, Tensor) else a for a in batch))
+
     def rows_at_once(self) -> int:
         """How many rows fit the budget."""
         return max(1, ROWS_BYTES // (8 * max(1, self.layout.size)))
