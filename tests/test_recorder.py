@@ -38,7 +38,7 @@ class Bench:
         self.backward()
         self.recorder.step(self.index, self.x, self.y)
 
-    def refused(self, error: type[Exception], match: str, *arguments: Any) -> None:
+    def assert_refused(self, error: type[Exception], match: str, *arguments: Any) -> None:
         """The step raises; parameters, optimizer state and the number of steps are as they were; a good one follows."""
         before, steps = flat(self.model), self.recorder._writer.steps
         state = {k: v.clone() for s in self.optimizer.state.values() for k, v in s.items()}
@@ -72,7 +72,7 @@ BAD_INDEX = {
 def test_bad_index_is_refused(kind: str, bench: Bench) -> None:
     index, match = BAD_INDEX[kind]
     bench.backward()
-    bench.refused(errors.BatchError, match, index, bench.x, bench.y)
+    bench.assert_refused(errors.BatchError, match, index, bench.x, bench.y)
     bench.good_step()
 
 
@@ -82,12 +82,12 @@ def test_bad_index_is_refused(kind: str, bench: Bench) -> None:
 )
 def test_bad_batch_is_refused(batch: tuple[Any, ...], match: str, bench: Bench) -> None:
     bench.backward()
-    bench.refused(errors.BatchError, match, bench.index, *batch)
+    bench.assert_refused(errors.BatchError, match, bench.index, *batch)
 
 
 def test_inputs_that_numpy_has_no_type_for_are_refused(bench: Bench) -> None:
     bench.backward()
-    bench.refused(errors.BatchError, "bfloat16", bench.index, bench.x.bfloat16(), bench.y)
+    bench.assert_refused(errors.BatchError, "bfloat16", bench.index, bench.x.bfloat16(), bench.y)
 
 
 def test_random_loss_that_bypasses_the_model_call_is_refused(tmp_path: Path) -> None:
@@ -97,14 +97,14 @@ def test_random_loss_that_bypasses_the_model_call_is_refused(tmp_path: Path) -> 
     bench = Bench(tmp_path, loss=noisy)
     bench.backward()
     before = torch.get_rng_state()
-    bench.refused(errors.BatchIdentityError, "sum to p.grad")
+    bench.assert_refused(errors.BatchIdentityError, "sum to p.grad")
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_ids_beyond_int64_are_refused(bench: Bench) -> None:
     bench.backward()
     index = np.array([5, 6, 7, 8, 2**63 + 1], dtype=np.uint64)
-    bench.refused(errors.BatchError, r"too large.*slot 4", index, bench.x, bench.y)
+    bench.assert_refused(errors.BatchError, r"too large.*slot 4", index, bench.x, bench.y)
 
 
 def test_sparse_gradient_is_named(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_sparse_gradient_is_named(tmp_path: Path) -> None:
 def test_coupled_examples_are_refused_at_the_first_step_of_a_replay_run(tmp_path: Path) -> None:
     bench = Bench(tmp_path, loss=lambda m, x, y: LOSS(lambda z: m(z) - m(z).mean(0), x, y))
     bench.backward()
-    bench.refused(errors.CoupledExamplesError, "its own example")
+    bench.assert_refused(errors.CoupledExamplesError, "its own example")
 
 
 def test_frozen_layers_in_the_optimizer_and_gradual_unfreezing(tmp_path: Path) -> None:
@@ -214,42 +214,42 @@ def test_penalty_in_the_loss_is_named(bench: Bench) -> None:
     bench.recorder.zero_grad()
     penalty = 0.01 * bench.model[2].weight.square().sum()
     (LOSS(bench.model, bench.x, bench.y).mean() + penalty).backward()
-    bench.refused(errors.BatchIdentityError, r"do not sum to p\.grad.*'2\.weight'")
+    bench.assert_refused(errors.BatchIdentityError, r"do not sum to p\.grad.*'2\.weight'")
     bench.good_step()
 
 
 def test_stale_gradient_is_named(bench: Bench) -> None:
     bench.backward()
     bench.model[0].bias.grad += 0.1
-    bench.refused(errors.BatchIdentityError, r"'0\.bias'|different factors")
+    bench.assert_refused(errors.BatchIdentityError, r"'0\.bias'|different factors")
 
 
 def test_second_backward_without_zero_grad_is_named(bench: Bench) -> None:
     bench.backward()
     LOSS(bench.model, bench.x[:2], bench.y[:2]).mean().backward()
-    bench.refused(errors.BatchIdentityError, "sum to p.grad")
+    bench.assert_refused(errors.BatchIdentityError, "sum to p.grad")
 
 
 def test_another_batch_than_the_one_backpropagated_is_named(bench: Bench) -> None:
     bench.backward()
-    bench.refused(errors.BatchIdentityError, "batch other than", bench.index, bench.x + 1, bench.y)
+    bench.assert_refused(errors.BatchIdentityError, "batch other than", bench.index, bench.x + 1, bench.y)
 
 
 def test_clipping_by_value_is_refused(bench: Bench) -> None:
     bench.backward()
     nn.utils.clip_grad_value_(bench.model.parameters(), 0.01)
-    bench.refused(errors.BatchIdentityError, "different factors|sum to p.grad")
+    bench.assert_refused(errors.BatchIdentityError, "different factors|sum to p.grad")
 
 
 def test_missing_backward_is_named(bench: Bench) -> None:
     bench.recorder.zero_grad()
-    bench.refused(errors.BatchIdentityError, "backward")
+    bench.assert_refused(errors.BatchIdentityError, "backward")
 
 
 def test_infinite_loss_is_refused(bench: Bench) -> None:
     bench.x[1, 0] = torch.inf
     bench.backward()
-    bench.refused(errors.LossError, "not finite")
+    bench.assert_refused(errors.LossError, "not finite")
     bench.x[1, 0] = 0.0
     bench.good_step()
 
@@ -258,7 +258,7 @@ def test_infinite_loss_is_refused(bench: Bench) -> None:
 def test_loss_of_wrong_shape_is_refused(capture: str, tmp_path: Path) -> None:
     bench = Bench(tmp_path, loss=lambda m, x, y: LOSS(m, x, y).mean(), capture=capture)
     bench.backward()
-    bench.refused(errors.LossError, r"expected shape \(5,\)")
+    bench.assert_refused(errors.LossError, r"expected shape \(5,\)")
     bench.recorder.close()
     with pytest.raises(errors.StoreError, match="no committed steps"):
         attrib.open_run(bench.store)
@@ -268,7 +268,7 @@ def test_parameter_moved_outside_is_named(bench: Bench) -> None:
     bench.backward()
     with torch.no_grad():
         bench.model[2].bias += 1.0
-    bench.refused(errors.ChangedOutsideError, r"'2\.bias'")
+    bench.assert_refused(errors.ChangedOutsideError, r"'2\.bias'")
 
 
 def test_optimizer_state_changed_outside_is_noticed(bench: Bench) -> None:
@@ -276,7 +276,7 @@ def test_optimizer_state_changed_outside_is_noticed(bench: Bench) -> None:
     for state in bench.optimizer.state.values():
         state["exp_avg"].zero_()
     bench.backward()
-    bench.refused(errors.ChangedOutsideError, "exp_avg")
+    bench.assert_refused(errors.ChangedOutsideError, "exp_avg")
 
 
 def test_buffer_that_changes_is_named(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_batch_norm_in_train_mode_is_refused_before_anything_is_written(tmp_path
 def test_mode_that_changes_is_named(bench: Bench) -> None:
     bench.backward()
     bench.model[1].eval()
-    bench.refused(errors.ChangedOutsideError, "train and eval.*'1'")
+    bench.assert_refused(errors.ChangedOutsideError, "train and eval.*'1'")
 
 
 def test_unsupported_optimizer_is_named_with_the_supported_ones(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_closed_recorder_takes_no_step(bench: Bench) -> None:
     bench.recorder.close()
     bench.recorder.close()
     bench.backward()
-    bench.refused(errors.AttribError, "closed")
+    bench.assert_refused(errors.AttribError, "closed")
 
 
 def test_what_was_recorded_survives_an_exception_in_the_loop(tmp_path: Path) -> None:
