@@ -422,6 +422,8 @@ def test_clipping_factor_is_the_scale(tmp_path: Path) -> None:
         norm = float(torch.sqrt(sum(p.grad.square().sum() for p in model.parameters())))
         # clip_grad_norm_ divides by norm + 1e-6
         assert trained.run.scale(step) == pytest.approx(1e-3 / (norm + 1e-6) / len(x), rel=1e-12)
+    # and it was read off the norms: only the first two steps computed any shares
+    np.testing.assert_array_equal(np.isnan(trained.run.log("batch_identity")), [False, False, True, True, True])
 
 
 def test_training_is_not_changed_by_recording(tmp_path: Path) -> None:
