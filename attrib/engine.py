@@ -10,6 +10,7 @@
 State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .errors import LossError
+from .errors import LossError, MeasurementError
 from .functional import random_state, training_modes
 from .gradients import Shares
 from .kernels.contraction import contract_rows
@@ -72,10 +73,11 @@ def attribute(
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
     """
+    _check_arguments(run, path, steps)
     check_model(run, model)
     start, stop = _window(run, steps)
     device = next(model.parameters()).device
-    query = Query(model, measurement, run.layout, dtype or torch.float64, run.vector(stop).to(device))
+    query = _query(run, model, measurement, dtype, run.vector(stop).to(device))
     source = _shares_source(run, model, loss, dtype or run.dtype, device)
     labels, member = group_tensors(run.layout.names, groups)
     sizes = {"step": stop - start, "example": len(run.examples), "group": len(labels)}
@@ -91,6 +93,8 @@ def attribute(
     sink.close(_tensors(run, carry * block.momentum.to(device)))
     return Result(sink.dataset(_facts(run, measurement, path or Secant(), start, stop, dtype)))
 
+
+log = logging.getLogger("attrib")
 
 Contract = Callable[[Block, int, Tensor, Tensor], Tensor]  # (block, n-th step, theta (P,), U (Q, P)) -> (Q, B, K)
 
@@ -127,6 +131,7 @@ def _sweep(
                 gradient=_tensors(run, sensitivity * gradient),
                 start=path.start.double().cpu().numpy(),
                 end=path.end.double().cpu().numpy(),
+                leverage=(bar_gradient.abs() @ theta0.double().abs()).cpu().numpy(),
             ),
         )
         bar.update()
@@ -160,6 +165,32 @@ def _tensors(run: Run, values: Tensor) -> np.ndarray:
 
 
 # where the shares come from
+
+
+def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None, theta: Tensor) -> Query:
+    """In float64 unless asked otherwise; in the run's type where a callable's own tensors leave no choice."""
+    try:
+        return Query(model, measurement, run.layout, dtype or torch.float64, theta)
+    except MeasurementError as error:
+        if dtype is not None or run.dtype == torch.float64:
+            raise
+        try:
+            found = Query(model, measurement, run.layout, run.dtype, theta)
+        except MeasurementError:
+            raise error from None
+        log.info("the measurement is computed in %s, the type of its own tensors", run.dtype)
+        return found
+
+
+def _check_arguments(run: Any, path: Any, steps: Any) -> None:
+    for name, value, kind, hint in (
+        ("run", run, Run, "Open it with attrib.open_run(path)."),
+        ("steps", steps, slice | None, "Pass slice(a, b), or None for the whole run."),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is not what it should be: got {value!r}. {hint}")
+    if path is not None and (isinstance(path, type) or not hasattr(path, "bind")):
+        raise TypeError(f"path is not a path: got {path!r}, expected an object such as attrib.Secant().")
 
 
 def _shares_source(

@@ -31,7 +31,8 @@ def choose(keep: Sequence[str] | Sequence[Sequence[str]] | None, queries: int, s
     keep: one set of axes ("step", "example") or several; None for the default.
     """
     if keep is not None:
-        several = [keep] if all(isinstance(k, str) for k in keep) else keep
+        keep = [keep] if isinstance(keep, str) else keep
+        several = [keep] if keep and all(isinstance(k, str) for k in keep) else keep
         wanted = {order(axes) for axes in several}  # type: ignore[arg-type]
     else:
         wanted = {("example",), ("step", "group")}

@@ -159,8 +159,8 @@ class Recorder(torch.optim.Optimizer):
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._finish(complete=error is None)
 
     def __deepcopy__(self, memo: Any) -> "Recorder":
         raise AttribError("a recorder cannot be copied: it writes one run. Copy the model or the optimizer instead.")
@@ -219,12 +219,24 @@ class Recorder(torch.optim.Optimizer):
         )
 
     def close(self) -> None:
-        """Write what is left and mark the run complete. Closing twice is harmless."""
-        if self._open:
-            self._open = False
-            self._random.remove()
-            self._scale.remove()
-            self._writer.close()
+        """Write what is left and mark the run complete. Closing twice is harmless.
+
+        Raises:
+            ChangedOutsideError: the parameters moved after the last recorded step; what was recorded is written.
+        """
+        self._finish(complete=True)
+
+    def _finish(self, complete: bool) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._random.remove()
+        self._scale.remove()
+        self._writer.close(complete)
+        if not self._writer.steps:
+            log.warning("nothing was recorded: recorder.step was never called")
+        elif complete:
+            self._guard.check_parameters(self._layout.flatten(self._parameters), self._writer.steps)
 
     # first identity: shares sum to p.grad
 
@@ -262,7 +274,7 @@ class Recorder(torch.optim.Optimizer):
         except BatchIdentityError as error:
             if not self._stochastic:
                 raise
-            hint = "The loss draws random numbers: make one forward pass per step, through model(...)."
+            hint = "If the step made several forward passes: the loss draws random numbers, so make one, through model(...)."
             raise BatchIdentityError(f"{error} {hint}") from None
         return scale
 
@@ -297,7 +309,7 @@ class Recorder(torch.optim.Optimizer):
         try:
             return step_identity(self._layout, theta, after, delta, number)
         except StepIdentityError:
-            self.close()  # what was recorded stays readable; this step is not part of it
+            self._finish(complete=False)  # what was recorded stays readable; this step is not part of it
             raise
 
     # randomness of the loss (dropout)

@@ -55,7 +55,8 @@ class Ledger:
 class Result:
     """The decomposition of one or more measurements. Made by `attrib.attribute` or `attrib.open_result`.
 
-    dataset: xarray.Dataset with initial, final, residual (query); decay (query, step, group); inherited (query, group);
+    dataset: xarray.Dataset with initial, final, residual, rounding, spacing, gross (query);
+        decay (query, step, group); inherited (query, group);
         timeline (query, update_step, group); curve (query, state); one array per kept marginal; the identities by step.
     """
 
@@ -126,7 +127,10 @@ class Result:
         return self.dataset["timeline"]
 
     def top(self, n: int = 10) -> pd.DataFrame:
-        """The n largest and the n smallest contributions of examples, per query: columns query, example, contribution."""
+        """The n largest and the n smallest (most negative) contributions of examples: 2n rows a query.
+
+        Columns query, example, contribution.
+        """
         contributions = self.by("example")
         frames = []
         for q in range(contributions.sizes["query"]):
@@ -163,27 +167,38 @@ class Result:
         return Ledger(terms, identities)
 
     def check(self, rtol: float = 1e-6) -> Ledger:
-        """Check that initial + examples + decay + inherited == final.
+        """Check that initial + examples + decay + inherited == final, as far as numbers can be stored.
 
         Args:
-            rtol: bound on |residual| over the largest term of its query.
+            rtol: bound on |residual|, relative to the gross size of what is summed: the largest of |initial|, |final| and
+                the sum over steps and tensors of |contributions| and |decay|. On top of it, the part of the residual that
+                was measured to come from rounding the stored parameters (`dataset["rounding"]`) is allowed for, as far as
+                their spacing explains it; in float64 that is nothing.
 
         Raises:
             CompletenessError: with the worst query, its residual and the identity that is furthest off.
         """
         ledger = self.ledger()
-        names = ("initial", "examples", "decay", "inherited", "final")
-        largest = np.max([np.abs(ledger.terms[n].values) for n in names], axis=0)
-        gap = np.abs(ledger.terms["residual"].values) / np.where(largest > 0, largest, 1.0)
+        residual = np.abs(ledger.terms["residual"].values)
+        sizes = [
+            np.abs(ledger.terms["initial"].values),
+            np.abs(ledger.terms["final"].values),
+            self.dataset["gross"].values,
+        ]
+        gross = np.max(sizes, axis=0)
+        rounding = np.minimum(np.abs(self.dataset["rounding"].values), self.dataset["spacing"].values)
+        gap = np.maximum(residual - rounding, 0.0) / np.where(gross > 0, gross, 1.0)
+        gap = np.where(np.isfinite(residual), gap, np.inf)
         worst = int(np.argmax(gap))
         if not gap[worst] <= rtol:
             name = max(ledger.identities, key=ledger.identities.__getitem__)
             at = self.dataset[f"{name}_identity"]
             step = int(at["step"].values[int(np.nanargmax(at.values))])
+            hint = " Are model and loss those that were recorded?" if name == "batch" else ""
             raise CompletenessError(
-                f"the terms do not add up: got a residual of {gap[worst]:.3g} of the largest term, expected at most "
+                f"the terms do not add up: got a residual of {gap[worst]:.3g} of what is summed, expected at most "
                 f"{rtol:.3g}, at query {self.dataset['query'].values[worst]}. The {name} identity is furthest off, by "
-                f"{ledger.identities[name]:.3g} at step {step}. Are model and loss those that were recorded?\n{ledger}"
+                f"{ledger.identities[name]:.3g} at step {step}.{hint}\n{ledger}"
             )
         return ledger
 

@@ -206,7 +206,7 @@ class Run:
 
     def __repr__(self) -> str:
         h = self.header
-        state = "complete" if self.complete else "not closed: read up to its last committed block"
+        state = "complete" if self.complete else "not closed, or interrupted: read up to its last committed block"
         return (
             f"<attrib.Run {self.reader.target}: {self.steps} steps ({state}), {self.layout.size} parameters in "
             f"{len(self.groups)} tensors, {len(self.examples)} examples, {h['model']}, {h['optimizer']}, {h['dtype']}, "

@@ -1,9 +1,11 @@
 """Where the terms of a sweep go: kept marginals, timeline, decay, the gap of each identity, and on request the cube."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from .marginals import Marginals
@@ -11,10 +13,13 @@ from .result import PREFIX
 from .run import Run
 from .store import CubeWriter
 
+log = logging.getLogger("attrib")
+
 
 @dataclass(frozen=True)
 class StepTerms:
-    """Everything one step adds: contributions (Q, B, K), the other sums (Q, K), the measurement at both ends (Q,)."""
+    """Everything one step adds: contributions (Q, B, K), the other sums (Q, K); (Q,): the measurement at both ends, and
+    sum_p |Gbar_p theta_p|, which times eps bounds what rounding of the stored parameters can do."""
 
     contributions: np.ndarray
     decay: np.ndarray
@@ -23,6 +28,7 @@ class StepTerms:
     gradient: np.ndarray
     start: np.ndarray
     end: np.ndarray
+    leverage: np.ndarray
 
 
 class Sink:
@@ -47,6 +53,11 @@ class Sink:
         self.curve = np.full((queries, steps + 1), np.nan)
         self.inherited = np.zeros((queries, groups))
         self.examples = np.zeros(queries)
+        self.gross = np.zeros(queries)
+        self.rounding = np.zeros(queries)
+        self.spacing = np.zeros(queries)
+        self._eps = torch.finfo(run.dtype).eps
+        self._warned = False
         self.gaps = {name: np.zeros(steps) for name in ("batch", "step", "measurement")}
         self._cube = None if cube is None else CubeWriter(cube, start, queries, steps, labels)
 
@@ -61,12 +72,26 @@ class Sink:
         self.curve[:, n], self.curve[:, n + 1] = t.start, t.end
         # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
         shares = t.contributions.sum(1)
+        self.gross += np.abs(shares).sum(1) + np.abs(t.decay).sum(1)
+        self.rounding += (t.moved - t.replayed).sum(1)
+        self.spacing += self._eps * t.leverage
         self.gaps["batch"][n] = _gap(shares - t.gradient, np.abs(t.contributions).sum((1, 2)))
-        self.gaps["step"][n] = _gap(t.moved - t.replayed, np.abs(t.moved).sum(1))
+        self._warn(step, self.gaps["batch"][n])
+        size = np.maximum(np.abs(t.moved).sum(1), self._eps**0.5 * t.leverage)
+        self.gaps["step"][n] = _gap(t.moved - t.replayed, size)
         gross = np.abs(t.moved).sum(1) + np.abs(t.start) + np.abs(t.end)
         self.gaps["measurement"][n] = _gap(t.moved.sum(1) - (t.end - t.start), gross)
         if self._cube is not None:
             self._cube.put(n, index, contributions)
+
+    def _warn(self, step: int, gap: float) -> None:
+        if gap > self._eps**0.5 and not self._warned:
+            self._warned = True
+            log.warning(
+                "the shares miss the recorded gradient by %.2g of their size at step %d: the model or the loss is not the "
+                "one that was recorded, or the loss holds a small penalty that is no example's",
+                *(gap, step),
+            )
 
     def close(self, inherited: np.ndarray) -> None:
         """After the last step; inherited (Q, K)."""
@@ -82,6 +107,9 @@ class Sink:
             "initial": (("query",), initial),
             "final": (("query",), final),
             "residual": (("query",), final - initial - explained),
+            "rounding": (("query",), self.rounding),
+            "spacing": (("query",), self.spacing),
+            "gross": (("query",), self.gross + np.abs(self.inherited).sum(1)),
             "decay": (("query", "step", "group"), self.decay),
             "inherited": (("query", "group"), self.inherited),
             "timeline": (("query", "update_step", "group"), self.timeline),

@@ -1,5 +1,6 @@
 """attribute(): windows, blocks, groups, kept axes, the two clocks; bad input."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -186,13 +187,55 @@ def test_loss_is_asked_for_under_replay(trained: Trained) -> None:
         attrib.attribute(trained.run, trained.model, trained.measurement(), progress=False)
 
 
-def test_another_loss_is_found_out(trained: Trained) -> None:
+def test_another_loss_is_found_out(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
     def other(m: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return 2 * trained.case.loss(m, x, y)
 
-    result = trained.attribute(loss=other)
+    with caplog.at_level(logging.WARNING, logger="attrib"):
+        result = trained.attribute(loss=other)
+    assert sum("not the one that was recorded" in message for message in caplog.messages) == 1
     with pytest.raises(errors.CompletenessError, match="batch identity is furthest off"):
         result.check()
+
+
+def test_arguments_of_another_kind_are_refused_in_words(trained: Trained) -> None:
+    for options, match in (
+        ({"steps": 5}, "slice"),
+        ({"steps": (0, 5)}, "slice"),
+        ({"path": attrib.Secant}, r"Secant\(\)"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            trained.attribute(**options)
+    with pytest.raises(TypeError, match="open_run"):
+        attrib.attribute("run.zarr", trained.model, trained.measurement())  # type: ignore[arg-type]
+    with pytest.raises(errors.MeasurementError, match="index 99 is out of bounds"):
+        trained.attribute(attrib.measure.log_prob(trained.data[0][:1], torch.tensor([99])))
+    np.testing.assert_allclose(trained.attribute(keep="step").by("step"), trained.attribute().by("step"), atol=1e-12)
+
+
+def test_obvious_callables_over_float32_inputs_work(tmp_path: Path) -> None:
+    recorded = train(tmp_path / "run", OPTIMIZERS["adamw"], "cnn", dtype=torch.float32)
+    x = recorded.data[0][:2]
+    result = recorded.attribute(lambda m: m(x)[:, 0])
+    result.check(1e-5)
+    with pytest.raises(errors.MeasurementError, match="dtype="):
+        recorded.attribute(lambda m: m(x)[:, 0], dtype=torch.float64)
+    exact = recorded.attribute(lambda m: m(x.to(next(m.parameters()).dtype))[:, 0])
+    np.testing.assert_allclose(result.by("example"), exact.by("example"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["log_prob", "logit", "margin", "loss"])
+def test_every_measurement_of_a_float32_run_passes_the_default_check(name: str, tmp_path: Path) -> None:
+    """Terms that cancel, windows in which little happens: rounding is judged by the size of what is summed."""
+    recorded = train(
+        tmp_path / "run", OPTIMIZERS["adamw"], dtype=torch.float32, steps=40, clip=1.0,
+        scheduler=lambda r: torch.optim.lr_scheduler.CosineAnnealingLR(r, 40),
+    )  # fmt: skip
+    x, y = (d[:10] for d in recorded.data)
+    for window in (slice(None), slice(0, 5), slice(20, 40), slice(36, 40), slice(39, 40)):
+        result = recorded.attribute(getattr(attrib.measure, name)(x, y), steps=window)
+        ledger = result.check()
+        assert max(ledger.identities.values()) < 1e-3
 
 
 @pytest.mark.parametrize("window", [slice(3, 3), slice(5, 2), slice(0, 12), slice(0, 6, 2), slice(20, 30)])

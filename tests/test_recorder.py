@@ -198,7 +198,7 @@ def test_two_random_passes_in_a_step_are_told_apart_from_a_penalty(tmp_path: Pat
     x, y = torch.randn(6, 3).double(), torch.randint(0, 2, (6,))
     for half in (slice(0, 3), slice(3, 6)):
         (LOSS(model, x[half], y[half]).sum() / 6).backward()
-    with pytest.raises(errors.BatchIdentityError, match="one forward pass per step"):
+    with pytest.raises(errors.BatchIdentityError, match=r"several forward passes"):
         recorder.step(torch.arange(6), x, y)
 
 
@@ -260,8 +260,9 @@ def test_loss_of_wrong_shape_is_refused(capture: str, tmp_path: Path) -> None:
     bench.backward()
     bench.assert_refused(errors.LossError, r"expected shape \(5,\)")
     bench.recorder.close()
-    with pytest.raises(errors.StoreError, match="no committed steps"):
+    with pytest.raises(errors.StoreError, match="no run is stored there"):
         attrib.open_run(bench.store)
+    assert not bench.store.exists()  # the first mistake does not stand in the way of the second try
 
 
 def test_parameter_moved_outside_is_named(bench: Bench) -> None:
@@ -377,7 +378,23 @@ def test_what_was_recorded_survives_an_exception_in_the_loop(tmp_path: Path) -> 
 
     with pytest.raises(RuntimeError, match="mine"):
         loop()
-    assert attrib.open_run(tmp_path / "run").steps == 3
+    run = attrib.open_run(tmp_path / "run")
+    assert run.steps == 3
+    assert not run.complete
+    assert "interrupted" in repr(run)
+
+
+def test_a_last_step_that_bypasses_the_recorder_is_noticed_on_closing(bench: Bench) -> None:
+    bench.backward()
+    bench.optimizer.step()
+    with pytest.raises(errors.ChangedOutsideError, match=r"only recorder\.step"):
+        bench.recorder.close()
+    assert attrib.open_run(bench.store).steps == 1
+
+
+def test_closing_without_a_step_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Bench(tmp_path).recorder.close()
+    assert any("never called" in message for message in caplog.messages)
 
 
 SCHEDULERS = {

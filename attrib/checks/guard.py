@@ -36,14 +36,18 @@ class Guard:
         """The parameters (P,) that a step ended with."""
         self._after = after
 
-    def check(self, theta: Tensor, step: int) -> None:
-        """Raise ChangedOutsideError, naming what changed since the last step."""
+    def check_parameters(self, theta: Tensor, step: int) -> None:
+        """Raise ChangedOutsideError where the parameters (P,) are not those that the last step ended with."""
         if self._after is not None and not torch.equal(theta, self._after):
             name = next(n for n, s in self._layout.slices() if not torch.equal(theta[s], self._after[s]))
             raise ChangedOutsideError(
                 f"a parameter changed between two steps: expected only recorder.step to move it, at {name!r}, step "
                 f"{step}. Restore it (recorded runs have no other source of change), or record a new run."
             )
+
+    def check(self, theta: Tensor, step: int) -> None:
+        """Raise ChangedOutsideError, naming what changed since the last step."""
+        self.check_parameters(theta, step)
         if any(t._version != self._versions[name] for name, t in self._constants.items()):
             self.constants(step)
             self._versions = {name: t._version for name, t in self._constants.items()}

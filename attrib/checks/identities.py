@@ -45,14 +45,16 @@ def batch_identity(
         raise BatchIdentityError(
             f"the shares of the examples do not sum to p.grad: got a gap of {gaps[worst] / norm:.3g} of |p.grad|, expected "
             f"at most {_root(gradient.dtype):.1g}, at parameter {worst!r}, step {step}. Look for a penalty in the loss that "
-            f"is no example's, a gradient left from before zero_grad(), a gradient changed other than by a common factor, "
-            f"or a batch other than the one backpropagated. The step was refused."
+            f"is no example's, a gradient left from before zero_grad(), a mean over micro-batches or a weighted mean that "
+            f"gives examples different factors, or a batch other than the one backpropagated. The step was refused."
         )
     return gaps[worst] / norm
 
 
 def step_identity(layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int) -> float:
-    """|replayed - real update| over |real update|; vectors (P,). Real parameters are rounded to eps |theta|.
+    """|replayed - real update| over |real update|; vectors (P,).
+
+    Real parameters are rounded to eps |theta|, so an update below sqrt(eps) |theta| is counted as of that size.
 
     Raises:
         StepIdentityError: beyond sqrt(eps) of the update plus that rounding, naming the parameter.
@@ -68,7 +70,7 @@ def step_identity(layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor
                 f"parameter {name!r}, step {step}. Recording ends before this step; the optimizer has made it. Was the "
                 f"optimizer's state or code changed?"
             )
-    size = float(real.norm())
+    size = max(float(real.norm()), eps**0.5 * float(after.norm()))
     return float((replayed - real).norm()) / size if size else 0.0
 
 

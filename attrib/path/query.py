@@ -94,12 +94,10 @@ class Query:
     def _first_values(self, theta: Tensor) -> Tensor:
         try:
             values = self.values(theta)
-        except RuntimeError as error:
-            if "dtype" not in str(error) and "scalar type" not in str(error):
-                raise
+        except (RuntimeError, IndexError, TypeError) as error:
             raise MeasurementError(
-                f"the model does not run in {self.dtype}: got {str(error).splitlines()[0]}. Measurements are computed in "
-                f"float64 unless asked otherwise: pass dtype=torch.float32, or leave types to the model's parameters."
+                f"the measurement fails in {self.dtype}: got {str(error).splitlines()[0]}. If it holds tensors of another "
+                f"type, pass that as dtype=, or convert them: x.to(next(model.parameters()).dtype)."
             ) from error
         if not isinstance(values, Tensor) or values.dim() != 1:
             got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__

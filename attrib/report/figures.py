@@ -39,14 +39,25 @@ def timeline(result: Result, query: int, ax: Any) -> Any:
 
 
 def cumulative(result: Result, query: int, n: int, describe: Callable[[int], str], ax: Any) -> Any:
-    """Running sums, over the steps, of the n examples whose contributions end up largest in size.
+    """Running sums, over the steps, of the n examples whose contributions end up largest in size, of all others together,
+    and of weight decay: all that the measurement is made of.
 
     Raises:
         KeptAxesError: the result was not kept along step and example.
     """
     values = result.by("step", "example").isel(query=query)
     final = values.sum("step").values
-    for k, e in enumerate(np.argsort(-np.abs(final), kind="stable")[:n]):
+    order = np.argsort(-np.abs(final), kind="stable")
+    decay = result.decay.isel(query=query).sum("group").values
+    for label, style, per_step in (
+        (f"all {len(order) - n} other examples", ":", values.values[:, order[n:]].sum(1)),
+        ("weight decay", "--", decay),
+    ):
+        running = np.cumsum(per_step)
+        ax.plot(
+            values["step"].values, running, style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})"
+        )
+    for k, e in enumerate(order[:n]):
         running = np.cumsum(values.values[:, e])
         label = f"{describe(int(values['example'].values[e]))}  ({final[e]:+.2f})"
         style = "-" if k < len(COLOURS) else "--"

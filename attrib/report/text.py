@@ -54,7 +54,9 @@ def describe_run(run: Run) -> str:
     checked = run.log("batch_identity")
     rows = {
         "store": run.reader.target,
-        "steps": f"{run.steps}" if run.complete else f"{run.steps} (not closed: read up to its last committed block)",
+        "steps": f"{run.steps}"
+        if run.complete
+        else f"{run.steps} (not closed, or interrupted: read up to its last committed block)",
         "examples": len(run.examples),
         "parameters": f"{run.layout.size} in {len(run.groups)} tensors",
         "model": h["model"],

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from ..errors import StoreExistsError
 from .schema import create
 from .writer import check_target
 
@@ -18,7 +19,12 @@ class CubeWriter:
     """Takes steps in descending order and writes each chunk whole."""
 
     def __init__(self, target: Any, start: int, queries: int, steps: int, groups: tuple[str, ...]) -> None:
-        check_target(target, overwrite=False)
+        try:
+            check_target(target, overwrite=False)
+        except StoreExistsError:
+            raise StoreExistsError(
+                f"a store exists already: got cube={target}, expected an empty place. Choose another path."
+            ) from None
         self._group = zarr.create_group(target, zarr_format=3)
         self._group.attrs["attrib_cube"] = {"groups": list(groups), "first_step": start, "complete": False}
         self._shape = (queries, steps, len(groups))

@@ -58,7 +58,7 @@ def check_target(target: Any, overwrite: bool) -> None:
 
 
 class Writer:
-    """Writes one run.
+    """Writes one run, from its first step on.
 
     Args:
         target: path or zarr Store.
@@ -77,7 +77,7 @@ class Writer:
         block: int | None,
     ) -> None:
         check_target(target, overwrite)
-        self._group = zarr.create_group(target, overwrite=overwrite, zarr_format=3)
+        self._target, self._overwrite, self._constants = target, overwrite, constants
         self._header = {**header, "committed_steps": 0, "complete": False}
         self._block = block
         self._steps = 0  # appended
@@ -86,12 +86,7 @@ class Writer:
         self._shares: list[np.ndarray] = []  # of the block's steps, with capture="gradients"
         self._shares_here: list[np.ndarray] = []  # of the step under way
         self._arrays: dict[str, zarr.Array] = {}
-        self._table = ExampleTables(self._group)
         self._broken: str | None = None
-        for name, value in constants.items():
-            dims = tuple(f"d{d}" for d in range(value.ndim))
-            create(self._group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
-        self._mark(0)
 
     @property
     def steps(self) -> int:
@@ -139,15 +134,16 @@ class Writer:
         """Change facts in the header; they are written with the next commit."""
         self._header.update(facts)
 
-    def close(self) -> None:
-        """Write what is left, the final parameters, and mark the run complete."""
+    def close(self, complete: bool = True) -> None:
+        """Write what is left, the final parameters, and whether the run is complete."""
+        if not self._steps:
+            return
         if self._records:
             self._flush()
-        if self._steps:
-            theta = self._arrays["theta"]
-            theta.resize((self._steps + 1, theta.shape[1]))
-            theta[self._steps] = self._last
-        self._header["complete"] = True
+        theta = self._arrays["theta"]
+        theta.resize((self._steps + 1, theta.shape[1]))
+        theta[self._steps] = self._last
+        self._header["complete"] = complete
         self._mark(self._steps)
 
     # one block
@@ -197,7 +193,13 @@ class Writer:
         self._group.attrs["attrib"] = self._header
 
     def _create(self, first: StepRecord) -> None:
-        """Arrays that fit the first step."""
+        """The group, and arrays that fit the first step. Until then nothing is written: what was refused leaves no store."""
+        check_target(self._target, self._overwrite)
+        self._group = zarr.create_group(self._target, overwrite=self._overwrite, zarr_format=3)
+        self._table = ExampleTables(self._group)
+        for name, value in self._constants.items():
+            dims = tuple(f"d{d}" for d in range(value.ndim))
+            create(self._group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
         shares = np.concatenate(self._shares_here) if self._shares_here else None
         bytes_per_step = first.theta.nbytes + first.gradient.nbytes + (0 if shares is None else shares.nbytes)
         self._block = self._block or block_steps(bytes_per_step)
@@ -220,6 +222,7 @@ class Writer:
             self._add("gradients", (slots, size), (n, at_once, size), shares.dtype)
         if first.random is not None:
             self._add("random", (len(first.random),), (n, len(first.random)), np.uint8)
+        self._mark(0)
 
     def _add(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> None:
         fill = PADDING.get(name, 0)

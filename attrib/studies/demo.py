@@ -42,6 +42,10 @@ def demo(folder: Path, seed: int = 0, say: Callable[[str], None] = print) -> Non
     say(f"   {time.perf_counter() - start:.1f} s.\n")
     say("   The ledger: initial + examples + decay + inherited + residual = final, in nats.\n")
     say(text.ledger(result, TOLERANCE) + "\n")
+    say(
+        "   Weight decay pulls the weights back at every step and the examples push them out again, so the two terms are"
+    )
+    say("   large, of opposite sign, and nearly cancel: what is left over is the change of the log-probability.\n")
     say(f"3. The ten largest contributions to query 0, {names[0]} (accounting, not a counterfactual):\n")
     say(text.largest(result, 0, 10, pairs.describe) + "\n")
     say("4. The layers over time: change of the log-probability made by each layer's updates, weight decay included.\n")
