@@ -31,6 +31,8 @@ from .result import Result
 from .run import Block, Run, check_model
 from .sink import Sink, StepTerms
 
+log = logging.getLogger("attrib")
+
 
 def attribute(
     run: Run,
@@ -83,18 +85,13 @@ def attribute(
     sizes = {"step": stop - start, "example": len(run.examples), "group": len(labels)}
     sink = Sink(run, query.count, start, labels, member, sizes, choose(keep, query.count, sizes), cube)
     carry = torch.zeros(query.count, run.layout.size, dtype=torch.float64, device=device)
-    with (
-        training_modes(model, None),
-        tqdm(total=stop - start, desc="attribute", unit="step", delay=2, disable=not progress) as bar,
-    ):
-        integrate = (path or Secant()).bind(query)
+    integrate = (path or Secant()).bind(query)
+    with tqdm(total=stop - start, desc="attribute", unit="step", delay=2, disable=not progress) as bar:
         for block in run.blocks(start, stop):
             carry = _sweep(run, block, integrate, query.steps_at_once(), source, carry, sink, bar)
     sink.close(_tensors(run, carry * block.momentum.to(device)))
     return Result(sink.dataset(_facts(run, measurement, path or Secant(), start, stop, dtype)))
 
-
-log = logging.getLogger("attrib")
 
 Contract = Callable[[Block, int, Tensor, Tensor], Tensor]  # (block, n-th step, theta (P,), U (Q, P)) -> (Q, B, K)
 

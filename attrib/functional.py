@@ -72,13 +72,12 @@ class Functional:
 
 
 @contextmanager
-def training_modes(model: nn.Module, training: Sequence[str] | None) -> Iterator[None]:
-    """Put exactly the named modules into training mode, for the time of the context; None changes nothing."""
+def training_modes(model: nn.Module, training: Sequence[str]) -> Iterator[None]:
+    """Put exactly the named modules into training mode, for the time of the context."""
     before = {module: module.training for module in model.modules()}
-    if training is not None:
-        names = set(training)
-        for name, module in model.named_modules():
-            module.training = name in names
+    names = set(training)
+    for name, module in model.named_modules():
+        module.training = name in names
     try:
         yield
     finally:

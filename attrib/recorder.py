@@ -191,6 +191,7 @@ class Recorder(torch.optim.Optimizer):
         if number == 0:
             self._writer.update_header(training=self._guard.training())
         gradient = check_gradient(self._layout, self._parameters, number)
+        state = self._state_at_block()
         facts: dict[str, float] = {}
         self._random.busy = True
         try:
@@ -200,7 +201,6 @@ class Recorder(torch.optim.Optimizer):
             raise
         finally:
             self._random.busy = False
-        state = self._state_at_block()
         hyper = read_hyper(self._rule, self.optimizer)
         self.optimizer.step()
         after = self._layout.flatten(self._parameters)

@@ -496,3 +496,29 @@ def test_state_dict_is_the_optimizers_own(bench: Bench) -> None:
     assert bench.recorder.state is bench.optimizer.state
     assert bench.recorder.defaults is bench.optimizer.defaults
     assert isinstance(bench.recorder, torch.optim.Optimizer)
+
+
+@pytest.mark.parametrize("capture", ["replay", "gradients"])
+def test_a_refused_step_leaves_nothing_behind_for_the_next(capture: str, tmp_path: Path) -> None:
+    """Refusals of every kind between good steps: the run is the one of the good steps alone."""
+    bench = Bench(tmp_path, capture=capture)
+    for _ in range(5):
+        bench.backward()
+        bench.assert_refused(errors.BatchError, "differ", bench.index[:3], bench.x, bench.y)
+        bench.model[0].bias.grad += 1.0
+        bench.assert_refused(errors.BatchIdentityError, r"different factors|sum to p\.grad")
+        bench.good_step()
+        kept = {p: {k: v.clone() for k, v in s.items()} for p, s in bench.optimizer.state.items()}
+        bench.backward()
+        for s in bench.optimizer.state.values():
+            s["exp_avg"].add_(1.0)
+        if bench.recorder._writer.wants_state:
+            bench.assert_refused(errors.ChangedOutsideError, "exp_avg")
+        for p, s in kept.items():
+            bench.optimizer.state[p].update(s)
+    bench.recorder.close()
+    run = attrib.open_run(bench.store)
+    assert run.steps == 5
+    assert attrib.verify(run, progress=False).failure is None
+    measurement = attrib.measure.log_prob(bench.x[:2], bench.y[:2])
+    attrib.attribute(run, bench.model, measurement, loss=LOSS, progress=False).check(1e-10)

@@ -113,7 +113,7 @@ class Writer:
         if not self._arrays:
             self._create(record)
         self._rows.append(self._table.place(record.ids, record.batch))
-        self._records.append(record)
+        self._records.append(record._replace(batch=[]))  # its inputs are in the table: do not hold them until the flush
         if self._shares_here:
             self._shares.append(np.concatenate(self._shares_here))
             self._shares_here.clear()
