@@ -83,7 +83,9 @@ def attribute(
     source = _shares_source(run, model, loss, dtype or run.dtype, device)
     labels, member = group_tensors(run.layout.names, groups)
     sizes = {"step": stop - start, "example": len(run.examples), "group": len(labels)}
-    sink = Sink(run, query.count, start, labels, member, sizes, choose(keep, query.count, sizes), cube)
+    sink = Sink(
+        run, query.count, start, labels, member, sizes, choose(keep, query.count, sizes), cube, dtype or run.dtype
+    )
     carry = torch.zeros(query.count, run.layout.size, dtype=torch.float64, device=device)
     integrate = (path or Secant()).bind(query)
     with tqdm(total=stop - start, desc="attribute", unit="step", delay=2, disable=not progress) as bar:

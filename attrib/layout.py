@@ -48,13 +48,6 @@ class Layout:
             for (name, part), shape in zip(self.slices(), self.shapes, strict=True)
         }
 
-    def sum_tensors(self, values: np.ndarray) -> np.ndarray:
-        """(..., P) -> (..., K): summed over each tensor, in float64."""
-        filled = np.flatnonzero(np.diff(self.bounds))  # reduceat has no empty sums
-        out = np.zeros((*values.shape[:-1], len(self.names)))
-        out[..., filled] = np.add.reduceat(values, self.bounds[:-1][filled], axis=-1, dtype=np.float64)
-        return out
-
 
 def group_tensors(
     names: Sequence[str], groups: Mapping[str, Sequence[str]] | None

@@ -37,7 +37,7 @@ from .store import FORMAT, StepRecord, Writer, check_target
 
 log = logging.getLogger("attrib")
 
-CHECK_EVERY = 50  # a check costs about 1.3 steps: under 3 % of the training time
+CHECK_EVERY = 50  # a check costs about one step: 2 % of the training time
 CHECK_FIRST = 2
 
 
@@ -105,7 +105,7 @@ class Recorder(torch.optim.Optimizer):
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
         self._shares = Shares(loss, model, self._layout, self._parameters[0].dtype)
         self._guard = Guard(model, self._layout)
-        self._check_every, self._stochastic = check_every, False
+        self._check_every = check_every
         self._replay: Replay | None = None
         self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
@@ -205,15 +205,20 @@ class Recorder(torch.optim.Optimizer):
         self.optimizer.step()
         after = self._layout.flatten(self._parameters)
         facts["step_identity"] = self._replayed(hyper, gradient, theta, after, number)
-        random = self._random.before.numpy() if self._stochastic and self._random.before is not None else None
+        random = self._random.before.numpy() if self._random.stochastic and self._random.before is not None else None
         self._guard.stepped(after)
         self._scale.clear()
         self._writer.append(
             StepRecord(
-                *(_array(theta), _array(gradient), hyper, ids, rows, scale),
-                {k: _array(v) for k, v in state.items()} if state else None,
-                random,
-                facts,
+                theta=_array(theta),
+                gradient=_array(gradient),
+                hyper=hyper,
+                ids=ids,
+                batch=rows,
+                scale=scale,
+                state={k: _array(v) for k, v in state.items()} if state else None,
+                random=random,
+                log=facts,
             ),
             _array(after),
         )
@@ -246,7 +251,7 @@ class Recorder(torch.optim.Optimizer):
         """Return the scale of the shares; with capture="gradients", hand them to the writer."""
         size, clip = len(batch[0]), self._scale.clipping()
         if number:
-            self._check_random(number, self._random.drew)
+            self._random.settle(number, self._random.drew)
         due = number < CHECK_FIRST or number % self._check_every == 0
         if self.capture == "replay" and not due and self._scale.settled(size):
             return self._scale.expected(size, clip)
@@ -257,7 +262,7 @@ class Recorder(torch.optim.Optimizer):
         before = self._random.before if self._random.before is not None else torch.get_rng_state()
         with random_state(before):
             losses, total = self._shares.total(theta, batch)
-            self._check_random(number, not torch.equal(torch.get_rng_state(), before))
+            self._random.settle(number, not torch.equal(torch.get_rng_state(), before))
         if number == 0:  # so that what cannot be split is refused now, not when attributing
             with random_state(before):
                 self._shares.check_split(theta, batch)
@@ -272,7 +277,7 @@ class Recorder(torch.optim.Optimizer):
         try:
             facts["batch_identity"] = batch_identity(self._layout, gradient, scale * total, number, within)
         except BatchIdentityError as error:
-            if not self._stochastic:
+            if not self._random.stochastic:
                 raise
             hint = "If the step made several forward passes: the loss draws random numbers, so make one, through model(...)."
             raise BatchIdentityError(f"{error} {hint}") from None
@@ -286,7 +291,7 @@ class Recorder(torch.optim.Optimizer):
     def _share_rows(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> Iterator[Tensor]:
         """The gradients of the examples in slices (b, P); of a random loss all at once: a slice draws other numbers."""
         size = len(batch[0])
-        at_once = size if self._stochastic else self._shares.rows_at_once()
+        at_once = size if self._random.stochastic else self._shares.rows_at_once()
         for lo in range(0, size, at_once):
             with random_state(before):
                 yield self._shares.rows(theta, tuple(b[lo : lo + at_once] for b in batch))
@@ -311,20 +316,6 @@ class Recorder(torch.optim.Optimizer):
         except StepIdentityError:
             self._finish(complete=False)  # what was recorded stays readable; this step is not part of it
             raise
-
-    # randomness of the loss (dropout)
-
-    def _check_random(self, number: int, drew: bool) -> None:
-        """Whether the generator's state is stored is settled at the first step, and must not change."""
-        if number == 0:
-            self._stochastic = drew
-            if drew:
-                log.info("the loss draws random numbers: the generator's state is recorded with every step")
-        elif drew and not self._stochastic:
-            raise ChangedOutsideError(
-                f"the loss draws random numbers now: expected none, as at the first step, at step {number}. Keep dropout "
-                f"rates and modes as they were, or record a new run. The step was refused."
-            )
 
     def _header(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ import pandas as pd
 import xarray as xr
 
 from .errors import CompletenessError, KeptAxesError, StoreError, StoreExistsError
-from .marginals import AXES, order
+from .marginals import order
 
 LABELS = ("group",)  # string coordinates: kept as JSON on disk, Zarr v3 has no settled string type
 PREFIX = "contribution"
@@ -261,6 +261,3 @@ def open_result(store: Any) -> Result:
             f"Open runs with attrib.open_run."
         )
     return Result(dataset.assign_coords({name: (name, values) for name, values in labels.items()}))
-
-
-__all__ = ["AXES", "Ledger", "Result", "open_result"]

@@ -44,6 +44,7 @@ class Sink:
         sizes: dict[str, int],
         kept: list[tuple[str, ...]],
         cube: Any,
+        compute: torch.dtype,
     ) -> None:
         self.run, self.first, self.labels, self.member = run, start, labels, member
         steps, groups = sizes["step"], sizes["group"]
@@ -57,6 +58,7 @@ class Sink:
         self.rounding = np.zeros(queries)
         self.spacing = np.zeros(queries)
         self._eps = torch.finfo(run.dtype).eps
+        self._bound = max(self._eps, torch.finfo(compute).eps) ** 0.5  # on the shares, computed in `compute`
         self._warned = False
         self.gaps = {name: np.zeros(steps) for name in ("batch", "step", "measurement")}
         self._cube = None if cube is None else CubeWriter(cube, start, queries, steps, labels)
@@ -85,7 +87,7 @@ class Sink:
             self._cube.put(n, index, contributions)
 
     def _warn(self, step: int, gap: float) -> None:
-        if gap > self._eps**0.5 and not self._warned:
+        if gap > self._bound and not self._warned:
             self._warned = True
             log.warning(
                 "the shares miss the recorded gradient by %.2g of their size at step %d: the model or the loss is not the "

@@ -3,8 +3,9 @@
     contract_rows   out[q, b, k] = sum over p in tensor k of U[q, p] g[b, p]      U (Q, P) float64, g (B, P) any float
     row_dots        out[b] = sum over m of a[b, m] c[b, m]                        output gradient times tangent
 
-torch would first copy g to float64; here the rows are read as they are and accumulated in float64. One pass over g
-for a few queries (numba); a matrix product per tensor, in slices of rows that fit the cache, for many.
+Accumulated in float64. A whole float64 copy of float32 rows would cost more than the products: they are converted in
+slices that fit the cache and multiplied by BLAS. Measured with 1000 rows of 89 024 on two cores, one query: 41 ms, against
+77 ms for a compiled loop that reads float32 and 225 ms for torch's copy and product; with more queries the gap widens.
 """
 
 import itertools
@@ -12,20 +13,15 @@ import itertools
 import numba
 import numpy as np
 
-MANY = 8  # measured: from about eight queries on, BLAS on float64 slices beats the fused loop
 SLICE_BYTES = 4 << 20
 
 
 def contract_rows(sensitivity: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """(Q, P) float64, (B, P) float32/64, tensor bounds (K+1,) int -> (Q, B, K) float64."""
-    sensitivity = np.ascontiguousarray(sensitivity, dtype=np.float64)
     out = np.zeros((sensitivity.shape[0], rows.shape[0], len(bounds) - 1))
-    if sensitivity.shape[0] < MANY:
-        _fused(sensitivity, np.ascontiguousarray(rows), np.asarray(bounds, dtype=np.int64), out)
-        return out
     step = max(1, SLICE_BYTES // (8 * max(1, rows.shape[1])))
     for lo in range(0, len(rows), step):
-        part = rows[lo : lo + step].astype(np.float64)
+        part = np.asarray(rows[lo : lo + step], dtype=np.float64)
         for k, (a, b) in enumerate(itertools.pairwise(bounds)):
             out[:, lo : lo + step, k] = sensitivity[:, a:b] @ part[:, a:b].T
     return out
@@ -48,14 +44,3 @@ def _row_dots(first, second, out):  # pragma: no cover - compiled
         for m in range(first.shape[1]):
             total += np.float64(first[b, m]) * np.float64(second[b, m])
         out[b] = total
-
-
-@numba.njit(parallel=True, fastmath={"reassoc", "contract"}, cache=True)
-def _fused(sensitivity, rows, bounds, out):  # pragma: no cover - compiled
-    for b in numba.prange(rows.shape[0]):
-        for q in range(sensitivity.shape[0]):
-            for k in range(bounds.shape[0] - 1):
-                total = 0.0
-                for p in range(bounds[k], bounds[k + 1]):
-                    total += sensitivity[q, p] * np.float64(rows[b, p])
-                out[q, b, k] = total

@@ -312,3 +312,9 @@ def test_attribution_on_a_gpu_is_that_on_the_cpu(model: str, tmp_path: Path) -> 
     )
     result.check(1e-9)
     np.testing.assert_allclose(result.by("example"), expected.by("example"), rtol=1e-8, atol=1e-10)
+
+
+def test_a_coarser_compute_type_is_no_reason_to_warn(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="attrib"):
+        trained.attribute(dtype=torch.float32).check(1e-5)
+    assert not caplog.messages

@@ -256,6 +256,8 @@ class _Probe:
 def _splits(name: str, sites: list[Site], readings: list[Batchwise | None], probes: list[_Probe], size: int) -> bool:
     """Whether contracting the probes' deltas gives what their own gradients give."""
     mine = [(s, r, n) for n, (s, r) in enumerate(zip(sites, readings, strict=True)) if name in names_of(s)]
+    if any(reading is None for _, reading, _ in mine):
+        return False
     for probe in probes:
         gradient = probe.gradients[name]
         if gradient is None:
@@ -264,10 +266,8 @@ def _splits(name: str, sites: list[Site], readings: list[Batchwise | None], prob
         got = torch.zeros(size, dtype=torch.float64, device=gradient.device)
         for site, reading, n in mine:
             delta = probe.deltas[n]
-            if reading is None:
-                return False
             try:
-                if delta is not None:
+                if delta is not None and reading is not None:
                     got += contract_site(site, reading, delta, name, direction[None], size)[0]
             except (NotImplementedError, RuntimeError):
                 return False
