@@ -25,11 +25,11 @@ from .gradients import Shares
 from .kernels.contraction import contract_rows
 from .layout import group_tensors
 from .marginals import choose
-from .optim import Parts, decay, pullback
+from .optim import Parts, decay_rates, pullback
 from .path import Path, PathGradient, Query, Secant
 from .result import Result
 from .run import Block, Run, check_model
-from .sink import Sink, StepTerms
+from .sink import Sink, Terms
 
 log = logging.getLogger("attrib")
 
@@ -108,53 +108,53 @@ def _sweep(
     sink: Sink,
     bar: Any,
 ) -> Tensor:
-    """One block, backwards: returns the carry before its first step."""
-    device = carry.device
-    for n, path in _paths(block, integrate, at_once, device):
-        step = block.steps[n]
-        theta0, theta1 = block.theta[n].to(device), block.theta[n + 1].to(device)
-        gradient = block.gradient[n].to(device)
-        parts, replayed = _to(block.updates[n], device)
-        bar_gradient = path.gradient.double()
-        delta = theta1.double() - theta0.double()
-        sensitivity, carry = pullback(parts, carry, bar_gradient)
-        contributions = contract(block, n, theta0, sensitivity)
-        sink.add(
-            step,
-            block.index[n],
-            StepTerms(
-                contributions=contributions.cpu().numpy(),
-                decay=_tensors(run, decay(parts, sensitivity, bar_gradient, theta0)),
-                moved=_tensors(run, bar_gradient * delta),
-                replayed=_tensors(run, bar_gradient * replayed),
-                gradient=_tensors(run, sensitivity * gradient),
-                start=path.start.double().cpu().numpy(),
-                end=path.end.double().cpu().numpy(),
-                leverage=(bar_gradient.abs() @ theta0.double().abs()).cpu().numpy(),
-            ),
-        )
-        bar.update()
+    """One block, backwards, several steps at a time: returns the carry before its first step."""
+    for stop in range(len(block.steps), 0, -at_once):
+        start = max(0, stop - at_once)
+        theta = block.theta[start : stop + 1].to(carry.device)
+        path = integrate(theta[:-1], theta[1:])
+        gradients = path.gradient.double()
+        sensitivity = torch.empty_like(gradients)
+        contributions: list[np.ndarray] = []
+        for n in reversed(range(start, stop)):
+            parts = _to(block.updates[n][0], carry.device)
+            sensitivity[n - start], carry = pullback(parts, carry, gradients[n - start])
+            found = contract(block, n, theta[n - start], sensitivity[n - start])
+            contributions.insert(0, found.cpu().numpy())
+            bar.update()
+        terms = _terms(run, block, slice(start, stop), theta, path, gradients, sensitivity)
+        sink.add(block.start + start, block.index[start:stop], Terms(contributions, *terms))
     return carry
 
 
-def _paths(
-    block: Block, integrate: Callable[..., PathGradient], at_once: int, device: torch.device
-) -> Iterator[tuple[int, PathGradient]]:
-    """Path gradients of a block's steps, last first, computed several steps at a time."""
-    for stop in range(len(block.steps), 0, -at_once):
-        start = max(0, stop - at_once)
-        theta = block.theta[start : stop + 1].to(device)
-        several = integrate(theta[:-1], theta[1:])
-        for n in reversed(range(start, stop)):
-            yield n, PathGradient(*(t[n - start] for t in several))
+def _terms(
+    run: Run, block: Block, steps: slice, theta: Tensor, path: PathGradient, gradients: Tensor, sensitivity: Tensor
+) -> Iterator[np.ndarray]:
+    """The sums of `Terms` over each tensor, from Gbar and U of n steps, (n, Q, P) each; a tensor at a time."""
+    recorded = block.gradient[steps].to(theta.device)
+    replayed = torch.stack([delta for _, delta in block.updates[steps]]).to(theta.device)
+    by_path, by_step = [], []
+    leverage = torch.zeros_like(path.start, dtype=torch.float64)
+    for _, part in run.layout.slices():
+        states = theta[:, part].double()
+        here = gradients[..., part]
+        vectors = torch.stack([states[1:] - states[:-1], replayed[:, part].double(), states[:-1]], 2)
+        by_path.append(here @ vectors)
+        by_step.append(sensitivity[..., part] @ torch.stack([recorded[:, part].double(), states[:-1]], 2))
+        leverage += (here.abs() @ states[:-1].abs().unsqueeze(2)).squeeze(2)
+    moved, real, along_theta = torch.stack(by_path, 2).cpu().numpy().transpose(3, 0, 1, 2)
+    gradient, coupled = torch.stack(by_step, 2).cpu().numpy().transpose(3, 0, 1, 2)
+    rates = np.stack([decay_rates(parts, len(run.layout.names)) for parts, _ in block.updates[steps]])
+    decay = rates[:, None, 0] * coupled - rates[:, None, 1] * along_theta
+    yield from (decay, moved, real, gradient)
+    yield from (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
 
 
-def _to(update: tuple[Parts, Tensor], device: torch.device) -> tuple[Parts, Tensor]:
-    parts, delta = update
+def _to(parts: Parts, device: torch.device) -> Parts:
     if device.type == "cpu":
-        return update
-    moved = [(s, type(k)(*(v.to(device) if isinstance(v, Tensor) else v for v in k))) for s, k in parts]
-    return moved, delta.to(device)
+        return parts
+    return [p._replace(coefficients=type(p.coefficients)(*(v.to(device) if isinstance(v, Tensor) else v for v in
+            p.coefficients))) for p in parts]  # fmt: skip
 
 
 def _tensors(run: Run, values: Tensor) -> np.ndarray:

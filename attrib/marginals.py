@@ -52,13 +52,29 @@ class Marginals:
     def __init__(self, kept: list[Axes], queries: int, sizes: dict[str, int]) -> None:
         self.arrays = {axes: np.zeros((queries, *(sizes[a] for a in axes))) for axes in kept}
 
-    def add(self, step: int, examples: np.ndarray, contributions: np.ndarray) -> None:
-        """Contributions (Q, B, G) of one step; `examples` (B,) are positions on the example axis, repeats allowed."""
+    def add(self, step: int, examples: "Places", contributions: np.ndarray) -> None:
+        """Contributions (Q, B, G) of one step and where its examples stand on their axis."""
         for axes, out in self.arrays.items():
             values = contributions if "group" in axes else contributions.sum(-1)
             target = out[:, step] if "step" in axes else out
             if "example" in axes:
-                for q in range(len(values)):  # repeated ids add up
-                    np.add.at(target[q], examples, values[q])
+                examples.add(target, values)
             else:
                 target += values.sum(1)
+
+
+class Places:
+    """Positions on the example axis of the ids of a batch, (B,), given all ids in order, (N,)."""
+
+    def __init__(self, known: np.ndarray, ids: np.ndarray) -> None:
+        self.ids = ids
+        self._at = np.searchsorted(known, ids)
+        self._repeated = len(np.unique(ids)) < len(ids)
+
+    def add(self, target: np.ndarray, values: np.ndarray) -> None:
+        """target (Q, N, ...) += values (Q, B, ...); repeated ids add up."""
+        if self._repeated:
+            for q in range(len(values)):
+                np.add.at(target[q], self._at, values[q])
+        else:
+            target[:, self._at] += values

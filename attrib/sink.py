@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from .marginals import Marginals
+from .marginals import Marginals, Places
 from .result import PREFIX
 from .run import Run
 from .store import CubeWriter
@@ -17,11 +17,11 @@ log = logging.getLogger("attrib")
 
 
 @dataclass(frozen=True)
-class StepTerms:
-    """Everything one step adds: contributions (Q, B, K), the other sums (Q, K); (Q,): the measurement at both ends, and
-    sum_p |Gbar_p theta_p|, which times eps bounds what rounding of the stored parameters can do."""
+class Terms:
+    """Everything that n steps add: of each the contributions (Q, B, K); the other sums (n, Q, K); (n, Q): the measurement
+    at both ends, and sum_p |Gbar_p theta_p|, which times eps bounds what rounding of the stored parameters can do."""
 
-    contributions: np.ndarray
+    contributions: list[np.ndarray]
     decay: np.ndarray
     moved: np.ndarray
     replayed: np.ndarray
@@ -60,29 +60,39 @@ class Sink:
         self._eps = torch.finfo(run.dtype).eps
         self._bound = max(self._eps, torch.finfo(compute).eps) ** 0.5  # on the shares, computed in `compute`
         self._warned = False
+        self._places: Places | None = None
         self.gaps = {name: np.zeros(steps) for name in ("batch", "step", "measurement")}
         self._cube = None if cube is None else CubeWriter(cube, start, queries, steps, labels)
 
-    def add(self, step: int, index: np.ndarray, t: StepTerms) -> None:
-        """The terms of one step; `index` (B,) are the ids of its examples."""
-        n = step - self.first
-        contributions = t.contributions @ self.member
-        self.marginals.add(n, np.searchsorted(self.run.examples, index), contributions)
-        self.examples += contributions.sum((1, 2))
-        self.decay[:, n] = t.decay @ self.member
-        self.timeline[:, n] = t.moved @ self.member
-        self.curve[:, n], self.curve[:, n + 1] = t.start, t.end
+    def add(self, first: int, index: list[np.ndarray], t: Terms) -> None:
+        """The terms of the steps from `first` on; `index`: of each the ids of its examples, (B,)."""
+        at = slice(first - self.first, first - self.first + len(index))
+        for n in reversed(range(len(index))):
+            self._add_examples(at.start + n, index[n], t.contributions[n], t.gradient[n])
+        self.decay[:, at] = (t.decay @ self.member).swapaxes(0, 1)
+        self.timeline[:, at] = (t.moved @ self.member).swapaxes(0, 1)
+        self.curve[:, at], self.curve[:, at.start + 1 : at.stop + 1] = t.start.T, t.end.T
         # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
-        shares = t.contributions.sum(1)
-        self.gross += np.abs(shares).sum(1) + np.abs(t.decay).sum(1)
-        self.rounding += (t.moved - t.replayed).sum(1)
-        self.spacing += self._eps * t.leverage
-        self.gaps["batch"][n] = _gap(shares - t.gradient, np.abs(t.contributions).sum((1, 2)))
-        self._warn(step, self.gaps["batch"][n])
-        size = np.maximum(np.abs(t.moved).sum(1), self._eps**0.5 * t.leverage)
-        self.gaps["step"][n] = _gap(t.moved - t.replayed, size)
-        gross = np.abs(t.moved).sum(1) + np.abs(t.start) + np.abs(t.end)
-        self.gaps["measurement"][n] = _gap(t.moved.sum(1) - (t.end - t.start), gross)
+        self.gross += np.abs(t.decay).sum((0, 2))
+        self.rounding += (t.moved - t.replayed).sum((0, 2))
+        self.spacing += self._eps * t.leverage.sum(0)
+        moved = np.abs(t.moved).sum(2)
+        self.gaps["step"][at] = _gap(np.abs(t.moved - t.replayed).max(2), np.maximum(moved, self._eps**0.5 * t.leverage))
+        gross = moved + np.abs(t.start) + np.abs(t.end)
+        self.gaps["measurement"][at] = _gap(np.abs(t.moved.sum(2) - (t.end - t.start)), gross)
+
+    def _add_examples(self, n: int, index: np.ndarray, contributions: np.ndarray, gradient: np.ndarray) -> None:
+        """One step: (B,) ids, (Q, B, K), and <U, gradient> (Q, K), which the contributions must sum to."""
+        if self._places is None or not np.array_equal(self._places.ids, index):
+            self._places = Places(self.run.examples, index)
+        shares = contributions.sum(1)
+        self.gross += np.abs(shares).sum(1)
+        self.gaps["batch"][n] = _gap(np.abs(shares - gradient).max(1), np.abs(contributions).sum((1, 2)))
+        self._warn(self.first + n, self.gaps["batch"][n])
+        if len(self.labels) < len(self.member):
+            contributions = contributions @ self.member
+        self.examples += shares.sum(1)
+        self.marginals.add(n, self._places, contributions)
         if self._cube is not None:
             self._cube.put(n, index, contributions)
 
@@ -130,7 +140,6 @@ class Sink:
         return xr.Dataset(variables, coordinates, facts)
 
 
-def _gap(difference: np.ndarray, gross: np.ndarray) -> float:
-    """Largest |difference| over the gross size of its query, (Q,) or (Q, K) against (Q,)."""
-    size = np.abs(difference).reshape(len(gross), -1).max(1)
-    return float(np.max(size / np.where(gross > 0, gross, 1.0)))
+def _gap(difference: np.ndarray, gross: np.ndarray) -> np.ndarray:
+    """Largest |difference| over the gross size, (..., Q) each, over the queries."""
+    return np.max(difference / np.where(gross > 0, gross, 1.0), axis=-1)

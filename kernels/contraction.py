@@ -2,6 +2,7 @@
 
     contract_rows   out[q, b, k] = sum over p in tensor k of U[q, p] g[b, p]      U (Q, P) float64, g (B, P) any float
     row_dots        out[b] = sum over m of a[b, m] c[b, m]                        output gradient times tangent
+    nonzero_rows    out[b] = whether a[b] holds anything but zeros
 
 Accumulated in float64. A whole float64 copy of float32 rows would cost more than the products: they are converted in
 slices that fit the cache and multiplied by BLAS. Measured with 1000 rows of 89 024 on two cores, one query: 41 ms, against
@@ -44,3 +45,20 @@ def _row_dots(first, second, out):  # pragma: no cover - compiled
         for m in range(first.shape[1]):
             total += np.float64(first[b, m]) * np.float64(second[b, m])
         out[b] = total
+
+
+def nonzero_rows(rows: np.ndarray) -> np.ndarray:
+    """(B, M) -> (B,) bool. A row is read as far as its first number that is not zero."""
+    out = np.empty(len(rows), dtype=np.bool_)
+    _nonzero_rows(np.ascontiguousarray(rows), out)
+    return out
+
+
+@numba.njit(cache=True)
+def _nonzero_rows(rows, out):  # pragma: no cover - compiled
+    for b in range(rows.shape[0]):
+        out[b] = False
+        for m in range(rows.shape[1]):
+            if rows[b, m] != 0:
+                out[b] = True
+                break

@@ -3,6 +3,8 @@
     z_s     = A z_{s-1} + B g_s             g_s = gradient_s + L theta_s       (L: decay coupled into the gradient)
     Delta_s = -(E z_{s-1} + F g_s) - W theta_s                                 (W: decoupled decay)
 
+What decay adds to the measurement at a step is <U_s, L theta_s> - <Gbar_s, W theta_s>.
+
 A, B, E, F, L, W are scalars or vectors over parameters (P,). `update` runs it forwards, `pullback` is the exact
 transpose that carries sensitivities of the final measurement backwards through time.
 
@@ -45,10 +47,3 @@ def pullback(k: Coefficients, carry: Tensor, path_gradient: Tensor) -> tuple[Ten
     """
     sensitivity = k.B * carry - k.F * path_gradient
     return sensitivity, k.A * carry - k.E * path_gradient
-
-
-def decay(k: Coefficients, sensitivity: Tensor, path_gradient: Tensor, theta: Tensor) -> Tensor:
-    """What weight decay adds to the measurement at this step, per parameter: (Q, P)."""
-    if not (k.L or k.W):
-        return torch.zeros_like(path_gradient)
-    return (k.L * sensitivity - k.W * path_gradient) * theta

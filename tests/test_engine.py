@@ -15,7 +15,7 @@ from training import Trained, train
 
 import attrib
 from attrib import errors
-from attrib.marginals import AXES, Marginals, choose
+from attrib.marginals import AXES, Marginals, Places, choose
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_marginals_are_sums_of_the_cube(queries: int, steps: int, groups: int, s
         values = random.normal(size=(queries, 7, groups))
         for slot, e in enumerate(examples):
             cube[:, step, e] += values[:, slot]
-        marginals.add(step, examples, values)
+        marginals.add(step, Places(np.arange(sizes["example"]), examples), values)
     for axes, array in marginals.arrays.items():
         over = tuple(n + 1 for n, a in enumerate(AXES) if a not in axes)
         np.testing.assert_allclose(array, cube.sum(over), atol=1e-12)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import attrib
 from attrib.gradients import FUNCTIONS, Shares
 from attrib.gradients.batchwise import Batchwise, candidates, find
-from attrib.gradients.terms import rows_are_cheaper
+from attrib.kernels.factors import products_are_cheaper
 from attrib.layout import Layout
 
 
@@ -59,8 +59,8 @@ def test_shares_of_every_layer_are_those_of_single_examples(name: str, size: int
 @pytest.mark.parametrize("name", LAYERS)
 def test_contraction_is_the_same_by_rows_and_by_pairs(name: str, rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, layout, theta, x, expected = setting(name, 5)
-    monkeypatch.setattr("attrib.gradients.terms.rows_are_cheaper", lambda queries, positions: rows)
-    monkeypatch.setattr("attrib.gradients.terms.ROWS_BYTES", 8 * 40)  # slices of one or a few examples
+    monkeypatch.setattr("attrib.kernels.factors.products_are_cheaper", lambda *sizes: not rows)
+    monkeypatch.setattr("attrib.kernels.factors.SLICE_BYTES", 8 * 40)  # slices of one or a few examples
     directions = torch.randn(4, layout.size, dtype=torch.float64)
     contracted = Shares(loss, model, layout, torch.float64).contract(theta, (x,), directions)[1]
     products = directions.numpy()[:, None] * expected[None]
@@ -68,10 +68,13 @@ def test_contraction_is_the_same_by_rows_and_by_pairs(name: str, rows: bool, mon
     np.testing.assert_allclose(contracted, want, rtol=1e-10, atol=1e-10 * np.abs(products).sum(-1).max())
 
 
-def test_rows_are_made_where_counting_says_so() -> None:
-    assert [rows_are_cheaper(q, 4) for q in (1, 2, 115)] == [False, True, True]
-    assert not any(rows_are_cheaper(q, 1) for q in (1, 2, 115))
-    assert not any(rows_are_cheaper(1, n) for n in (1, 64, 4096))
+def test_the_cheaper_contraction_is_chosen_at_the_crossing() -> None:
+    """100 examples, a square weight: products cost queries x positions, gradients positions + queries and writing them."""
+    chosen = {q: products_are_cheaper(q, 400, 100, 64, 64) for q in (1, 4, 5, 115)}
+    assert chosen == {1: True, 4: True, 5: False, 115: False}
+    assert products_are_cheaper(115, 100, 100, 512, 64)  # one position each: the gradient is no shorter
+    assert products_are_cheaper(115, 60, 100, 512, 64)  # most positions reached by no gradient
+    assert not products_are_cheaper(8, 6400, 100, 512, 64)
 
 
 def test_a_plan_made_on_one_batch_size_serves_the_others() -> None:

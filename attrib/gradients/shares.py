@@ -3,15 +3,14 @@
     total     sum_i g_i                   (P,)         one backward pass
     contract  <U_q, g_{i,k}>              (Q, B, K)    K parameter tensors; one backward pass to the sites, no g made
     rows      g_i                         (B, P)       materialised
+    factors   g_i                                      in the form the layers give it
 
-with g_i = d loss_i / d theta. On the first batch of a kind the split is checked against the gradient of single losses
-(`_plan`); a parameter whose sites do not split goes through `vmap` of the whole loss, and one that does not
-split there either is refused by name.
+with g_i = d loss_i / d theta. Examples do not see each other, so a batch is worked through in slices whose activations fit
+the cache: faster than the whole at once, and in memory that does not depend on its size.
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,25 +18,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import CoupledExamplesError
-from ..functional import Functional, random_state
+from ..functional import Functional
+from ..kernels.factors import Dense, Factor
 from ..layout import Layout
-from .batchwise import Batchwise, find
 from .checks import check_losses, refuse_coupling
-from .sites import Site, SiteTracer
-from .terms import contract_site, names_of, rows_at
+from .plan import Plan, Probe, Trace, close, direction_like, few, kind_of, make_plan
+from .program import Programs
+from .program import kind_of as kind_of_inputs
+from .sites import SiteTracer
+from .terms import Reached, Term, contract, factors_of, names_of, rows_of, terms_at
 
 log = logging.getLogger("attrib")
 
 ROWS_BYTES = 32 << 20  # gradient rows held at once
-PLAN_BATCH = 7  # examples that a plan is made on
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the sites of one kind of batch split: a reading per site, and the parameters that go through vmap."""
-
-    readings: list[Batchwise | None]
-    whole: tuple[str, ...]
+SLICE_BYTES = 64 << 20  # of what the calls of a forward pass return for the examples of a slice
 
 
 class Shares:
@@ -58,51 +52,83 @@ class Shares:
         self._loss = Functional(model, loss, layout, dtype)
         self.active = frozenset(layout.names)
         self._plans: dict[Any, Plan] = {}
+        self._programs = Programs()
+        self._bytes: float | None = None  # of activations per example
 
     def total(self, theta: Tensor, batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """(P,), batch -> losses (B,), sum of all shares (P,)."""
         parameters = self._parameters(theta)
         moving = {n: p for n, p in parameters.items() if p.requires_grad}
-        with torch.enable_grad():
-            losses = self._losses(parameters, batch)
-            grads = torch.autograd.grad(losses.sum(), list(moving.values()), allow_unused=True)
-        found = {n: g for n, g in zip(moving, grads, strict=True) if g is not None}
-        return losses.detach(), self.layout.flatten(found.get(n, torch.zeros_like(p)) for n, p in parameters.items())
+        losses: list[Tensor] = []
+        sums: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        for part, fresh in self._slices(theta, batch):
+            with torch.enable_grad():
+                found = self._losses(parameters, part)[fresh:]
+                grads = torch.autograd.grad(found.sum(), list(moving.values()), allow_unused=True)
+            losses.append(found.detach())
+            for n, g in zip(moving, grads, strict=True):
+                if g is not None:
+                    sums[n] += g
+        return torch.cat(losses), self.layout.flatten(sums.values())
 
     def contract(self, theta: Tensor, batch: tuple[Any, ...], directions: Tensor) -> tuple[Tensor, Tensor]:
         """(P,), batch, U (Q, P) -> losses (B,), <U_q, g_i> per parameter tensor, (Q, B, K) float64."""
-        run = self._run(theta, batch)
         named = self.layout.unflatten(directions.to(theta.dtype))
-        out = torch.zeros(len(directions), run.size, len(self.layout.names), dtype=torch.float64)
-        out = out.to(theta.device)
-        for k, name in enumerate(self.layout.names):
-            if name in run.plan.whole:
-                out[:, :, k] = self._contract_whole(theta, batch, name, named[name])
-            else:
-                for site, reading, delta in run.at(name):
-                    out[:, :, k] += contract_site(site, reading, delta, name, named[name], run.size)
-        return run.losses, out
+        number = {name: k for k, name in enumerate(self.layout.names)}
+        losses, parts = [], []
+        for part, fresh in self._slices(theta, batch):
+            found, terms, whole = self._terms(theta, part, named)
+            out = torch.zeros(len(number), len(directions), len(found), dtype=torch.float64, device=theta.device)
+            for term in terms:
+                out[number[term.name]] += contract(term, named[term.name])
+            for name in whole:
+                out[number[name]] = self._contract_whole(theta, part, name, named[name])
+            losses.append(found[fresh:])
+            parts.append(out[..., fresh:])
+        return torch.cat(losses), torch.cat(parts, 2).permute(1, 2, 0)
 
     def rows(self, theta: Tensor, batch: tuple[Any, ...]) -> Tensor:
         """(P,), batch -> the gradient of each example, (B, P)."""
-        run = self._run(theta, batch)
-        out = theta.new_zeros(run.size, self.layout.size)
+        found = self.factors(theta, batch)
+        out = theta.new_zeros(len(batch[0]), self.layout.size)
         for name, part in self.layout.slices():
-            found = None if name in run.plan.whole else rows_at(run.at(name), name, run.size)
-            if found is None:
-                found = self._materialised(theta, batch, name)
-            out[:, part] = found.flatten(1) if isinstance(found, Tensor) else found
+            out[:, part] = rows_of(found[name])
         return out
+
+    def factors(self, theta: Tensor, batch: tuple[Any, ...]) -> dict[str, list[Factor]]:
+        """(P,), batch -> of each parameter the factors that sum to its gradients; written out where there are none."""
+        trace = self._trace(theta, batch)
+        plan = self._plan(theta, trace, batch)
+        return self._factors(theta, batch, plan, _reached(trace, plan), len(trace.losses))
 
     def check_split(self, theta: Tensor, batch: tuple[Any, ...]) -> None:
         """Raise CoupledExamplesError, on a few examples, where the gradient does not split over examples."""
-        self._run(theta, tuple(a[:PLAN_BATCH] if isinstance(a, Tensor) else a for a in batch))
+        self._plan(theta, self._trace(theta, few(batch)), batch)
 
     def rows_at_once(self) -> int:
         """How many rows fit the budget."""
         return max(1, ROWS_BYTES // (8 * max(1, self.layout.size)))
 
     # one traced pass
+
+    def _slices(self, theta: Tensor, batch: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], int]]:
+        """The batch in slices of one size, so the last may begin with examples seen already: how many."""
+        size = len(batch[0])
+        if self._bytes is None:
+            self._bytes = self._activations(theta, few(batch))
+        most = max(1, int(SLICE_BYTES // self._bytes)) if self._bytes else size
+        length = -(-size // -(-size // most))
+        for lo in range(0, size, length):
+            at = min(lo, size - length)
+            yield tuple(a[at : at + length] if isinstance(a, Tensor) else a for a in batch), lo - at
+
+    def _activations(self, theta: Tensor, batch: tuple[Any, ...]) -> float:
+        """Bytes per example; of a loss that draws random numbers 0, not to be sliced: a slice would draw others."""
+        before = torch.get_rng_state()
+        found = self._trace(theta, batch).bytes / len(batch[0])
+        drew = not torch.equal(torch.get_rng_state(), before)
+        torch.set_rng_state(before)
+        return 0.0 if drew else max(1.0, found)
 
     def _parameters(self, theta: Tensor) -> dict[str, Tensor]:
         named = self.layout.unflatten(theta.detach())
@@ -113,71 +139,66 @@ class Shares:
         self._loss.check_constants()
         return check_losses(losses, batch)
 
-    def _trace(self, theta: Tensor, batch: tuple[Any, ...], values: bool = False) -> "_Trace":
-        parameters = self._parameters(theta)
+    def _trace(self, theta: Tensor, batch: tuple[Any, ...], values: bool = False) -> Trace:
+        return self._follow(self._parameters(theta), batch, values)
+
+    def _follow(
+        self, parameters: dict[str, Tensor], batch: tuple[Any, ...], values: bool = False, checked: bool = True
+    ) -> Trace:
         batch = tuple(a.detach() if isinstance(a, Tensor) else a for a in batch)
         data = [a for a in batch if isinstance(a, Tensor)]
         moving = {n: p for n, p in parameters.items() if p.requires_grad}
         with torch.enable_grad(), SiteTracer(moving, data, values) as tracer:
-            losses = self._losses(parameters, batch)
-        return _Trace(moving, tracer.sites, tracer.unsplit, losses)
+            losses = self._losses(parameters, batch) if checked else self._loss(parameters, *batch)
+        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes)
 
-    def _run(self, theta: Tensor, batch: tuple[Any, ...]) -> "_Run":
-        trace = self._trace(theta, batch)
-        size = len(trace.losses)
-        key = (*(_kind(s, size) for s in trace.sites), *sorted(trace.unsplit), size == 1)
-        plan = self._plans.get(key)
-        if plan is None:
-            few = tuple(a[:PLAN_BATCH] if isinstance(a, Tensor) else a for a in batch)
-            plan = self._plans[key] = self._plan(theta, few)
-        used = [n for n, s in enumerate(trace.sites) if not names_of(s) <= set(plan.whole)]
-        edges = [trace.sites[n].edge for n in used]
-        deltas = torch.autograd.grad(trace.losses.sum(), edges, allow_unused=True) if edges else ()
-        found = [(trace.sites[n], plan.readings[n], d) for n, d in zip(used, deltas, strict=True) if d is not None]
-        return _Run(trace.losses.detach(), found, plan)
+    def _terms(
+        self, theta: Tensor, batch: tuple[Any, ...], directions: dict[str, Tensor]
+    ) -> tuple[Tensor, list[Term], tuple[str, ...]]:
+        """Losses, terms of all sites, and the parameters that go through vmap; from a traced graph once there is one."""
+        moving = [n for n in self.layout.names if n in self.active]
+        count, tensors = len(self.layout.names), [isinstance(a, Tensor) for a in batch]
+        known: list[Plan] = []  # from the call that comes before tracing
 
-    # how a kind of batch splits
+        def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], tuple[str, ...]]:
+            named = zip(self.layout.names, inputs[:count], strict=True)
+            parameters = {n: p.detach().requires_grad_(n in self.active) for n, p in named}
+            along = dict(zip(moving, inputs[count : count + len(moving)], strict=True))
+            rest = iter(inputs[count + len(moving) :])
+            given = tuple(next(rest) if t else a for t, a in zip(tensors, batch, strict=True))
+            trace = self._follow(parameters, given, checked=not known)
+            if not known:
+                known.append(self._plan(theta, trace, batch))
+            (plan,), size = known, len(trace.losses)
+            along = {name: u for name, u in along.items() if name not in plan.whole}
+            found = (terms_at(*at, along, size) for at in _reached(trace, plan))
+            return trace.losses.detach(), [term for terms in found for term in terms], plan.whole
 
-    def _plan(self, theta: Tensor, batch: tuple[Any, ...]) -> Plan:
-        """Read the split off a few examples, one backward pass for each, and check it against their own gradients."""
-        start = torch.get_rng_state()
-        trace = self._trace(theta, batch, values=True)
-        size, count = len(trace.losses), len(trace.sites)
-        readings = self._readings(theta, batch, trace, start)
-        wanted = [*(s.edge for s in trace.sites), *trace.parameters.values()]
-        probes = []
-        for i in sorted({0, size // 2, size - 1}):
-            found = torch.autograd.grad(trace.losses[i], wanted, retain_graph=True, allow_unused=True)
-            probes.append(_Probe(i, found[:count], dict(zip(trace.parameters, found[count:], strict=True))))
-        whole = set(trace.unsplit)
-        for name in trace.parameters:
-            if name not in whole and not _splits(name, trace.sites, readings, probes, size):
-                whole.add(name)
-        for name in sorted(whole):
-            self._check_whole(theta, batch, name, probes)
-            log.info("per-example gradients of %s go through vmap of the whole loss", name)
-        return Plan(readings, tuple(sorted(whole)))
+        parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
+        inputs = [*parameters, *(directions[n] for n in moving), *(a for a in batch if isinstance(a, Tensor))]
+        fixed = tuple(a for a in batch if not isinstance(a, Tensor))
+        losses, terms, whole = self._programs((kind_of_inputs(inputs), self.active, repr(fixed)), function, inputs)
+        return check_losses(losses, batch), terms, whole
 
-    def _readings(
-        self, theta: Tensor, batch: tuple[Any, ...], trace: "_Trace", start: Tensor
-    ) -> list[Batchwise | None]:
-        """Replace each example in turn by its neighbour, the random numbers being the same, and see what changes."""
-        size = len(trace.losses)
-        if size == 1:
-            return [Batchwise(0) if site.shape else None for site in trace.sites]
-        changes: list[list[tuple[int, Tensor]]] = [[] for _ in trace.sites]
-        for i in range(size):
-            order = torch.arange(size)
-            order[i] = (i + 1) % size
-            other = tuple(a[order.to(a.device)] if isinstance(a, Tensor) else a for a in batch)
-            with random_state(start):
-                replaced = self._trace(theta, other, values=True)
-            for change, before, after in zip(changes, trace.sites, replaced.sites, strict=False):
-                assert before.value is not None
-                assert after.value is not None
-                if before.shape == after.shape:
-                    change.append((i, (after.value != before.value)))
-        return [find(site.shape, size, change) for site, change in zip(trace.sites, changes, strict=True)]
+    def _plan(self, theta: Tensor, trace: Trace, batch: tuple[Any, ...]) -> Plan:
+        key = kind_of(trace)
+        if key not in self._plans:
+            part = few(batch)
+            plan, probes = make_plan(lambda b: self._trace(theta, b, values=True), part)
+            for name in plan.whole:
+                self._check_whole(theta, part, name, probes)
+                log.info("per-example gradients of %s go through vmap of the whole loss", name)
+            self._plans[key] = plan
+        return self._plans[key]
+
+    def _factors(
+        self, theta: Tensor, batch: tuple[Any, ...], plan: Plan, reached: Reached, size: int
+    ) -> dict[str, list[Factor]]:
+        out: dict[str, list[Factor]] = {}
+        for name in self.layout.names:
+            found = None if name in plan.whole else factors_of([r for r in reached if name in names_of(r[0])], name, size)
+            out[name] = [Dense(self._materialised(theta, batch, name))] if found is None else found
+        return out
 
     # the last resort: vmap of the gradient of the whole loss
 
@@ -197,8 +218,8 @@ class Shares:
         size, flat = len(batch[0]), direction.flatten(1)
         at_once = max(1, ROWS_BYTES // (8 * max(1, flat.shape[1])))
         slices = (slice(lo, lo + at_once) for lo in range(0, size, at_once))
-        few = (tuple(a[s] if isinstance(a, Tensor) else a for a in batch) for s in slices)
-        return torch.cat([(flat @ self._rows_whole(theta, b, name).flatten(1).T).double() for b in few], 1)
+        part = (tuple(a[s] if isinstance(a, Tensor) else a for a in batch) for s in slices)
+        return torch.cat([(flat @ self._rows_whole(theta, b, name).flatten(1).T).double() for b in part], 1)
 
     def _materialised(self, theta: Tensor, batch: tuple[Any, ...], name: str) -> Tensor:
         try:
@@ -209,12 +230,12 @@ class Shares:
                 f'{name!r}. Record with capture="replay", which does not need the rows.'
             ) from error
 
-    def _check_whole(self, theta: Tensor, batch: tuple[Any, ...], name: str, probes: "list[_Probe]") -> None:
+    def _check_whole(self, theta: Tensor, batch: tuple[Any, ...], name: str, probes: list[Probe]) -> None:
         reason = "its rows do not agree with the gradient of a single loss"
         try:
             rows = self._rows_whole(theta, batch, name)
             good = all(
-                _close((_direction(t) * rows[p.example]).sum(), _direction(t) * t)
+                close((direction_like(t) * rows[p.example]).sum(), direction_like(t) * t)
                 for p in probes
                 if (t := p.gradients[name]) is not None
             )
@@ -228,75 +249,10 @@ class Shares:
             )
 
 
-def _kind(site: Site, size: int) -> tuple[Any, ...]:
-    """What the split of a site may depend on: its call, its parameters, its shape but for the size of the batch."""
-    shape = tuple((n // size, True) if n % size == 0 else (n, False) for n in site.shape)
-    return (site.call.function, *sorted(names_of(site)), shape)
-
-
-@dataclass(frozen=True)
-class _Trace:
-    """One traced forward pass."""
-
-    parameters: dict[str, Tensor]
-    sites: list[Site]
-    unsplit: set[str]
-    losses: Tensor
-
-
-@dataclass(frozen=True)
-class _Probe:
-    """The gradient of one example's loss, at every site and for every parameter."""
-
-    example: int
-    deltas: tuple[Tensor | None, ...]
-    gradients: dict[str, Tensor | None]
-
-
-def _splits(name: str, sites: list[Site], readings: list[Batchwise | None], probes: list[_Probe], size: int) -> bool:
-    """Whether contracting the probes' deltas gives what their own gradients give."""
-    mine = [(s, r, n) for n, (s, r) in enumerate(zip(sites, readings, strict=True)) if name in names_of(s)]
-    if any(reading is None for _, reading, _ in mine):
-        return False
-    for probe in probes:
-        gradient = probe.gradients[name]
-        if gradient is None:
-            continue
-        direction = _direction(gradient)
-        got = torch.zeros(size, dtype=torch.float64, device=gradient.device)
-        for site, reading, n in mine:
-            delta = probe.deltas[n]
-            try:
-                if delta is not None and reading is not None:
-                    got += contract_site(site, reading, delta, name, direction[None], size)[0]
-            except (NotImplementedError, RuntimeError):
-                return False
-        if not _close(got[probe.example], direction * gradient):
-            return False
-    return True
-
-
-@dataclass(frozen=True)
-class _Run:
-    losses: Tensor
-    traced: list[tuple[Site, Batchwise | None, Tensor]]
-    plan: Plan
-
-    @property
-    def size(self) -> int:
-        return len(self.losses)
-
-    def at(self, name: str) -> list[tuple[Site, Batchwise, Tensor]]:
-        return [(s, r, d) for s, r, d in self.traced if r is not None and name in names_of(s)]
-
-
-def _direction(like: Tensor) -> Tensor:
-    """A fixed dense direction that no user's random generator is drawn for."""
-    steps = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
-    return torch.cos(steps * 1.7).to(like.dtype).reshape(like.shape)
-
-
-def _close(got: Tensor, products: Tensor) -> bool:
-    """Against the sum of `products`, to sqrt(eps) of their absolute sum: a wrong split is wrong by order one."""
-    scale = products.abs().sum().double()
-    return bool((got - products.sum().double()).abs() <= torch.finfo(products.dtype).eps ** 0.5 * scale)
+def _reached(trace: Trace, plan: Plan) -> Reached:
+    """The sites that the losses depend on and that split, each with its reading and the gradient of its output."""
+    used = [n for n, s in enumerate(trace.sites) if plan.readings[n] is not None and not names_of(s) <= set(plan.whole)]
+    edges = [trace.sites[n].edge for n in used]
+    deltas = torch.autograd.grad(trace.losses.sum(), edges, allow_unused=True) if edges else ()
+    found = zip(used, deltas, strict=True)
+    return [(trace.sites[n], r, d) for n, d in found if d is not None and (r := plan.readings[n]) is not None]

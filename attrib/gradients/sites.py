@@ -15,9 +15,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -85,6 +87,7 @@ class SiteTracer(TorchFunctionMode):
         super().__init__()
         self._values = values
         self.sites: list[Site] = []
+        self.bytes = 0  # that the calls on data returned
         # parameters used by a call that cannot run a second time, or on data whose layout depends on their content
         self.unsplit: set[str] = set()
         self._data = WeakTensorKeyDictionary()
@@ -98,6 +101,9 @@ class SiteTracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _COMPOSITES:
+            with self:
+                return _COMPOSITES[func](*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [(i, t) for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         weights = {i: self._weights[t] for i, t in tensors if t in self._weights}
@@ -109,6 +115,7 @@ class SiteTracer(TorchFunctionMode):
         for t in outputs:
             if data:
                 self._data[t] = True
+                self.bytes += t.nbytes
             if ragged:
                 self._ragged[t] = True
         if weights and outputs:
@@ -131,6 +138,16 @@ class SiteTracer(TorchFunctionMode):
                 names = frozenset().union(*(w.names for w in call.weights.values()))
                 self._weights[t] = Weight(t, names, this)
 
+
+def _opened(function: Any) -> Any:
+    """The same function without the check that hands the whole of it to a mode, so that the calls inside are seen."""
+    scope = {**function.__globals__, "has_torch_function": lambda _: False}
+    opened = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+_COMPOSITES = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
 
 # calls whose output's layout over examples depends on the content of the data: packing, selecting
 _RAGGED = {"masked_select", "nonzero", "argwhere", "_pack_padded_sequence", "unique", "unique_consecutive"}

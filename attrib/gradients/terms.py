@@ -1,130 +1,115 @@
-"""The share of a parameter at its sites: contracted with directions, or as rows.
+"""The share of a parameter at one site: a factor, or what forward-mode derivatives give.
 
-contract_site   <dl_i/dy, dy/dparameter U_q>      (Q, B)
-rows_at         dl_i/dparameter                   (B, *parameter)
+A site may read a parameter itself or a weight made of it (a transpose, a weight norm); directions are then carried to the
+weight first: <g, U> of the parameter is <factor, dweight/dparameter U> of the weight.
 """
 
-from contextlib import suppress
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from ..kernels.contraction import row_dots
+from ..kernels import factors
+from ..kernels.factors import Dense, Factor
 from .batchwise import Batchwise
-from .functions import FUNCTIONS, Bound, Role
+from .functions import FUNCTIONS
 from .sites import Site, Weight, jvp, tangent
 
-ROWS_BYTES = 4 << 20  # gradient rows held at once, to stay in the cache
+Reached = list[tuple[Site, Batchwise, Tensor]]  # sites with the reading of their output and its gradient
+
+
+class Term(NamedTuple):
+    """What a site adds to <U_q, g_i> of a parameter.
+
+    factor with along (Q, *weight), or None for U itself; where there is no factor, along is <U_q, g_i> already, (Q, B).
+    """
+
+    name: str
+    factor: Factor | None
+    along: Tensor | None
 
 
 def names_of(site: Site) -> frozenset[str]:
     return frozenset().union(*(w.names for w in site.call.weights.values()))
 
 
-def _roles(site: Site, name: str) -> list[tuple[int, Weight, Bound, Role | None]]:
-    """The weights of a site that the parameter has a part in, with the closed form where there is one."""
-    function = FUNCTIONS.get(site.call.function)
-    bound = function.bind(*site.call.arguments) if function else {}
+def terms_at(site: Site, reading: Batchwise, delta: Tensor, directions: dict[str, Tensor], size: int) -> list[Term]:
+    """The terms of every parameter in `directions`, name -> U (Q, *parameter), that the site reads."""
     found = []
-    for i, weight in site.call.weights.items():
-        if name in weight.names:
-            role = next((r for r, v in bound.items() if v is weight.tensor), None)
-            known = function.roles.get(role) if function and role else None
-            found.append((i, weight, bound, known))
+    for position, weight in site.call.weights.items():
+        names = [name for name in sorted(weight.names) if name in directions]
+        factor = factor_at(site, reading, delta, weight, size) if names else None
+        for name in names:
+            if factor is not None and weight.maker is None:
+                found.append(Term(name, factor, None))
+                continue
+            with torch.no_grad():
+                along = [tangent(weight, name, u) for u in directions[name]]
+                if factor is None:
+                    along = [_forward(site, position, weight, delta, u, reading, size) for u in along]
+            found.append(Term(name, factor, torch.stack(along)))
     return found
 
 
-def contract_site(site: Site, reading: Batchwise, delta: Tensor, name: str, directions: Tensor, size: int) -> Tensor:
-    """(Q, *parameter) -> (Q, B) float64: <dl_i/dy, dy/dparameter U_q> at one site."""
-    total: Tensor | float = 0.0
-    for i, weight, bound, role in _roles(site, name):
-        if role is not None and weight.maker is None and _by_rows(role, weight, delta, len(directions), size):
-            with suppress(NotImplementedError):  # of this shape the function has no rows
-                total = total + _contract_rows(role, bound, reading, delta, directions, size)
-                continue
-        out = []
-        for direction in directions:
-            with torch.no_grad():
-                along = tangent(weight, name, direction)
-                if role is not None:
-                    pair = role.pair(bound, delta, along)
-                else:
-                    pair = delta, jvp(site.call, {i: (weight.tensor, along)})
-            out.append(_row_dots(*(reading.split(t, size) for t in pair)))
-        total = total + torch.stack(out)
-    assert isinstance(total, Tensor)
-    return total
+def contract(term: Term, directions: Tensor) -> Tensor:
+    """U (Q, *parameter) -> (Q, B) float64."""
+    if term.factor is None:
+        assert term.along is not None
+        return term.along
+    return factors.contract(term.factor, directions if term.along is None else term.along)
 
 
-def rows_are_cheaper(queries: int, positions: int) -> bool:
-    """Multiplications per example and weight entry: a product for every query and position, or rows made once
-    (one for every position) and then contracted (one for every query)."""
-    return queries * positions > queries + positions
+def factor_at(site: Site, reading: Batchwise, delta: Tensor, weight: Weight, size: int) -> Factor | None:
+    """The gradient of a weight at a site, None where the table has no rule for it."""
+    function = FUNCTIONS.get(site.call.function)
+    if function is None:
+        return None
+    bound = function.bind(*site.call.arguments)
+    rule = next((function.rules.get(role) for role, v in bound.items() if v is weight.tensor), None)
+    if rule is None:
+        return None
+    bound = tree_map_only(Tensor, Tensor.detach, bound)
+    try:
+        return rule(bound, delta, lambda t: reading.split(t, size))
+    except NotImplementedError:
+        return None
 
 
-def _by_rows(role: Role, weight: Weight, delta: Tensor, queries: int, size: int) -> bool:
-    if role.outputs is None:
-        return role.small
-    return weight.tensor.dim() > role.outputs and rows_are_cheaper(
-        queries, delta.numel() // (size * weight.tensor.shape[role.outputs])
-    )
+def factors_of(reached: Reached, name: str, size: int) -> list[Factor] | None:
+    """The gradient of a parameter over its sites; None where a site has no closed form."""
+    found: list[Factor] = []
+    for site, reading, delta in reached:
+        for weight in site.call.weights.values():
+            if name in weight.names:
+                factor = factor_at(site, reading, delta, weight, size)
+                if factor is None or len(weight.names) > 1:
+                    return None
+                found.append(factor if weight.maker is None else _through_maker(weight, name, factor))
+    return found
 
 
-def _contract_rows(
-    role: Role, bound: Bound, reading: Batchwise, delta: Tensor, directions: Tensor, size: int
+def rows_of(found: Sequence[Factor]) -> Tensor | float:
+    """(B, entries), 0.0 where there is no site."""
+    return sum((factors.rows(factor) for factor in found), 0.0)
+
+
+def _forward(
+    site: Site, position: int, weight: Weight, delta: Tensor, direction: Tensor, reading: Batchwise, size: int
 ) -> Tensor:
-    """(Q, *parameter) -> (Q, B) float64, through gradient rows of as many examples at once as fit the budget."""
-    flat = directions.flatten(1)
-    at_once = size if role.small else max(1, ROWS_BYTES // (flat.element_size() * max(1, flat.shape[1])))
-    out = []
-    for lo in range(0, size, at_once):
-
-        def part(t: Tensor, few: slice = slice(lo, lo + at_once)) -> Tensor:
-            return reading.split(t, size)[few]
-
-        rows = role.rows(bound, delta, part).detach().flatten(1)
-        out.append(flat.double() @ rows.double().T if role.small else (flat @ rows.T).double())
-    return torch.cat(out, 1)
-
-
-def _row_dots(first: Tensor, second: Tensor) -> Tensor:
-    """(B, ...), (B, ...) -> (B,) float64."""
-    a, b = first.detach().reshape(len(first), -1), second.detach().reshape(len(second), -1)
-    if a.device.type == "cpu":
-        return torch.from_numpy(row_dots(a.numpy(), b.numpy()))
+    """<dl_i/dy, dy/dweight U> by forward-mode derivative, (B,) float64."""
+    moved = jvp(site.call, {position: (weight.tensor, direction)})
+    a, b = (reading.split(t.detach(), size).reshape(size, -1) for t in (delta, moved))
     return (a * b).sum(1, dtype=torch.float64)
 
 
-def rows_at(sites: list[tuple[Site, Batchwise, Tensor]], name: str, size: int) -> Tensor | float | None:
-    """(B, *parameter) summed over the parameter's sites, 0.0 where it has none; None where a site has no closed form."""
-    total: Tensor | float = 0.0
-    for site, reading, delta in sites:
-        rows = _rows_site(site, reading, delta, name, size)
-        if rows is None:
-            return None
-        total = total + rows
-    return total
-
-
-def _rows_site(site: Site, reading: Batchwise, delta: Tensor, name: str, size: int) -> Tensor | None:
-    """(B, *parameter) of one site, None where no closed form gives it."""
-    total = None
-    for _, weight, bound, role in _roles(site, name):
-        if role is None or len(weight.names) > 1:
-            return None
-        try:
-            rows = role.rows(bound, delta, lambda t: reading.split(t, size)).detach()
-        except NotImplementedError:
-            return None
-        rows = rows if weight.maker is None else _through_maker(weight, name, rows)
-        total = rows if total is None else total + rows
-    return total
-
-
-def _through_maker(weight: Weight, name: str, rows: Tensor) -> Tensor:
-    """Rows of a weight (B, *weight) -> rows of the parameter that it was made of (B, *parameter)."""
-    source = _source(weight, name)
-    return torch.autograd.grad(weight.tensor, source, grad_outputs=rows, is_grads_batched=True, retain_graph=True)[0]
+def _through_maker(weight: Weight, name: str, factor: Factor) -> Dense:
+    """The gradient of a weight -> of the parameter that it was made of."""
+    rows = factors.rows(factor).unflatten(1, weight.tensor.shape)
+    source: Any = _source(weight, name)
+    pulled = torch.autograd.grad(weight.tensor, source, grad_outputs=rows, is_grads_batched=True, retain_graph=True)
+    return Dense(pulled[0])
 
 
 def _source(weight: Weight, name: str) -> Tensor:

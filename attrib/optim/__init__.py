@@ -7,7 +7,7 @@ import torch
 
 from ..errors import UnsupportedOptimizerError
 from .adam import ADAM
-from .replay import Parts, Replay, decay, pullback, read_hyper, read_state
+from .replay import Parts, Replay, decay_rates, pullback, read_hyper, read_state
 from .rule import Rule
 from .sgd import SGD
 
@@ -16,7 +16,7 @@ __all__ = [
     "Parts",
     "Replay",
     "Rule",
-    "decay",
+    "decay_rates",
     "pullback",
     "read_hyper",
     "read_state",

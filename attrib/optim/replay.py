@@ -6,7 +6,7 @@ tensor. Neighbouring tensors with equal rows are replayed together, as one slice
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,19 @@ from ..kernels.recurrence import IDLE, Coefficients
 from ..layout import Layout
 from .rule import Rule
 
-Parts = list[tuple[slice, Coefficients]]
+CACHED = 1 << 16  # entries worked on at once, to stay in the cache
+
+
+class Part(NamedTuple):
+    """Neighbouring tensors with equal numbers, or a piece of them: a slice of the entries P, one of the tensors K that it
+    lies in, and the coefficients of their step."""
+
+    entries: slice
+    tensors: slice
+    coefficients: Coefficients
+
+
+Parts = list[Part]
 
 
 def read_hyper(rule: Rule, optimizer: torch.optim.Optimizer) -> np.ndarray:
@@ -53,40 +65,46 @@ class Replay:
         self.rule, self.layout, self.state = rule, layout, dict(state)
 
     def step(self, hyper: np.ndarray, gradient: Tensor, theta: Tensor) -> tuple[Parts, Tensor]:
-        """Advance by one step: (K, H + 1), (P,), (P,) -> coefficients per slice, the update Delta (P,)."""
+        """Advance by one step: (K, H + 1), (P,), (P,) -> coefficients per part, the update Delta (P,)."""
         parts: Parts = []
         delta = torch.empty_like(theta)
-        after = {key: value.clone() for key, value in self.state.items()}
-        for part, row in self._runs(hyper):
-            coefficients = IDLE
-            before = {key: value[part] for key, value in self.state.items()}
+        after = {key: torch.empty_like(value) for key, value in self.state.items()}
+        for piece, tensors, row in self._pieces(hyper):
+            before = {key: value[piece] for key, value in self.state.items()}
+            coefficients, moments = IDLE, before
             if row[-1]:
                 named = dict(zip(self.rule.hyper, row, strict=False))
-                coefficients, moments = self.rule.freeze(named, before, gradient[part], theta[part])
-                for key, value in moments.items():
-                    after[key][part] = value
-            momentum = before[self.rule.momentum]
-            delta[part], after[self.rule.momentum][part] = recurrence.update(
-                coefficients, momentum, gradient[part], theta[part]
+                coefficients, moments = self.rule.freeze(named, before, gradient[piece], theta[piece])
+            for key in self.rule.moments:
+                after[key][piece] = moments.get(key, before[key])
+            delta[piece], after[self.rule.momentum][piece] = recurrence.update(
+                coefficients, before[self.rule.momentum], gradient[piece], theta[piece]
             )
-            parts.append((part, coefficients))
+            parts.append(Part(piece, tensors, coefficients))
         self.state = after
         return parts, delta
 
-    def _runs(self, hyper: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Slices of neighbouring tensors whose rows agree."""
+    def _pieces(self, hyper: np.ndarray) -> Iterator[tuple[slice, slice, tuple[float, ...]]]:
+        """Slices of neighbouring tensors whose rows agree, cut where they are longer than the cache."""
         starts = [0, *(np.flatnonzero((hyper[1:] != hyper[:-1]).any(axis=1)) + 1), len(hyper)]
         for a, b in itertools.pairwise(starts):
-            yield slice(int(self.layout.bounds[a]), int(self.layout.bounds[b])), hyper[a]
+            row = tuple(hyper[a].tolist())
+            lo, hi = int(self.layout.bounds[a]), int(self.layout.bounds[b])
+            for start in range(lo, hi, CACHED):
+                yield slice(start, min(start + CACHED, hi)), slice(int(a), int(b)), row
 
 
 def pullback(parts: Parts, carry: Tensor, path_gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.recurrence.pullback` over all slices: (Q, P), (Q, P) -> sensitivity, carry before the step."""
-    pieces = [recurrence.pullback(k, carry[:, part], path_gradient[:, part]) for part, k in parts]
-    return torch.cat([u for u, _ in pieces], dim=1), torch.cat([c for _, c in pieces], dim=1)
+    """`kernels.recurrence.pullback` over all parts: (Q, P), (Q, P) -> sensitivity, carry before the step."""
+    sensitivity, before = torch.empty_like(carry), torch.empty_like(carry)
+    for part, _, k in parts:
+        sensitivity[:, part], before[:, part] = recurrence.pullback(k, carry[:, part], path_gradient[:, part])
+    return sensitivity, before
 
 
-def decay(parts: Parts, sensitivity: Tensor, path_gradient: Tensor, theta: Tensor) -> Tensor:
-    """`kernels.recurrence.decay` over all slices: (Q, P)."""
-    pieces = [recurrence.decay(k, sensitivity[:, s], path_gradient[:, s], theta[s]) for s, k in parts]
-    return torch.cat(pieces, dim=1)
+def decay_rates(parts: Parts, tensors: int) -> np.ndarray:
+    """(2, K): of each tensor L and W, with which decay adds L <U, theta> - W <Gbar, theta> to the measurement."""
+    rates = np.zeros((2, tensors))
+    for part in parts:
+        rates[0, part.tensors], rates[1, part.tensors] = part.coefficients.L, part.coefficients.W
+    return rates

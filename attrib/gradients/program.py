@@ -1,0 +1,162 @@
+"""Run the same function of tensors many times without the cost of following it in Python each time.
+
+After a few calls of one kind the function is followed once more and the ATen operations that it makes, forward and backward,
+are noted as a graph (torch.fx). The graph is compared once with the function itself on other inputs, and from then on run
+in its place. A function whose operations depend on the values of its inputs is called as it is.
+"""
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+log = logging.getLogger("attrib")
+
+TRACE_AFTER = 3  # calls of a kind
+KINDS = 64  # traced at most
+
+
+_DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Tape(TorchDispatchMode):
+    """Notes every ATen operation while it is active. Its graph takes `inputs`, then the tensors met from elsewhere.
+
+    (torch's make_fx does more, and takes tens of times as long: it also works out shapes without values and keeps the
+    place in the code of every operation.)
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.constants: list[Tensor] = []
+        self._known: dict[int, tuple[fx.Node, Tensor]] = {}  # held, so that no id is given twice
+        for n, t in enumerate(inputs):
+            self._known[id(t)] = self.graph.placeholder(f"input_{n}"), t
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _DEPENDS_ON_VALUES.isdisjoint(func.tags):
+            raise TypeError(f"{func} depends on values")
+        out = func(*args, **(kwargs or {}))
+        node = self.graph.call_function(func, *tree_map(self._node, (tuple(args), kwargs or {})))
+        several = isinstance(out, tuple | list)
+        for k, t in enumerate(out if several else (out,)):
+            if isinstance(t, Tensor):
+                self._known[id(t)] = self.graph.call_function(operator.getitem, (node, k)) if several else node, t
+        return out
+
+    def _node(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._known:
+            with self.graph.inserting_before(self._first_call()):
+                self._known[id(value)] = self.graph.placeholder(f"constant_{len(self.constants)}"), value
+            self.constants.append(value)
+        return self._known[id(value)][0]
+
+    def _first_call(self) -> fx.Node | None:
+        return next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+
+    def module(self, outputs: Sequence[Tensor]) -> fx.GraphModule:
+        self.graph.output([self._node(t) for t in outputs])
+        for node in self.graph.nodes:
+            if node.target is torch.ops.aten.detach.default:
+                node.replace_all_uses_with(node.args[0])
+        self.graph.eliminate_dead_code()
+        return fx.GraphModule(torch.nn.Module(), self.graph)
+
+
+class Program:
+    """`function(inputs) -> pytree of tensors and constants`, for inputs of one kind: same shapes and types, and whatever
+    else the function depends on."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._graph: fx.GraphModule | None = None
+        self._checked = False
+        self._spec: TreeSpec | None = None
+        self._constants: list[Any] = []
+        self._outside: list[Tensor] = []
+
+    def __call__(self, function: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]) -> Any:
+        self._calls += 1
+        if self._graph is not None and self._checked:
+            return self._run(inputs)
+        result = function(inputs)
+        if self._graph is not None:
+            self._check(result, inputs)
+        elif self._calls == TRACE_AFTER:
+            self._trace(function, result, inputs)
+        return result
+
+    def _run(self, inputs: Sequence[Tensor]) -> Any:
+        assert self._graph is not None
+        assert self._spec is not None
+        with torch.no_grad():
+            found = iter(self._graph(*inputs, *self._outside))
+        leaves = [next(found) if isinstance(c, _Here) else c for c in self._constants]
+        return tree_unflatten(leaves, self._spec)
+
+    def _trace(self, function: Callable[[Sequence[Tensor]], Any], result: Any, inputs: Sequence[Tensor]) -> None:
+        leaves, self._spec = tree_flatten(result)
+        self._constants = [_Here() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+        random = torch.get_rng_state()
+        given = [t.detach() for t in inputs]
+        try:
+            with Tape(given) as tape:
+                outputs = [leaf for leaf in tree_flatten(function(given))[0] if isinstance(leaf, Tensor)]
+            self._graph, self._outside = tape.module(outputs), tape.constants
+        except Exception as error:  # whatever a model does that a graph cannot hold
+            log.debug("not traced, run as it is: %s: %s", type(error).__name__, error)
+        finally:
+            torch.set_rng_state(random)
+
+    def _check(self, result: Any, inputs: Sequence[Tensor]) -> None:
+        """Against the function's own result: the graph must not hold what belonged to the inputs it was traced with."""
+        random = torch.get_rng_state()
+        try:
+            mine, theirs = tree_flatten(self._run(inputs))[0], tree_flatten(result)[0]
+            self._checked = len(mine) == len(theirs) and all(map(_same, mine, theirs))
+        except Exception as error:
+            log.debug("the traced graph fails: %s", error)
+        finally:
+            torch.set_rng_state(random)
+        if not self._checked:
+            self._graph = None
+            log.debug("the traced graph gives other numbers than the loss: it is run as it is")
+
+
+class _Here:
+    """Stands for a tensor that the graph returns."""
+
+
+class Programs:
+    """Programs by kind of input."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Program] = {}
+
+    def __call__(self, kind: Any, function: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]) -> Any:
+        if kind not in self._known and len(self._known) >= KINDS:
+            return function(inputs)
+        return self._known.setdefault(kind, Program())(function, inputs)
+
+
+def kind_of(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a graph is specialised to."""
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor):
+        return bool(a == b)
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    bound = torch.finfo(a.dtype).eps ** 0.75
+    return a.shape == b.shape and torch.allclose(a, b, rtol=bound, atol=bound * float(b.abs().max()) if b.numel() else 0.0)
