@@ -24,7 +24,6 @@ from .checks import (
     check_gradient,
     check_options,
     names_of,
-    same_state,
     share_bound,
     step_identity,
 )
@@ -33,7 +32,7 @@ from .functional import random_state
 from .gradients import Shares
 from .layout import Layout
 from .optim import Replay, read_hyper, read_state, rule_of
-from .store import FORMAT, StepRecord, Writer, check_target
+from .store import FORMAT, StepRecord, Steps, Writer, check_target
 
 log = logging.getLogger("attrib")
 
@@ -106,11 +105,11 @@ class Recorder(torch.optim.Optimizer):
         self._shares = Shares(loss, model, self._layout, self._parameters[0].dtype)
         self._guard = Guard(model, self._layout)
         self._check_every = check_every
-        self._replay: Replay | None = None
+        self._batch: list[np.ndarray] = []
         self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
         check_target(store, overwrite)
-        self._writer = Writer(store, self._header(), constants, overwrite, block)
+        self._writer = Writer(store, self._header(), constants, overwrite, block, self._inspect)
         self._scale = Reduction(self._parameters)
         self._random = RandomWatch(model)
         log.info(
@@ -185,43 +184,44 @@ class Recorder(torch.optim.Optimizer):
         ids, rows = check_batch(index, batch)
         if not self._open:
             raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
-        theta = self._layout.flatten(self._parameters)
+        self._writer.check()
         number = self._writer.steps
-        self._guard.check(theta, number)
+        theta = self._guard.check(self._parameters, number)
+        self._guard.check_state(self.optimizer, number)
         if number == 0:
             self._writer.update_header(training=self._guard.training())
         gradient = check_gradient(self._layout, self._parameters, number)
-        state = self._state_at_block()
         facts: dict[str, float] = {}
         self._random.busy = True
         try:
-            scale = self._check_shares(theta, gradient, batch, number, facts)
-        except BaseException:
-            self._writer.drop_shares()
-            raise
+            scale, shares = self._check_shares(theta, gradient, batch, number, facts)
         finally:
             self._random.busy = False
+        state = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else None
         hyper = read_hyper(self._rule, self.optimizer)
         self.optimizer.step()
         after = self._layout.flatten(self._parameters)
-        facts["step_identity"] = self._replayed(hyper, gradient, theta, after, number)
         random = self._random.before.numpy() if self._random.stochastic and self._random.before is not None else None
-        self._guard.stepped(after)
+        self._guard.stepped(after, self.optimizer)
         self._scale.clear()
-        self._writer.append(
-            StepRecord(
-                theta=_array(theta),
-                gradient=_array(gradient),
-                hyper=hyper,
-                ids=ids,
-                batch=rows,
-                scale=scale,
-                state={k: _array(v) for k, v in state.items()} if state else None,
-                random=random,
-                log=facts,
-            ),
-            _array(after),
+        record = StepRecord(
+            theta=_array(theta),
+            gradient=_array(gradient),
+            hyper=hyper,
+            ids=ids,
+            batch=self._held(rows),
+            scale=scale,
+            state={k: _array(v) for k, v in state.items()} if state else None,
+            random=random,
+            log=facts,
+            shares=shares,
         )
+        if number == 0:  # before anything is written
+            error = self._inspect(Steps(0, [record], _array(after)))
+            if error is not None:
+                self._finish(complete=False)
+                raise error
+        self._writer.append(record, _array(after))
 
     def close(self) -> None:
         """Write what is left and mark the run complete. Closing twice is harmless.
@@ -230,6 +230,13 @@ class Recorder(torch.optim.Optimizer):
             ChangedOutsideError: the parameters moved after the last recorded step; what was recorded is written.
         """
         self._finish(complete=True)
+
+    def _held(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """Copies, since the caller may fill the same tensors again; of a batch that comes again, those made before."""
+        known = len(rows) == len(self._batch) and all(map(np.array_equal, rows, self._batch))
+        if not known or any(a.dtype != b.dtype for a, b in zip(rows, self._batch, strict=True)):
+            self._batch = [a.copy() for a in rows]
+        return self._batch
 
     def _finish(self, complete: bool) -> None:
         if not self._open:
@@ -241,20 +248,20 @@ class Recorder(torch.optim.Optimizer):
         if not self._writer.steps:
             log.warning("nothing was recorded: recorder.step was never called")
         elif complete:
-            self._guard.check_parameters(self._layout.flatten(self._parameters), self._writer.steps)
+            self._guard.check_parameters(self._parameters, self._writer.steps)
 
     # first identity: shares sum to p.grad
 
     def _check_shares(
         self, theta: Tensor, gradient: Tensor, batch: tuple[Tensor, ...], number: int, facts: dict[str, float]
-    ) -> float:
-        """Return the scale of the shares; with capture="gradients", hand them to the writer."""
+    ) -> tuple[float, np.ndarray | None]:
+        """The scale of the shares; with capture="gradients", the shares themselves (B, P)."""
         size, clip = len(batch[0]), self._scale.clipping()
         if number:
             self._random.settle(number, self._random.drew)
         due = number < CHECK_FIRST or number % self._check_every == 0
         if self.capture == "replay" and not due and self._scale.settled(size):
-            return self._scale.expected(size, clip)
+            return self._scale.expected(size, clip), None
         self._guard.constants(number)
         self._shares.active = frozenset(
             n for n, p in zip(self._layout.names, self._parameters, strict=True) if p.grad is not None
@@ -269,11 +276,11 @@ class Recorder(torch.optim.Optimizer):
         facts["loss"] = float(losses.double().mean())
         within = share_bound(gradient, lambda: clip * self._gross(theta, batch, before))
         scale = self._scale.fit(gradient, total, size, clip, within)
+        shares = None
         if self.capture == "gradients":
-            total = torch.zeros_like(total)
-            for rows in self._share_rows(theta, batch, before):
-                total += rows.sum(0)
-                self._writer.put_shares(_array(rows * scale))
+            shares = np.concatenate([_array(rows) for rows in self._share_rows(theta, batch, before)])
+            total = torch.from_numpy(shares.sum(0)).to(total.device)
+            shares *= scale
         try:
             facts["batch_identity"] = batch_identity(self._layout, gradient, scale * total, number, within)
         except BatchIdentityError as error:
@@ -281,7 +288,7 @@ class Recorder(torch.optim.Optimizer):
                 raise
             hint = "If the step made several forward passes: the loss draws random numbers, so make one, through model(...)."
             raise BatchIdentityError(f"{error} {hint}") from None
-        return scale
+        return scale, shares
 
     def _gross(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> float:
         """sum_i |g_i|, unscaled by the reduction: no larger than what the optimizer's gradient may have cancelled from."""
@@ -298,24 +305,21 @@ class Recorder(torch.optim.Optimizer):
 
     # second identity: the replayed update is the real one
 
-    def _state_at_block(self) -> dict[str, Tensor] | None:
-        """At the start of a block: the optimizer's accumulators, which must be those replayed so far."""
-        if not self._writer.wants_state:
-            return None
-        state = read_state(self._rule, self.optimizer, self._parameters)
-        if self._replay is not None:
-            same_state(self._replay.state, state, self._writer.steps)
-        self._replay = Replay(self._rule, self._layout, state)
-        return state
+    def _inspect(self, steps: Steps) -> Exception | None:
+        """Replay the first of some steps, from the state of the optimizer before it, and note how well it agrees.
 
-    def _replayed(self, hyper: np.ndarray, gradient: Tensor, theta: Tensor, after: Tensor, number: int) -> float:
-        assert self._replay is not None
-        _, delta = self._replay.step(hyper, gradient, theta)
+        Called on the writing thread with each block; attribution and `attrib verify` replay every step.
+        """
+        first = steps.records[0]
+        state = {key: torch.from_numpy(value) for key, value in (first.state or {}).items()}
+        end = steps.records[1].theta if len(steps.records) > 1 else steps.after
+        theta, gradient, after = (torch.from_numpy(a) for a in (first.theta, first.gradient, end))
+        _, delta = Replay(self._rule, self._layout, state).step(first.hyper, gradient, theta)
         try:
-            return step_identity(self._layout, theta, after, delta, number)
-        except StepIdentityError:
-            self._finish(complete=False)  # what was recorded stays readable; this step is not part of it
-            raise
+            first.log["step_identity"] = step_identity(self._layout, theta, after, delta, steps.start)
+        except StepIdentityError as error:
+            return error
+        return None
 
     def _header(self) -> dict[str, Any]:
         return {

@@ -160,13 +160,17 @@ class Run:
         """The steps start .. stop - 1 in the blocks they were written in, each with its updates replayed."""
         size = int(self.header["block"])
         firsts = range(start - start % size, stop, size)
+        after: Tensor | None = None  # the state that follows a block stands in the next one, read just before
         for first in reversed(firsts) if backwards else firsts:
-            yield self._block(first, max(first, start), min(first + size, stop))
+            block, begin = self._block(first, max(first, start), min(first + size, stop), after)
+            after = begin if backwards else None
+            yield block
 
-    def _block(self, first: int, start: int, stop: int) -> Block:
-        """Steps start .. stop - 1, replayed from the state stored for `first`."""
+    def _block(self, first: int, start: int, stop: int, after: Tensor | None) -> tuple[Block, Tensor]:
+        """Steps start .. stop - 1, replayed from the state stored for `first`; and the parameters before `first`."""
         rule, size = self.rule, int(self.header["block"])
-        theta = _tensor(self.reader.read("theta", slice(first, stop + 1)))
+        last = self.vector(stop) if after is None else after
+        theta = torch.cat([_tensor(self.reader.read("theta", slice(first, stop))), last[None]])
         gradient = _tensor(self.reader.read("gradient", slice(first, stop)))
         hyper = self.reader.read("hyper", slice(first, stop))
         state = {k: _tensor(self.reader.read(f"state/{k}", first // size)) for k in rule.state}
@@ -183,7 +187,7 @@ class Run:
         random: list[Tensor | None] = [None] * len(scale)
         if "random" in self.reader:
             random = [_tensor(state) for state in self.reader.read("random", steps)]
-        return Block(
+        block = Block(
             start=start,
             theta=theta[skip:],
             gradient=gradient[skip:],
@@ -198,6 +202,7 @@ class Run:
             random=random,
             active=[frozenset(n for n, on in zip(self.groups, row[:, -1], strict=True) if on) for row in hyper[skip:]],
         )
+        return block, theta[0].clone()
 
     def _step(self, step: int) -> int:
         if not -self.steps <= step < self.steps:

@@ -77,7 +77,9 @@ class Sink:
         self.rounding += (t.moved - t.replayed).sum((0, 2))
         self.spacing += self._eps * t.leverage.sum(0)
         moved = np.abs(t.moved).sum(2)
-        self.gaps["step"][at] = _gap(np.abs(t.moved - t.replayed).max(2), np.maximum(moved, self._eps**0.5 * t.leverage))
+        self.gaps["step"][at] = _gap(
+            np.abs(t.moved - t.replayed).max(2), np.maximum(moved, self._eps**0.5 * t.leverage)
+        )
         gross = moved + np.abs(t.start) + np.abs(t.end)
         self.gaps["measurement"][at] = _gap(np.abs(t.moved.sum(2) - (t.end - t.start)), gross)
 

@@ -13,7 +13,6 @@ Source: the adjoint of a linear recurrence; theory as in the README, "Second ide
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 

@@ -5,29 +5,28 @@ then differ by a small number d of either sign, and (d << 1) ^ (d >> 31), "zigza
 Wraps around, so every pattern of bits comes back, NaN and infinities included.
 """
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
 
 def encode(values: np.ndarray) -> np.ndarray:
     """(T, ...) of a 4- or 8-byte type -> the same shape and type: the first row, then zigzag differences."""
-    rows = _rows(values)
-    out = np.empty_like(rows)
-    {4: _encode_4, 8: _encode_8}[rows.itemsize](rows, out)
-    return out.view(values.dtype).reshape(values.shape)
+    return _through({4: _encode_4, 8: _encode_8}, values)
 
 
 def decode(values: np.ndarray) -> np.ndarray:
     """The inverse of `encode`, bit for bit."""
-    rows = _rows(values)
-    out = np.empty_like(rows)
-    {4: _decode_4, 8: _decode_8}[rows.itemsize](rows, out)
+    return _through({4: _decode_4, 8: _decode_8}, values)
+
+
+def _through(loops: dict[int, Callable[..., None]], values: np.ndarray) -> np.ndarray:
+    rows = values.reshape(len(values), -1)
+    integers = rows.view({4: np.int32, 8: np.int64}[rows.itemsize])
+    out = np.empty(rows.shape, integers.dtype)
+    loops[rows.itemsize](integers, out)
     return out.view(values.dtype).reshape(values.shape)
-
-
-def _rows(values: np.ndarray) -> np.ndarray:
-    integer = {4: np.int32, 8: np.int64}[values.dtype.itemsize]
-    return np.ascontiguousarray(values).reshape(len(values), -1).view(integer)
 
 
 # one loop for each size: numba would do arithmetic on small integers in 64 bits, at a twentieth of the speed

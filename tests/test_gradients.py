@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from attrib.kernels.factors import products_are_cheaper
 from cases import LAYERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 import attrib
 from attrib.gradients import FUNCTIONS, Shares
 from attrib.gradients.batchwise import Batchwise, candidates, find
-from attrib.kernels.factors import products_are_cheaper
 from attrib.layout import Layout
 
 

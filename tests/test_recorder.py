@@ -487,7 +487,7 @@ def test_check_interval_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert any("every 4" in message for message in caplog.messages)
     checked = np.flatnonzero(~np.isnan(run.log("batch_identity")))
     np.testing.assert_array_equal(checked, [0, 1, 4, 8])
-    assert not np.isnan(run.log("step_identity")).any()
+    np.testing.assert_array_equal(np.flatnonzero(~np.isnan(run.log("step_identity"))), [0, 4, 8])  # blocks of four
 
 
 def test_state_dict_is_the_optimizers_own(bench: Bench) -> None:
@@ -508,14 +508,10 @@ def test_a_refused_step_leaves_nothing_behind_for_the_next(capture: str, tmp_pat
         bench.model[0].bias.grad += 1.0
         bench.assert_refused(errors.BatchIdentityError, r"different factors|sum to p\.grad")
         bench.good_step()
-        kept = {p: {k: v.clone() for k, v in s.items()} for p, s in bench.optimizer.state.items()}
-        bench.backward()
-        for s in bench.optimizer.state.values():
-            s["exp_avg"].add_(1.0)
-        if bench.recorder._writer.wants_state:
-            bench.assert_refused(errors.ChangedOutsideError, "exp_avg")
-        for p, s in kept.items():
-            bench.optimizer.state[p].update(s)
+    for state in bench.optimizer.state.values():
+        state["exp_avg"].add_(1.0)
+    bench.backward()
+    bench.assert_refused(errors.ChangedOutsideError, "exp_avg")
     bench.recorder.close()
     run = attrib.open_run(bench.store)
     assert run.steps == 5

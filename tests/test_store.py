@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,7 @@ KILLED = """
         recorder.zero_grad()
         case.loss(model, x, y).mean().backward()
         recorder.step(torch.arange(12), x, y)
+    recorder._writer.check(wait=True)  # the block on the writing thread, or one fewer may have been committed
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -282,10 +284,16 @@ def test_full_disk_ends_recording_and_close_can_still_save(tmp_path: Path, monke
 
     for _ in range(3):
         step()
+    recorder._writer.check(wait=True)
     with monkeypatch.context() as patch:
         patch.setattr(ExampleTable, "commit", full)
-        with pytest.raises(StoreError, match=r"No space left.*step 3"):
-            step()
+        step()  # its block is written meanwhile
+        with suppress(StoreError):
+            recorder._writer.check(wait=True)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(StoreError, match=r"No space left.*step 4"):
+        step()
+    assert all(map(torch.equal, before, model.parameters()))
     with pytest.raises(StoreError, match="Recording has ended"):
         step()
     assert attrib.open_run(tmp_path / "run").steps == 1

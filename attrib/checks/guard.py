@@ -1,5 +1,7 @@
 """What must not change between two recorded steps: parameters, buffers and frozen parameters, train and eval modes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ class Guard:
         self._modules = dict(model.named_modules())
         self._modes: list[bool] | None = None
         self._after: Tensor | None = None
+        self._state: list[tuple[Tensor, int]] | None = None
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -32,22 +35,41 @@ class Guard:
         """Names of the modules in train mode."""
         return [name for name, module in self._modules.items() if module.training]
 
-    def stepped(self, after: Tensor) -> None:
-        """The parameters (P,) that a step ended with."""
+    def stepped(self, after: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """The parameters (P,) that a step ended with, and the optimizer that made it."""
         self._after = after
+        states = optimizer.state.values()
+        self._state = [(t, t._version) for state in states for t in state.values() if isinstance(t, Tensor)]
 
-    def check_parameters(self, theta: Tensor, step: int) -> None:
-        """Raise ChangedOutsideError where the parameters (P,) are not those that the last step ended with."""
-        if self._after is not None and not torch.equal(theta, self._after):
-            name = next(n for n, s in self._layout.slices() if not torch.equal(theta[s], self._after[s]))
-            raise ChangedOutsideError(
-                f"a parameter changed between two steps: expected only recorder.step to move it, at {name!r}, step "
-                f"{step}. Restore it (recorded runs have no other source of change), or record a new run."
-            )
+    def check_state(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Raise ChangedOutsideError where the optimizer's accumulators are not those that the last step left."""
+        if self._state is None:
+            return
+        known = {id(t): version for t, version in self._state}
+        found = [(key, t) for state in optimizer.state.values() for key, t in state.items() if isinstance(t, Tensor)]
+        changed = [key for key, t in found if known.get(id(t)) != t._version]
+        if len(found) == len(known) and not changed:
+            return
+        name = changed[0] if changed else "a tensor that is gone"
+        raise ChangedOutsideError(
+            f"the optimizer's state changed between steps: expected only recorder.step to change it, at {name!r}, step "
+            f"{step}. Record a new run. The step was refused."
+        )
 
-    def check(self, theta: Tensor, step: int) -> None:
-        """Raise ChangedOutsideError, naming what changed since the last step."""
-        self.check_parameters(theta, step)
+    def check_parameters(self, parameters: Sequence[Tensor], step: int) -> None:
+        """Raise ChangedOutsideError where the parameters are not those that the last step ended with."""
+        if self._after is None:
+            return
+        for (name, part), p in zip(self._layout.slices(), parameters, strict=True):
+            if not torch.equal(p.detach().reshape(-1), self._after[part]):
+                raise ChangedOutsideError(
+                    f"a parameter changed between two steps: expected only recorder.step to move it, at {name!r}, step "
+                    f"{step}. Restore it (recorded runs have no other source of change), or record a new run."
+                )
+
+    def check(self, parameters: Sequence[Tensor], step: int) -> Tensor:
+        """The parameters as a vector (P,). Raises ChangedOutsideError, naming what changed since the last step."""
+        self.check_parameters(parameters, step)
         if any(t._version != self._versions[name] for name, t in self._constants.items()):
             self.constants(step)
             self._versions = {name: t._version for name, t in self._constants.items()}
@@ -60,6 +82,8 @@ class Guard:
                 f"a module changed between train and eval mode: expected the mode of the first step, at "
                 f"{name or 'the model'!r}, step {step}. Call model.train() or .eval() before the step."
             )
+
+        return self._layout.flatten(parameters) if self._after is None else self._after
 
     def constants(self, step: int) -> None:
         """Compare every buffer and frozen parameter with its first value."""

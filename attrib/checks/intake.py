@@ -94,7 +94,9 @@ def check_gradient(layout: Layout, parameters: Sequence[Tensor], step: int) -> T
                 f"sparse=False. The step was refused."
             )
     gradient = layout.flatten(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)
-    if not torch.isfinite(gradient).all():
+    if (
+        not torch.isfinite(gradient.sum()) and not torch.isfinite(gradient).all()
+    ):  # a sum is read faster, and may overflow
         bad = next(n for n, part in layout.slices() if not torch.isfinite(gradient[part]).all())
         raise LossError(
             f"the gradient is not finite, expected finite numbers, at parameter {bad!r}, step {step}. "

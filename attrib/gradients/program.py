@@ -159,4 +159,6 @@ def _same(a: Any, b: Any) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     bound = torch.finfo(a.dtype).eps ** 0.75
-    return a.shape == b.shape and torch.allclose(a, b, rtol=bound, atol=bound * float(b.abs().max()) if b.numel() else 0.0)
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=bound, atol=bound * float(b.abs().max()) if b.numel() else 0.0
+    )

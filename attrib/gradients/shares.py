@@ -196,7 +196,9 @@ class Shares:
     ) -> dict[str, list[Factor]]:
         out: dict[str, list[Factor]] = {}
         for name in self.layout.names:
-            found = None if name in plan.whole else factors_of([r for r in reached if name in names_of(r[0])], name, size)
+            found = (
+                None if name in plan.whole else factors_of([r for r in reached if name in names_of(r[0])], name, size)
+            )
             out[name] = [Dense(self._materialised(theta, batch, name))] if found is None else found
         return out
 

@@ -2,7 +2,8 @@
 
 - `schema`: what is stored, under which name, with which dimensions; the format version
 - `examples`: each distinct input stored once, found again by its hash
-- `writer`: append steps, commit blocks
+- `codec`: differences along the step axis, before compression
+- `writer`: append steps, commit blocks, on a thread of its own
 - `cube`: all contributions of a sweep, when asked for
 - `reader`: open, check that every committed chunk is there, read
 
@@ -12,6 +13,6 @@ The only importer of zarr. No pickle anywhere.
 from .cube import CubeWriter
 from .reader import Reader
 from .schema import FORMAT
-from .writer import StepRecord, Writer, check_target
+from .writer import StepRecord, Steps, Writer, check_target
 
-__all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Writer", "check_target"]
+__all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Steps", "Writer", "check_target"]

@@ -4,6 +4,9 @@ A run that is killed can be read up to its last committed block. States stand in
 from them, so the last step of the last full block is committed only with the next block, or by `close`.
 """
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +15,9 @@ import zarr
 from zarr.abc.store import Store
 from zarr.errors import GroupNotFoundError
 
-from ..errors import StoreError, StoreExistsError
+from ..errors import AttribError, StoreError, StoreExistsError
 from .examples import ExampleTables
-from .schema import DIMENSIONS, block_steps, create
+from .schema import CHUNK_BYTES, DIMENSIONS, block_steps, create
 
 PADDING = {"index": -1, "row": -1, "gradients": 0}  # of slots beyond a step's batch
 
@@ -31,6 +34,18 @@ class StepRecord(NamedTuple):
     state: dict[str, np.ndarray] | None  # (P,) each, before the step
     random: np.ndarray | None  # (bytes,) uint8
     log: dict[str, float]  # loss, batch_identity, step_identity
+    shares: np.ndarray | None = None  # (B, P), with capture="gradients"
+
+
+class Steps(NamedTuple):
+    """Consecutive steps from `start` on, and the parameters (P,) after the last of them."""
+
+    start: int
+    records: list[StepRecord]
+    after: np.ndarray
+
+
+Inspect = Callable[[Steps], Exception | None]  # what is wrong with them
 
 
 def check_target(target: Any, overwrite: bool) -> None:
@@ -58,7 +73,10 @@ def check_target(target: Any, overwrite: bool) -> None:
 
 
 class Writer:
-    """Writes one run, from its first step on.
+    """Writes one run, from its first step on, a block at a time on a thread of its own.
+
+    At most one block is being written while the next fills up. What goes wrong there is raised by the next `check` or
+    `append`; `close` tries again.
 
     Args:
         target: path or zarr Store.
@@ -66,6 +84,7 @@ class Writer:
         constants: tensors that do not change, by name.
         overwrite: replace what is there.
         block: steps per block; None chooses by size.
+        inspect: called on the writing thread with the steps of a block, before they are written.
     """
 
     def __init__(
@@ -75,18 +94,19 @@ class Writer:
         constants: dict[str, np.ndarray],
         overwrite: bool,
         block: int | None,
+        inspect: Inspect = lambda steps: None,
     ) -> None:
         check_target(target, overwrite)
         self._target, self._overwrite, self._constants = target, overwrite, constants
         self._header = {**header, "committed_steps": 0, "complete": False}
-        self._block = block
+        self._block, self._inspect = block, inspect
         self._steps = 0  # appended
         self._records: list[StepRecord] = []
-        self._rows: list[tuple[int, np.ndarray]] = []
-        self._shares: list[np.ndarray] = []  # of the block's steps, with capture="gradients"
-        self._shares_here: list[np.ndarray] = []  # of the step under way
         self._arrays: dict[str, zarr.Array] = {}
-        self._broken: str | None = None
+        self._thread = ThreadPoolExecutor(1, "attrib-writer")
+        self._writing: tuple[Steps, Future[None]] | None = None
+        self._unwritten: Steps | None = None  # of a block that failed
+        self._broken: Exception | None = None
 
     @property
     def steps(self) -> int:
@@ -98,59 +118,81 @@ class Writer:
         """Whether the next step begins a block."""
         return not self._records
 
-    def put_shares(self, rows: np.ndarray) -> None:
-        """The next slice (b, P) of the shares of the step under way; `append` completes it."""
-        self._shares_here.append(rows)
-
-    def drop_shares(self) -> None:
-        """Forget the step under way."""
-        self._shares_here.clear()
-
     def append(self, record: StepRecord, theta_after: np.ndarray) -> None:
-        """Add a step; a full block is written and committed."""
-        if self._broken:
-            raise StoreError(f"the store could not be written: got {self._broken}. Recording has ended; see `close`.")
+        """Add a step; a full block is handed to the writing thread. The arrays must not change afterwards."""
         if not self._arrays:
             self._create(record)
-        self._rows.append(self._table.place(record.ids, record.batch))
-        self._records.append(record._replace(batch=[]))  # its inputs are in the table: do not hold them until the flush
-        if self._shares_here:
-            self._shares.append(np.concatenate(self._shares_here))
-            self._shares_here.clear()
+        self._records.append(record)
         self._last = theta_after
         self._steps += 1
         if len(self._records) == self._block:
-            try:
-                self._flush()
-                self._mark(self._steps - 1)
-            except OSError as error:
-                self._broken = repr(error)
-                raise StoreError(
-                    f"the store could not be written: got {error!r}, at step {self._steps - 1}. The step was made but is "
-                    f"not stored; earlier blocks can be read. Recording has ended: make room and call recorder.close()."
-                ) from error
+            self.check(wait=True)
+            steps = self._take()
+            self._writing = steps, self._thread.submit(self._write, steps)
+
+    def check(self, wait: bool = False) -> None:
+        """Raise what went wrong in writing the last block.
+
+        Raises:
+            StoreError: it could not be written. AttribError: what `inspect` found.
+        """
+        if self._writing and (wait or self._writing[1].done()):
+            (steps, future), self._writing = self._writing, None
+            error = future.exception()
+            if error is not None:
+                self._broken = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                self._unwritten = None if isinstance(error, AttribError) else steps
+        if isinstance(self._broken, AttribError):
+            raise self._broken
+        if self._broken:
+            raise StoreError(
+                f"the store could not be written: got {self._broken!r}, at a block that ends before step {self._steps}. "
+                f"Its steps were made but are not stored; earlier blocks can be read. Recording has ended: make room and "
+                f"call recorder.close()."
+            ) from self._broken
 
     def update_header(self, **facts: Any) -> None:
-        """Change facts in the header; they are written with the next commit."""
+        """Change facts in the header, before the first step; they are written with the first commit."""
         self._header.update(facts)
 
     def close(self, complete: bool = True) -> None:
-        """Write what is left, the final parameters, and whether the run is complete."""
+        """Write what is left, the final parameters, and whether the run is complete.
+
+        Raises:
+            AttribError: what `inspect` found; the blocks before are written.
+        """
+        self._thread.shutdown(wait=True)
+        with suppress(StoreError):
+            self.check(wait=True)
         if not self._steps:
             return
+        if self._unwritten is not None:
+            self._write(self._unwritten)
         if self._records:
-            self._flush()
+            self._write(self._take())
         theta = self._arrays["theta"]
         theta.resize((self._steps + 1, theta.shape[1]))
         theta[self._steps] = self._last
         self._header["complete"] = complete
         self._mark(self._steps)
 
-    # one block
+    def _take(self) -> Steps:
+        records, self._records = self._records, []
+        return Steps(self._steps - len(records), records, self._last)
 
-    def _flush(self) -> None:
-        start, stop = self._steps - len(self._records), self._steps
-        records = self._records
+    # one block, on the writing thread
+
+    def _write(self, steps: Steps) -> None:
+        error = self._inspect(steps)
+        if error is not None:
+            raise error
+        self._put_block(steps)
+        self._mark(steps.start + len(steps.records) - 1)
+
+    def _put_block(self, steps: Steps) -> None:
+        start, records = steps.start, steps.records
+        stop = start + len(records)
+        placed = [self._table.place(r.ids, r.batch) for r in records]
         width = max(self._arrays["index"].shape[1], *(len(r.ids) for r in records))
         self._widen(width, start)
         self._put("theta", start, np.stack([r.theta for r in records]))
@@ -158,10 +200,11 @@ class Writer:
         self._put("hyper", start, np.stack([r.hyper for r in records]))
         self._put("scale", start, np.array([r.scale for r in records]))
         self._put("index", start, _padded([r.ids for r in records], width, PADDING["index"]))
-        self._put("kind", start, np.array([kind for kind, _ in self._rows]))
-        self._put("row", start, _padded([rows for _, rows in self._rows], width, PADDING["row"]))
-        if self._shares:
-            self._put("gradients", start, _padded(self._shares, width, PADDING["gradients"]))
+        self._put("kind", start, np.array([kind for kind, _ in placed]))
+        self._put("row", start, _padded([rows for _, rows in placed], width, PADDING["row"]))
+        if records[0].shares is not None:
+            shares = [r.shares for r in records if r.shares is not None]
+            self._put("gradients", start, _padded(shares, width, PADDING["gradients"]))
         if records[0].random is not None:
             self._put("random", start, np.stack([r.random for r in records if r.random is not None]))
         for name in ("loss", "batch_identity", "step_identity"):
@@ -169,7 +212,6 @@ class Writer:
         for key, value in (records[0].state or {}).items():
             self._put(f"state/{key}", -(-stop // (self._block or 1)) - 1, value[None])
         self._header.update(rows=self._table.commit(), slots=width)
-        self._records, self._rows, self._shares = [], [], []
 
     def _widen(self, width: int, steps: int) -> None:
         """Make room for larger batches, and write the padding of the earlier steps: no committed chunk may be missing."""
@@ -200,14 +242,15 @@ class Writer:
         for name, value in self._constants.items():
             dims = tuple(f"d{d}" for d in range(value.ndim))
             create(self._group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
-        shares = np.concatenate(self._shares_here) if self._shares_here else None
-        bytes_per_step = first.theta.nbytes + first.gradient.nbytes + (0 if shares is None else shares.nbytes)
-        self._block = self._block or block_steps(bytes_per_step)
+        shares = first.shares
+        stored = [first.theta, first.gradient, *first.batch, *([] if shares is None else [shares])]
+        self._block = self._block or block_steps(sum(a.nbytes for a in stored))
         self._header["block"] = self._block
         n, size, slots = self._block, len(first.theta), len(first.ids)
         self._header["arity"] = len(first.batch)
-        self._add("theta", (size,), (n, size), first.theta.dtype)
-        self._add("gradient", (size,), (n, size), first.gradient.dtype)
+        entries = min(size, max(1, CHUNK_BYTES // (n * first.theta.itemsize)))
+        self._add("theta", (size,), (n, entries), first.theta.dtype, steps=True)
+        self._add("gradient", (size,), (n, entries), first.gradient.dtype)
         self._add("hyper", first.hyper.shape, (n, *first.hyper.shape), np.float64)
         self._add("index", (slots,), (n, slots), np.int64)
         self._add("row", (slots,), (n, slots), np.int64)
@@ -224,9 +267,9 @@ class Writer:
             self._add("random", (len(first.random),), (n, len(first.random)), np.uint8)
         self._mark(0)
 
-    def _add(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any) -> None:
+    def _add(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any, steps: bool = False) -> None:
         fill = PADDING.get(name, 0)
-        self._arrays[name] = create(self._group, name, (0, *shape), chunks, dtype, DIMENSIONS[name], fill)
+        self._arrays[name] = create(self._group, name, (0, *shape), chunks, dtype, DIMENSIONS[name], fill, steps)
 
 
 def _padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
