@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .errors import LossError, MeasurementError
 from .functional import random_state, training_modes
 from .gradients import Shares
+from .kernels import factors
 from .kernels.contraction import contract_rows
 from .layout import group_tensors
 from .marginals import choose
@@ -202,6 +203,16 @@ def _shares_source(
             return torch.from_numpy(contract_rows(sensitivity.cpu().numpy(), rows, run.layout.bounds))
 
         return stored
+    if run.capture == "factors":
+
+        def factored(block: Block, n: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
+            named = run.layout.unflatten(sensitivity.to(run.dtype))
+            found = run.factors(block.steps[n])
+            empty = torch.zeros(len(sensitivity), len(block.index[n]), dtype=torch.float64)
+            parts = [sum((factors.contract(f, named[k]) for f in found[k]), empty) for k in run.layout.names]
+            return torch.stack(parts, 2) * float(block.scale[n])
+
+        return factored
     if loss is None:
         raise LossError(
             "a loss is needed: got loss=None, expected the loss given to attrib.record, since this run was captured by "

@@ -7,7 +7,7 @@ What is refused is refused before the optimizer moves.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -15,21 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checks import (
-    Guard,
-    RandomWatch,
-    Reduction,
-    batch_identity,
-    check_batch,
-    check_gradient,
-    check_options,
-    names_of,
-    share_bound,
-    step_identity,
-)
-from .errors import AttribError, BatchIdentityError, ChangedOutsideError, StepIdentityError
-from .functional import random_state
-from .gradients import Shares
+from .capture import Capture
+from .checks import Guard, check_batch, check_gradient, check_options, names_of, step_identity
+from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .layout import Layout
 from .optim import Replay, read_hyper, read_state, rule_of
 from .store import FORMAT, StepRecord, Steps, Writer, check_target
@@ -37,7 +25,6 @@ from .store import FORMAT, StepRecord, Steps, Writer, check_target
 log = logging.getLogger("attrib")
 
 CHECK_EVERY = 50  # a check costs about one step: 2 % of the training time
-CHECK_FIRST = 2
 
 
 def record(
@@ -59,7 +46,8 @@ def record(
         loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         store: path or zarr Store.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" stores the
-            per-example gradient shares too, (B, P) a step.
+            per-example gradient shares too, (B, P) a step; "factors" stores them losslessly in the form that the layers
+            give, (activation, output gradient), where that is shorter.
         overwrite: replace an existing store.
         check_every: with "replay", the batch identity is checked on the first two steps and every so many after.
         block: steps written and committed together; None chooses by size.
@@ -96,28 +84,25 @@ class Recorder(torch.optim.Optimizer):
         block: int | None,
     ) -> None:
         # Optimizer.__init__ would make parameter groups of its own; everything it sets up is delegated.
-        self.optimizer, self.model, self.capture = optimizer, model, capture
+        self.optimizer, self.model = optimizer, model
         self._rule = rule_of(optimizer)
         check_options(capture, check_every, block)
         names = names_of(optimizer, model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
-        self._shares = Shares(loss, model, self._layout, self._parameters[0].dtype)
         self._guard = Guard(model, self._layout)
         self._check_every = check_every
         self._batch: list[np.ndarray] = []
         self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
         check_target(store, overwrite)
+        self._capture = Capture(capture, loss, model, self._layout, self._parameters, check_every)
         self._writer = Writer(store, self._header(), constants, overwrite, block, self._inspect)
-        self._scale = Reduction(self._parameters)
-        self._random = RandomWatch(model)
-        log.info(
-            "recording %s: batch identity on the first %d steps, then every %d",
-            capture,
-            CHECK_FIRST,
-            check_every,
-        )
+
+    @property
+    def capture(self) -> str:
+        """What is stored of the shares: "replay", "gradients" or "factors"."""
+        return self._capture.kind
 
     # what schedulers and training loops use of an optimizer
 
@@ -146,7 +131,7 @@ class Recorder(torch.optim.Optimizer):
         self.optimizer.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._scale.clear()
+        self._capture.clear()
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -188,22 +173,16 @@ class Recorder(torch.optim.Optimizer):
         number = self._writer.steps
         theta = self._guard.check(self._parameters, number)
         self._guard.check_state(self.optimizer, number)
-        if number == 0:
-            self._writer.update_header(training=self._guard.training())
         gradient = check_gradient(self._layout, self._parameters, number)
         facts: dict[str, float] = {}
-        self._random.busy = True
-        try:
-            scale, shares = self._check_shares(theta, gradient, batch, number, facts)
-        finally:
-            self._random.busy = False
+        scale, shares = self._capture.take(theta, gradient, batch, number, facts)
+        if number == 0:
+            self._writer.update_header(training=self._guard.training(), factors=self._capture.described)
         state = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else None
         hyper = read_hyper(self._rule, self.optimizer)
         self.optimizer.step()
         after = self._layout.flatten(self._parameters)
-        random = self._random.before.numpy() if self._random.stochastic and self._random.before is not None else None
         self._guard.stepped(after, self.optimizer)
-        self._scale.clear()
         record = StepRecord(
             theta=_array(theta),
             gradient=_array(gradient),
@@ -212,10 +191,11 @@ class Recorder(torch.optim.Optimizer):
             batch=self._held(rows),
             scale=scale,
             state={k: _array(v) for k, v in state.items()} if state else None,
-            random=random,
+            random=self._capture.random,
             log=facts,
             shares=shares,
         )
+        self._capture.clear()
         if number == 0:  # before anything is written
             error = self._inspect(Steps(0, [record], _array(after)))
             if error is not None:
@@ -242,66 +222,12 @@ class Recorder(torch.optim.Optimizer):
         if not self._open:
             return
         self._open = False
-        self._random.remove()
-        self._scale.remove()
+        self._capture.remove()
         self._writer.close(complete)
         if not self._writer.steps:
             log.warning("nothing was recorded: recorder.step was never called")
         elif complete:
             self._guard.check_parameters(self._parameters, self._writer.steps)
-
-    # first identity: shares sum to p.grad
-
-    def _check_shares(
-        self, theta: Tensor, gradient: Tensor, batch: tuple[Tensor, ...], number: int, facts: dict[str, float]
-    ) -> tuple[float, np.ndarray | None]:
-        """The scale of the shares; with capture="gradients", the shares themselves (B, P)."""
-        size, clip = len(batch[0]), self._scale.clipping()
-        if number:
-            self._random.settle(number, self._random.drew)
-        due = number < CHECK_FIRST or number % self._check_every == 0
-        if self.capture == "replay" and not due and self._scale.settled(size):
-            return self._scale.expected(size, clip), None
-        self._guard.constants(number)
-        self._shares.active = frozenset(
-            n for n, p in zip(self._layout.names, self._parameters, strict=True) if p.grad is not None
-        )
-        before = self._random.before if self._random.before is not None else torch.get_rng_state()
-        with random_state(before):
-            losses, total = self._shares.total(theta, batch)
-            self._random.settle(number, not torch.equal(torch.get_rng_state(), before))
-        if number == 0:  # so that what cannot be split is refused now, not when attributing
-            with random_state(before):
-                self._shares.check_split(theta, batch)
-        facts["loss"] = float(losses.double().mean())
-        within = share_bound(gradient, lambda: clip * self._gross(theta, batch, before))
-        scale = self._scale.fit(gradient, total, size, clip, within)
-        shares = None
-        if self.capture == "gradients":
-            shares = np.concatenate([_array(rows) for rows in self._share_rows(theta, batch, before)])
-            total = torch.from_numpy(shares.sum(0)).to(total.device)
-            shares *= scale
-        try:
-            facts["batch_identity"] = batch_identity(self._layout, gradient, scale * total, number, within)
-        except BatchIdentityError as error:
-            if not self._random.stochastic:
-                raise
-            hint = "If the step made several forward passes: the loss draws random numbers, so make one, through model(...)."
-            raise BatchIdentityError(f"{error} {hint}") from None
-        return scale, shares
-
-    def _gross(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> float:
-        """sum_i |g_i|, unscaled by the reduction: no larger than what the optimizer's gradient may have cancelled from."""
-        norms = [float(rows.double().norm(dim=1).sum()) for rows in self._share_rows(theta, batch, before)]
-        return sum(norms) / (len(batch[0]) if self._scale.kind != "sum" else 1)
-
-    def _share_rows(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> Iterator[Tensor]:
-        """The gradients of the examples in slices (b, P); of a random loss all at once: a slice draws other numbers."""
-        size = len(batch[0])
-        at_once = size if self._random.stochastic else self._shares.rows_at_once()
-        for lo in range(0, size, at_once):
-            with random_state(before):
-                yield self._shares.rows(theta, tuple(b[lo : lo + at_once] for b in batch))
 
     # second identity: the replayed update is the real one
 

@@ -1,6 +1,6 @@
 """A recorded run, opened for reading: parameters, batches and updates of every step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .errors import ModelMismatchError, StoreError
 from .functional import constants_of
+from .gradients import from_tensors
+from .kernels.factors import Factor
 from .layout import Layout
 from .optim import Parts, Replay, Rule, rule_by_name
 from .store import Reader
@@ -121,6 +123,14 @@ class Run:
     def shares(self, step: int) -> np.ndarray:
         """(B, P): the per-example gradient shares of a step, with capture="gradients"."""
         return self.reader.read("gradients", self._step(step))[: len(self.index(step))]
+
+    def factors(self, step: int, names: Sequence[str] | None = None) -> dict[str, list[Factor]]:
+        """With capture="factors": of each parameter (or of those in `names`) the factors of a step's batch, which times
+        `scale(step)` are its shares; see `attrib.kernels.factors`."""
+        described = self.header["factors"]
+        at, size = self._step(step), len(self.index(step))
+        chosen = {name: described[name] for name in (described if names is None else names)}
+        return from_tensors(chosen, lambda name: _tensor(self.reader.read(name, at))[:size])
 
     def random_state(self, step: int) -> Tensor | None:
         """State of torch's generator before the forward pass of a step; None where the loss drew no numbers."""

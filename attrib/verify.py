@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from .checks import batch_identity, same_state, step_identity
 from .errors import AttribError
+from .kernels import factors
 from .run import Run
 
 
@@ -49,18 +50,29 @@ def verify(run: Run, progress: bool = True) -> Verification:
                 for n, step in enumerate(block.steps):
                     theta, end = block.theta[n], block.theta[n + 1]
                     found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step))
-                    if run.capture == "gradients":
-                        shares = torch.from_numpy(run.shares(step).sum(0, dtype=np.float64)).to(run.dtype)
-                        found.note("batch", batch_identity(run.layout, block.gradient[n], shares, step))
+                    if run.capture != "replay":
+                        found.note("batch", batch_identity(run.layout, block.gradient[n], _total(run, step), step))
                     bar.update()
                 after = block.state_after
-        if run.capture != "gradients":
+        if run.capture == "replay":
             for gap in run.log("batch_identity"):
                 if not np.isnan(gap):
                     found.note("recorded batch", float(gap))
     except AttribError as error:
         found.failure = str(error)
     return found
+
+
+def _total(run: Run, step: int) -> torch.Tensor:
+    """The sum of the stored shares of a step, (P,)."""
+    if run.capture == "gradients":
+        return torch.from_numpy(run.shares(step).sum(0, dtype=np.float64)).to(run.dtype)
+    total = torch.zeros(run.layout.size, dtype=run.dtype)
+    found = run.factors(step)
+    for name, part in run.layout.slices():
+        for factor in found[name]:
+            total[part] += factors.total(factor)
+    return total * run.scale(step)
 
 
 def _chunks(run: Run, found: Verification) -> None:

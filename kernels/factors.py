@@ -10,6 +10,7 @@ For each: `contract` with directions U (Q, *weight) -> <U_q, g_i> (Q, B) in floa
 """
 
 from collections.abc import Iterator
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,16 @@ Factor = Outer | Convolution | Lookup | Dense
 def examples(factor: Factor) -> int:
     """B, the number of examples."""
     return len(factor[0])
+
+
+def entries(factor: Factor) -> int:
+    """Of the weight."""
+    if isinstance(factor, Outer):
+        return factor.left.shape[2] * factor.right.shape[2]
+    if isinstance(factor, Convolution):
+        outputs, inputs = factor.delta.shape[2], factor.inputs.shape[2] // factor.geometry.groups
+        return outputs * inputs * prod(factor.geometry.kernel)
+    return factor.count * factor.rows.shape[2] if isinstance(factor, Lookup) else factor.values[0].numel()
 
 
 def contract(factor: Factor, directions: Tensor) -> Tensor:

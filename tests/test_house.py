@@ -15,14 +15,15 @@ FLOORS = [
     {"kernels"},
     {"errors", "layout", "functional", "marginals", "result"},
     {"checks", "gradients", "optim", "path", "store", "measure"},
-    {"recorder", "run", "sink"},
+    {"capture", "run"},
+    {"recorder", "sink"},
     {"engine", "verify"},
     {"intervention", "report", "scale"},
     {"studies"},
     {"cli", "__main__"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}
-WITHIN = {("result", "marginals"), ("marginals", "errors"), ("sink", "run"), ("cli", "__main__"), ("__main__", "cli")}
+WITHIN = {("result", "marginals"), ("marginals", "errors"), ("cli", "__main__"), ("__main__", "cli")}
 FOREIGN = {"zarr": {"store"}, "dask": {"scale"}, "plotly": {"report"}, "matplotlib": {"report"}}
 
 

@@ -13,6 +13,7 @@ from training import flat, train
 
 import attrib
 from attrib import errors
+from attrib.checks.intake import CAPTURES
 
 LOSS = MODELS["mlp"].loss
 
@@ -254,7 +255,7 @@ def test_infinite_loss_is_refused(bench: Bench) -> None:
     bench.good_step()
 
 
-@pytest.mark.parametrize("capture", ["replay", "gradients"])
+@pytest.mark.parametrize("capture", CAPTURES)
 def test_loss_of_wrong_shape_is_refused(capture: str, tmp_path: Path) -> None:
     bench = Bench(tmp_path, loss=lambda m, x, y: LOSS(m, x, y).mean(), capture=capture)
     bench.backward()
@@ -498,7 +499,7 @@ def test_state_dict_is_the_optimizers_own(bench: Bench) -> None:
     assert isinstance(bench.recorder, torch.optim.Optimizer)
 
 
-@pytest.mark.parametrize("capture", ["replay", "gradients"])
+@pytest.mark.parametrize("capture", CAPTURES)
 def test_a_refused_step_leaves_nothing_behind_for_the_next(capture: str, tmp_path: Path) -> None:
     """Refusals of every kind between good steps: the run is the one of the good steps alone."""
     bench = Bench(tmp_path, capture=capture)

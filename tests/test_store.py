@@ -226,7 +226,7 @@ class BagOfWords(torch.nn.Module):
         return self.table(x).sum(1)
 
 
-@pytest.mark.parametrize("capture", ["replay", "gradients"])
+@pytest.mark.parametrize("capture", ["replay", "gradients"])  # factors are refused, see test_factors
 def test_batches_may_grow_and_inputs_may_change_their_length(capture: str, tmp_path: Path) -> None:
     """Warm-up of the batch size, padding to the longest of each batch, labels of another type."""
     torch.manual_seed(0)

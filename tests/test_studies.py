@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import attrib
+from attrib.checks.intake import CAPTURES
 from attrib.studies import digits, modular, text
 from attrib.studies.recipe import cross_entropy
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capture", ["replay", "gradients"])
+@pytest.mark.parametrize("capture", CAPTURES)
 def test_digits_network_is_rebuilt(capture: str, tmp_path: Path) -> None:
     data = digits.load()
     model = digits.train(data, tmp_path / "run", epochs=4, capture=capture)

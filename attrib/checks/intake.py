@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import BatchError, BatchIdentityError, LossError
 from ..layout import Layout
 
-CAPTURES = ("replay", "gradients")
+CAPTURES = ("replay", "gradients", "factors")
 
 
 def check_options(capture: str, check_every: int, block: int | None) -> None:

@@ -21,10 +21,12 @@ PLAN_BATCH = 7  # examples that a plan is made on
 
 @dataclass(frozen=True)
 class Plan:
-    """How the sites of one kind of batch split: a reading per site, and the parameters that go through vmap."""
+    """How the sites of one kind of batch split: a reading per site, the parameters that go through vmap, and the calls
+    that the sites are."""
 
     readings: list[Batchwise | None]
     whole: tuple[str, ...]
+    calls: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def kind_of(trace: Trace) -> tuple[Any, ...]:
     return (*(_kind(s, size) for s in trace.sites), *sorted(trace.unsplit), size == 1)
 
 
+def calls_of(trace: Trace) -> tuple[Any, ...]:
+    """Of each site the function and the parameters."""
+    return tuple((site.call.function, *sorted(names_of(site))) for site in trace.sites)
+
+
 def make_plan(follow: Follow, batch: tuple[Any, ...]) -> tuple[Plan, list[Probe]]:
     """A plan from a few examples, one backward pass for each of three, and what those gave."""
     start = torch.get_rng_state()
@@ -76,7 +83,7 @@ def make_plan(follow: Follow, batch: tuple[Any, ...]) -> tuple[Plan, list[Probe]
     for name in trace.parameters:
         if name not in whole and not _splits(name, trace.sites, readings, probes, size):
             whole.add(name)
-    return Plan(readings, tuple(sorted(whole))), probes
+    return Plan(readings, tuple(sorted(whole)), calls_of(trace)), probes
 
 
 def _kind(site: Site, size: int) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from ..functional import Functional
 from ..kernels.factors import Dense, Factor
 from ..layout import Layout
 from .checks import check_losses, refuse_coupling
-from .plan import Plan, Probe, Trace, close, direction_like, few, kind_of, make_plan
+from .plan import Plan, Probe, Trace, calls_of, close, direction_like, few, kind_of, make_plan
 from .program import Programs
 from .program import kind_of as kind_of_inputs
 from .sites import SiteTracer
@@ -100,6 +100,18 @@ class Shares:
         trace = self._trace(theta, batch)
         plan = self._plan(theta, trace, batch)
         return self._factors(theta, batch, plan, _reached(trace, plan), len(trace.losses))
+
+    def watched(
+        self, theta: Tensor, batch: tuple[Any, ...], trace: Trace, deltas: list[Tensor | None]
+    ) -> dict[str, list[Factor]] | None:
+        """`factors` from a pass that was made already: its sites and the gradients of their outputs, whatever reduction
+        they have in them. None where its sites are not those of the loss."""
+        plan = self._plan(theta, trace, batch)
+        if plan.calls != calls_of(trace) or plan.whole:
+            return None
+        found = zip(trace.sites, plan.readings, deltas, strict=True)
+        reached = [(site, reading, d) for site, reading, d in found if d is not None and reading is not None]
+        return self._factors(theta, batch, plan, reached, len(trace.losses))
 
     def check_split(self, theta: Tensor, batch: tuple[Any, ...]) -> None:
         """Raise CoupledExamplesError, on a few examples, where the gradient does not split over examples."""

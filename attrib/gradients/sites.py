@@ -14,7 +14,7 @@ example i along a direction U of the parameters is sum over sites of <dl_i/dy, d
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -80,12 +80,16 @@ class SiteTracer(TorchFunctionMode):
     """Collects the sites of the calls made while it is active.
 
     parameters: name -> the very tensor that the model will use. data: the tensors of the batch. values: keep a copy of
-    every site's output.
+    every site's output. keep: keep the gradient of every site's output when a backward pass comes by.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], data: Sequence[Any], values: bool = False) -> None:
+    def __init__(
+        self, parameters: dict[str, Tensor], data: Sequence[Any], values: bool = False, keep: bool = False
+    ) -> None:
         super().__init__()
-        self._values = values
+        self.parameters = parameters
+        self.deltas: dict[int, Tensor] = {}  # by number of the site, what a backward pass brought to it
+        self._values, self._keep = values, keep
         self.sites: list[Site] = []
         self.bytes = 0  # that the calls on data returned
         # parameters used by a call that cannot run a second time, or on data whose layout depends on their content
@@ -133,10 +137,16 @@ class SiteTracer(TorchFunctionMode):
             this = replace(call, output=k) if several else call
             if t in self._data:
                 value = t.detach().clone() if self._values else None
+                if self._keep:
+                    t.register_hook(partial(self._note_gradient, len(self.sites)))
                 self.sites.append(Site(this, t.shape, get_gradient_edge(t), value))
             else:
                 names = frozenset().union(*(w.names for w in call.weights.values()))
                 self._weights[t] = Weight(t, names, this)
+
+    def _note_gradient(self, site: int, delta: Tensor) -> None:
+        known = self.deltas.get(site)
+        self.deltas[site] = delta if known is None else known + delta
 
 
 def _opened(function: Any) -> Any:

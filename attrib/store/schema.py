@@ -10,6 +10,7 @@
     scale        [step]                        share = scale * gradient of the example's loss (reduction, clipping)
     examples/*/* [row, ...]                    the inputs: a table per shape, in it an array per tensor of the batch
     gradients    [step, slot, parameter]       per-example shares, with capture="gradients"
+    factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
     random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it
     constants/*                                buffers and frozen parameters
     log/*        [step]                        mean loss and the two identities, NaN where not checked
@@ -38,7 +39,6 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "row": ("step", "slot"),
     "kind": ("step",),
     "scale": ("step",),
-    "gradients": ("step", "slot", "parameter"),
     "random": ("step", "byte"),
     "log/loss": ("step",),
     "log/batch_identity": ("step",),

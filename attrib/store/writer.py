@@ -19,7 +19,7 @@ from ..errors import AttribError, StoreError, StoreExistsError
 from .examples import ExampleTables
 from .schema import CHUNK_BYTES, DIMENSIONS, block_steps, create
 
-PADDING = {"index": -1, "row": -1, "gradients": 0}  # of slots beyond a step's batch
+PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all other arrays 0
 
 
 class StepRecord(NamedTuple):
@@ -34,7 +34,7 @@ class StepRecord(NamedTuple):
     state: dict[str, np.ndarray] | None  # (P,) each, before the step
     random: np.ndarray | None  # (bytes,) uint8
     log: dict[str, float]  # loss, batch_identity, step_identity
-    shares: np.ndarray | None = None  # (B, P), with capture="gradients"
+    shares: dict[str, np.ndarray]  # (B, ...) by name, with capture="gradients" or "factors"
 
 
 class Steps(NamedTuple):
@@ -202,9 +202,8 @@ class Writer:
         self._put("index", start, _padded([r.ids for r in records], width, PADDING["index"]))
         self._put("kind", start, np.array([kind for kind, _ in placed]))
         self._put("row", start, _padded([rows for _, rows in placed], width, PADDING["row"]))
-        if records[0].shares is not None:
-            shares = [r.shares for r in records if r.shares is not None]
-            self._put("gradients", start, _padded(shares, width, PADDING["gradients"]))
+        for name in records[0].shares:
+            self._put(name, start, _padded([r.shares[name] for r in records], width, 0))
         if records[0].random is not None:
             self._put("random", start, np.stack([r.random for r in records if r.random is not None]))
         for name in ("loss", "batch_identity", "step_identity"):
@@ -215,9 +214,9 @@ class Writer:
 
     def _widen(self, width: int, steps: int) -> None:
         """Make room for larger batches, and write the padding of the earlier steps: no committed chunk may be missing."""
-        for name, fill in PADDING.items():
-            array = self._arrays.get(name)
-            if array is None or array.shape[1] >= width:
+        for name in (*PADDING, *self._shares):
+            array, fill = self._arrays[name], PADDING.get(name, 0)
+            if array.shape[1] >= width:
                 continue
             whole = -(-array.shape[1] // array.chunks[1]) * array.chunks[1]  # columns that have chunks already
             rest = array.shape[2:]
@@ -242,8 +241,8 @@ class Writer:
         for name, value in self._constants.items():
             dims = tuple(f"d{d}" for d in range(value.ndim))
             create(self._group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
-        shares = first.shares
-        stored = [first.theta, first.gradient, *first.batch, *([] if shares is None else [shares])]
+        self._shares = tuple(first.shares)
+        stored = [first.theta, first.gradient, *first.batch, *first.shares.values()]
         self._block = self._block or block_steps(sum(a.nbytes for a in stored))
         self._header["block"] = self._block
         n, size, slots = self._block, len(first.theta), len(first.ids)
@@ -260,16 +259,29 @@ class Writer:
         for key, value in (first.state or {}).items():
             name = f"state/{key}"
             self._arrays[name] = create(self._group, name, (0, size), (1, size), value.dtype, ("block", "parameter"))
-        if shares is not None:
-            at_once = max(1, min(slots, (8 << 20) // max(1, n * size * shares.itemsize)))
-            self._add("gradients", (slots, size), (n, at_once, size), shares.dtype)
+        for name, values in first.shares.items():
+            at_once = max(1, min(slots, CHUNK_BYTES // max(1, n * values[0].nbytes)))
+            dims = (
+                "step",
+                "slot",
+                *(("parameter",) if name == "gradients" else (f"d{d}" for d in range(values.ndim - 1))),
+            )
+            self._add(name, values.shape, (n, at_once, *values.shape[1:]), values.dtype, dims)
         if first.random is not None:
             self._add("random", (len(first.random),), (n, len(first.random)), np.uint8)
         self._mark(0)
 
-    def _add(self, name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any, steps: bool = False) -> None:
-        fill = PADDING.get(name, 0)
-        self._arrays[name] = create(self._group, name, (0, *shape), chunks, dtype, DIMENSIONS[name], fill, steps)
+    def _add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        chunks: tuple[int, ...],
+        dtype: Any,
+        dimensions: tuple[str, ...] | None = None,
+        steps: bool = False,
+    ) -> None:
+        dims, fill = dimensions or DIMENSIONS[name], PADDING.get(name, 0)
+        self._arrays[name] = create(self._group, name, (0, *shape), chunks, dtype, dims, fill, steps)
 
 
 def _padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
