@@ -19,8 +19,8 @@ from training import train
 
 import attrib
 from attrib.gradients import Shares
-from attrib.gradients.program import Programs, kind_of
 from attrib.gradients.stored import describe, from_tensors, to_tensors
+from attrib.program import Programs, kind_of
 
 
 def made(kind: str, random: torch.Generator, count: int, positions: int, outputs: int, inputs: int) -> Factor:
@@ -110,7 +110,7 @@ def test_factors_of_every_layer_come_back_from_their_arrays(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_traced_pass_gives_what_the_function_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attrib.gradients.program.TRACE_AFTER", 1)
+    monkeypatch.setattr("attrib.program.TRACE_AFTER", 1)
     model, layout, theta, _, _ = setting(name, 4)
     shares = Shares(loss, model, layout, torch.float64)
     for step in range(4):
@@ -125,7 +125,7 @@ def test_a_traced_pass_gives_what_the_function_gives(name: str, monkeypatch: pyt
 
 
 def test_a_function_that_reads_values_is_run_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attrib.gradients.program.TRACE_AFTER", 1)
+    monkeypatch.setattr("attrib.program.TRACE_AFTER", 1)
     programs = Programs()
 
     def function(inputs: list[Tensor]) -> Tensor:

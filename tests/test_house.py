@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # a module imports only strictly lower floors, siblings within one folder excepted
 FLOORS = [
     {"kernels"},
-    {"errors", "layout", "functional", "marginals", "result"},
+    {"errors", "layout", "functional", "marginals", "program", "result"},
     {"checks", "gradients", "optim", "path", "store", "measure"},
     {"capture", "run"},
     {"recorder", "sink"},

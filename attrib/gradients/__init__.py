@@ -6,7 +6,6 @@
 - `batchwise`: which index of a site's output belongs to which example
 - `plan`: how the sites of one kind of batch split, read off and checked
 - `terms`: a parameter's share at its sites
-- `program`: the whole pass as a graph of tensor operations, once it has been made a few times
 - `checks`: what a loss and a model must be for the gradient to split
 - `shares`: the whole: `Shares.total`, `contract`, `rows`, `factors`
 - `watch`: the same from the user's own passes; `stored`: factors as named arrays

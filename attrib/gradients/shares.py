@@ -21,10 +21,10 @@ from ..errors import CoupledExamplesError
 from ..functional import Functional
 from ..kernels.factors import Dense, Factor
 from ..layout import Layout
+from ..program import Programs
+from ..program import kind_of as kind_of_inputs
 from .checks import check_losses, refuse_coupling
 from .plan import Plan, Probe, Trace, calls_of, close, direction_like, few, kind_of, make_plan
-from .program import Programs
-from .program import kind_of as kind_of_inputs
 from .sites import SiteTracer
 from .terms import Reached, Term, contract, factors_of, names_of, rows_of, terms_at
 

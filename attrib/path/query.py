@@ -10,9 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import MeasurementError
 from ..functional import Functional, cast
 from ..layout import Layout
+from ..program import Programs, kind_of
 
 GRADIENT_BYTES = 256 << 20  # gradients (q, P) of the queries run side by side
 STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
+TRACED_BYTES = 32 << 20  # gradients (Q, P) of one step
 
 
 class PathGradient(NamedTuple):
@@ -89,7 +91,15 @@ class Query:
                 return PathGradient(*(t.unsqueeze(0) for t in single(theta0[0], theta1[0])))
             return torch.vmap(single, chunk_size=self.steps_at_once())(theta0, theta1)
 
-        return either
+        if self.dtype.itemsize * self.layout.size * self.count > TRACED_BYTES:
+            return either  # a trace holds every intermediate result for a while; here its gain would be small
+        programs = Programs()
+
+        def traced(theta0: Tensor, theta1: Tensor) -> PathGradient:
+            ends = [theta0, theta1]
+            return programs(kind_of(ends), lambda given: either(*given), ends)
+
+        return traced
 
     def _first_values(self, theta: Tensor) -> Tensor:
         try:

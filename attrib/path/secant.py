@@ -35,6 +35,9 @@ class Secant:
     def bind(self, query: Query) -> Callable[[Tensor, Tensor], PathGradient]:
         secant = _trace(query)
 
+        if self.substeps == 1:
+            return query.over_steps(secant)
+
         def gradient(theta0: Tensor, theta1: Tensor) -> PathGradient:
             points = [torch.lerp(theta0.to(query.dtype), theta1.to(query.dtype), k / self.substeps)
                       for k in range(self.substeps + 1)]  # fmt: skip

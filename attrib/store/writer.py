@@ -285,7 +285,9 @@ class Writer:
 
 
 def _padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
-    """Arrays (b, ...) of different b -> (len, width, ...), filled up."""
+    """Arrays (b, ...) of different b -> (len, width, ...), filled up; not copied where there is nothing to do."""
+    if all(len(values) == width for values in rows):
+        return rows[0][None] if len(rows) == 1 else np.stack(rows)
     out = np.full((len(rows), width, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
     for n, values in enumerate(rows):
         out[n, : len(values)] = values
