@@ -20,7 +20,7 @@ from .checks import Guard, check_batch, check_gradient, check_options, names_of,
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .layout import Layout
 from .optim import Replay, read_hyper, read_state, rule_of
-from .store import FORMAT, StepRecord, Steps, Writer, check_target
+from .store import FORMAT, StepRecord, Writer, check_target
 
 log = logging.getLogger("attrib")
 
@@ -93,11 +93,12 @@ class Recorder(torch.optim.Optimizer):
         self._guard = Guard(model, self._layout)
         self._check_every = check_every
         self._batch: list[np.ndarray] = []
+        self._inspected = 0  # the last step whose update was replayed
         self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
         check_target(store, overwrite)
         self._capture = Capture(capture, loss, model, self._layout, self._parameters, check_every)
-        self._writer = Writer(store, self._header(), constants, overwrite, block, self._inspect)
+        self._writer = Writer(store, self._header(), constants, overwrite, block)
 
     @property
     def capture(self) -> str:
@@ -196,11 +197,8 @@ class Recorder(torch.optim.Optimizer):
             shares=shares,
         )
         self._capture.clear()
-        if number == 0:  # before anything is written
-            error = self._inspect(Steps(0, [record], _array(after)))
-            if error is not None:
-                self._finish(complete=False)
-                raise error
+        if state is not None and (number == 0 or number >= self._inspected + self._check_every):
+            facts["step_identity"] = self._inspect(state, hyper, gradient, theta, after, number)
         self._writer.append(record, _array(after))
 
     def close(self) -> None:
@@ -231,21 +229,18 @@ class Recorder(torch.optim.Optimizer):
 
     # second identity: the replayed update is the real one
 
-    def _inspect(self, steps: Steps) -> Exception | None:
-        """Replay the first of some steps, from the state of the optimizer before it, and note how well it agrees.
-
-        Called on the writing thread with each block; attribution and `attrib verify` replay every step.
-        """
-        first = steps.records[0]
-        state = {key: torch.from_numpy(value) for key, value in (first.state or {}).items()}
-        end = steps.records[1].theta if len(steps.records) > 1 else steps.after
-        theta, gradient, after = (torch.from_numpy(a) for a in (first.theta, first.gradient, end))
-        _, delta = Replay(self._rule, self._layout, state).step(first.hyper, gradient, theta)
+    def _inspect(
+        self, state: dict[str, Tensor], hyper: np.ndarray, gradient: Tensor, theta: Tensor, after: Tensor, number: int
+    ) -> float:
+        """How well the rule reproduces this step. Attribution and `attrib verify` replay every step."""
+        known = {key: value.cpu() for key, value in state.items()}
+        _, delta = Replay(self._rule, self._layout, known).step(hyper, gradient.cpu(), theta.cpu())
+        self._inspected = number
         try:
-            first.log["step_identity"] = step_identity(self._layout, theta, after, delta, steps.start)
-        except StepIdentityError as error:
-            return error
-        return None
+            return step_identity(self._layout, theta.cpu(), after.cpu(), delta, number)
+        except StepIdentityError:
+            self._finish(complete=False)
+            raise
 
     def _header(self) -> dict[str, Any]:
         return {

@@ -32,6 +32,7 @@ log = logging.getLogger("attrib")
 
 ROWS_BYTES = 32 << 20  # gradient rows held at once
 SLICE_BYTES = 64 << 20  # of what the calls of a forward pass return for the examples of a slice
+SLICE_WEIGHTS = 64  # and at least so many times the bytes of the parameters, which every slice reads again
 
 
 class Shares:
@@ -128,7 +129,8 @@ class Shares:
         size = len(batch[0])
         if self._bytes is None:
             self._bytes = self._activations(theta, few(batch))
-        most = max(1, int(SLICE_BYTES // self._bytes)) if self._bytes else size
+        budget = max(SLICE_BYTES, SLICE_WEIGHTS * self.layout.size * theta.itemsize)
+        most = max(1, int(budget // self._bytes)) if self._bytes else size
         length = -(-size // -(-size // most))
         for lo in range(0, size, length):
             at = min(lo, size - length)

@@ -13,6 +13,6 @@ The only importer of zarr. No pickle anywhere.
 from .cube import CubeWriter
 from .reader import Reader
 from .schema import FORMAT
-from .writer import StepRecord, Steps, Writer, check_target
+from .writer import StepRecord, Writer, check_target
 
-__all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Steps", "Writer", "check_target"]
+__all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Writer", "check_target"]

@@ -4,7 +4,6 @@ A run that is killed can be read up to its last committed block. States stand in
 from them, so the last step of the last full block is committed only with the next block, or by `close`.
 """
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +14,7 @@ import zarr
 from zarr.abc.store import Store
 from zarr.errors import GroupNotFoundError
 
-from ..errors import AttribError, StoreError, StoreExistsError
+from ..errors import StoreError, StoreExistsError
 from .examples import ExampleTables
 from .schema import CHUNK_BYTES, DIMENSIONS, block_steps, create
 
@@ -44,8 +43,6 @@ class Steps(NamedTuple):
     records: list[StepRecord]
     after: np.ndarray
 
-
-Inspect = Callable[[Steps], Exception | None]  # what is wrong with them
 
 
 def check_target(target: Any, overwrite: bool) -> None:
@@ -84,7 +81,6 @@ class Writer:
         constants: tensors that do not change, by name.
         overwrite: replace what is there.
         block: steps per block; None chooses by size.
-        inspect: called on the writing thread with the steps of a block, before they are written.
     """
 
     def __init__(
@@ -94,19 +90,19 @@ class Writer:
         constants: dict[str, np.ndarray],
         overwrite: bool,
         block: int | None,
-        inspect: Inspect = lambda steps: None,
     ) -> None:
         check_target(target, overwrite)
         self._target, self._overwrite, self._constants = target, overwrite, constants
         self._header = {**header, "committed_steps": 0, "complete": False}
-        self._block, self._inspect = block, inspect
+        self._block = block
         self._steps = 0  # appended
         self._records: list[StepRecord] = []
         self._arrays: dict[str, zarr.Array] = {}
+        self._buffers: dict[str, np.ndarray] = {}
         self._thread = ThreadPoolExecutor(1, "attrib-writer")
         self._writing: tuple[Steps, Future[None]] | None = None
         self._unwritten: Steps | None = None  # of a block that failed
-        self._broken: Exception | None = None
+        self._broken: BaseException | None = None
 
     @property
     def steps(self) -> int:
@@ -131,19 +127,12 @@ class Writer:
             self._writing = steps, self._thread.submit(self._write, steps)
 
     def check(self, wait: bool = False) -> None:
-        """Raise what went wrong in writing the last block.
-
-        Raises:
-            StoreError: it could not be written. AttribError: what `inspect` found.
-        """
+        """Raise StoreError where the last block could not be written."""
         if self._writing and (wait or self._writing[1].done()):
             (steps, future), self._writing = self._writing, None
             error = future.exception()
             if error is not None:
-                self._broken = error if isinstance(error, Exception) else RuntimeError(repr(error))
-                self._unwritten = None if isinstance(error, AttribError) else steps
-        if isinstance(self._broken, AttribError):
-            raise self._broken
+                self._broken, self._unwritten = error, steps
         if self._broken:
             raise StoreError(
                 f"the store could not be written: got {self._broken!r}, at a block that ends before step {self._steps}. "
@@ -156,11 +145,7 @@ class Writer:
         self._header.update(facts)
 
     def close(self, complete: bool = True) -> None:
-        """Write what is left, the final parameters, and whether the run is complete.
-
-        Raises:
-            AttribError: what `inspect` found; the blocks before are written.
-        """
+        """Write what is left, the final parameters, and whether the run is complete."""
         self._thread.shutdown(wait=True)
         with suppress(StoreError):
             self.check(wait=True)
@@ -183,9 +168,6 @@ class Writer:
     # one block, on the writing thread
 
     def _write(self, steps: Steps) -> None:
-        error = self._inspect(steps)
-        if error is not None:
-            raise error
         self._put_block(steps)
         self._mark(steps.start + len(steps.records) - 1)
 
@@ -195,8 +177,8 @@ class Writer:
         placed = [self._table.place(r.ids, r.batch) for r in records]
         width = max(self._arrays["index"].shape[1], *(len(r.ids) for r in records))
         self._widen(width, start)
-        self._put("theta", start, np.stack([r.theta for r in records]))
-        self._put("gradient", start, np.stack([r.gradient for r in records]))
+        self._put("theta", start, self._stacked("theta", [r.theta for r in records]))
+        self._put("gradient", start, self._stacked("gradient", [r.gradient for r in records]))
         self._put("hyper", start, np.stack([r.hyper for r in records]))
         self._put("scale", start, np.array([r.scale for r in records]))
         self._put("index", start, _padded([r.ids for r in records], width, PADDING["index"]))
@@ -211,6 +193,12 @@ class Writer:
         for key, value in (records[0].state or {}).items():
             self._put(f"state/{key}", -(-stop // (self._block or 1)) - 1, value[None])
         self._header.update(rows=self._table.commit(), slots=width)
+
+    def _stacked(self, name: str, rows: list[np.ndarray]) -> np.ndarray:
+        """In the same memory for every block: pages that are new to the process cost more than the copy."""
+        if name not in self._buffers:
+            self._buffers[name] = np.empty((self._block or len(rows), len(rows[0])), dtype=rows[0].dtype)
+        return np.stack(rows, out=self._buffers[name][: len(rows)])
 
     def _widen(self, width: int, steps: int) -> None:
         """Make room for larger batches, and write the padding of the earlier steps: no committed chunk may be missing."""
