@@ -45,7 +45,8 @@ class Capture:
         parameters: list[Tensor],
         check_every: int,
     ) -> None:
-        self.kind, self.described = kind, None if kind != "factors" else {}
+        self.kind = kind
+        self.described: dict[str, Any] | None = None if kind != "factors" else {}
         self._layout, self._parameters, self._check_every = layout, parameters, check_every
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._shares = Shares(loss, model, layout, parameters[0].dtype)

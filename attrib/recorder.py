@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture
-from .checks import Guard, check_batch, check_gradient, check_options, names_of, step_identity
+from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity, tensor_option
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .layout import Layout
-from .optim import Replay, read_hyper, read_state, rule_of
+from .optim import Replay, Rerun, read_hyper, read_state, rule_of
 from .store import FORMAT, StepRecord, Writer, check_target
 
 log = logging.getLogger("attrib")
 
 CHECK_EVERY = 50  # a check costs about one step: 2 % of the training time
+_NO_TENSORS = (
+    "an option of the optimizer is a tensor: expected a number, with which states between key frames can be made again, "
+    "at {name!r}{at}. Pass a number, or record with states_every=1."
+)
 
 
 def record(
@@ -37,6 +41,7 @@ def record(
     *,
     check_every: int = CHECK_EVERY,
     block: int | None = None,
+    states_every: int = 1,
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
@@ -51,6 +56,8 @@ def record(
         overwrite: replace an existing store.
         check_every: with "replay", the batch identity is checked on the first two steps and every so many after.
         block: steps written and committed together; None chooses by size.
+        states_every: store the parameters of every so many steps only, rounded up to whole blocks. Those in between are made
+            again when read, bit for bit, by torch's optimizer from the stored gradients, with the same version of torch.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
@@ -66,7 +73,7 @@ def record(
         ...     recorder.step(index, x, y)
         >>> recorder.close()  # doctest: +SKIP
     """
-    return Recorder(optimizer, model, loss, store, capture, overwrite, check_every, block)
+    return Recorder(optimizer, model, loss, store, capture, overwrite, check_every, block, states_every)
 
 
 class Recorder(torch.optim.Optimizer):
@@ -82,23 +89,26 @@ class Recorder(torch.optim.Optimizer):
         overwrite: bool,
         check_every: int,
         block: int | None,
+        states_every: int,
     ) -> None:
         # Optimizer.__init__ would make parameter groups of its own; everything it sets up is delegated.
         self.optimizer, self.model = optimizer, model
         self._rule = rule_of(optimizer)
-        check_options(capture, check_every, block)
+        check_options(capture, check_every=check_every, block=block, states_every=states_every)
+        if states_every > 1 and (name := tensor_option(optimizer)):
+            raise ValueError(_NO_TENSORS.format(name=name, at=""))
         names = names_of(optimizer, model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
         self._guard = Guard(model, self._layout)
-        self._check_every = check_every
+        self._check_every, self._states_every = check_every, states_every
         self._batch: list[np.ndarray] = []
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
         check_target(store, overwrite)
         self._capture = Capture(capture, loss, model, self._layout, self._parameters, check_every)
-        self._writer = Writer(store, self._header(), constants, overwrite, block)
+        self._writer = Writer(store, self._header(), constants, overwrite, block, states_every)
 
     @property
     def capture(self) -> str:
@@ -174,6 +184,8 @@ class Recorder(torch.optim.Optimizer):
         number = self._writer.steps
         theta = self._guard.check(self._parameters, number)
         self._guard.check_state(self.optimizer, number)
+        if self._states_every > 1 and (name := tensor_option(self.optimizer)):
+            raise ChangedOutsideError(_NO_TENSORS.format(name=name, at=f", step {number}. The step was refused"))
         gradient = check_gradient(self._layout, self._parameters, number)
         facts: dict[str, float] = {}
         scale, shares = self._capture.take(theta, gradient, batch, number, facts)
@@ -234,10 +246,14 @@ class Recorder(torch.optim.Optimizer):
     ) -> float:
         """How well the rule reproduces this step. Attribution and `attrib verify` replay every step."""
         known = {key: value.cpu() for key, value in state.items()}
-        _, delta = Replay(self._rule, self._layout, known).step(hyper, gradient.cpu(), theta.cpu())
+        theta, gradient, after = theta.cpu(), gradient.cpu(), after.cpu()
+        _, delta = Replay(self._rule, self._layout, known).step(hyper, gradient, theta)
         self._inspected = number
         try:
-            return step_identity(self._layout, theta.cpu(), after.cpu(), delta, number)
+            if self._states_every > 1:
+                again = Rerun(type(self.optimizer), self._rule, self._layout, theta, known, hyper).step(hyper, gradient)
+                same_bits(self._layout, after, again, number)
+            return step_identity(self._layout, theta, after, delta, number)
         except StepIdentityError:
             self._finish(complete=False)
             raise

@@ -16,6 +16,7 @@ from .kernels.factors import Factor
 from .layout import Layout
 from .optim import Parts, Replay, Rule, rule_by_name
 from .store import Reader
+from .trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether the recorder was closed; if not, the run was killed or is still going on."""
-        return bool(self.header["complete"])
+        return self.reader.complete
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -92,6 +93,10 @@ class Run:
         ids = np.unique(self.reader.read("index", slice(0, self.steps)))
         return ids[ids >= 0]
 
+    @cached_property
+    def _trajectory(self) -> Trajectory:
+        return Trajectory(self.reader, self.rule, self.layout)
+
     def index(self, step: int) -> np.ndarray:
         """(B,) int64: ids of the examples in the batch of a step."""
         ids = self.reader.read("index", self._step(step))
@@ -104,7 +109,7 @@ class Run:
 
     def inputs(self, kind: int, rows: np.ndarray) -> tuple[Tensor, ...]:
         """The inputs that stand in the given rows (B,) of a table of the store, one tensor per argument of the batch."""
-        return tuple(_tensor(a) for a in self.reader.batch(kind, rows))
+        return tuple(torch.from_numpy(a) for a in self.reader.batch(kind, rows))
 
     def scale(self, step: int) -> float:
         """The common factor between an example's gradient and its share."""
@@ -114,7 +119,7 @@ class Run:
         """(P,): all parameters of a step, 0 .. T, bit for bit."""
         if not -self.steps - 1 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
-        return _tensor(self.reader.read("theta", step % (self.steps + 1)))
+        return self._trajectory.state(step % (self.steps + 1))
 
     def parameters(self, step: int) -> dict[str, Tensor]:
         """Name -> tensor, the parameters that step `step` started from; T for the final ones. Bit for bit."""
@@ -130,13 +135,13 @@ class Run:
         described = self.header["factors"]
         at, size = self._step(step), len(self.index(step))
         chosen = {name: described[name] for name in (described if names is None else names)}
-        return from_tensors(chosen, lambda name: _tensor(self.reader.read(name, at))[:size])
+        return from_tensors(chosen, lambda name: torch.from_numpy(self.reader.read(name, at))[:size])
 
     def random_state(self, step: int) -> Tensor | None:
         """State of torch's generator before the forward pass of a step; None where the loss drew no numbers."""
         if "random" not in self.reader:
             return None
-        return _tensor(self.reader.read("random", self._step(step)))
+        return torch.from_numpy(self.reader.read("random", self._step(step)))
 
     def log(self, name: str) -> np.ndarray:
         """(T,) of "loss", "batch_identity" or "step_identity"; NaN where it was not checked."""
@@ -164,7 +169,7 @@ class Run:
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, by name."""
         names = self.reader.groups("constants")
-        return {name: _tensor(self.reader.read(f"constants/{name}")) for name in names}
+        return {name: torch.from_numpy(self.reader.read(f"constants/{name}")) for name in names}
 
     def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Block]:
         """The steps start .. stop - 1 in the blocks they were written in, each with its updates replayed."""
@@ -178,12 +183,11 @@ class Run:
 
     def _block(self, first: int, start: int, stop: int, after: Tensor | None) -> tuple[Block, Tensor]:
         """Steps start .. stop - 1, replayed from the state stored for `first`; and the parameters before `first`."""
-        rule, size = self.rule, int(self.header["block"])
-        last = self.vector(stop) if after is None else after
-        theta = torch.cat([_tensor(self.reader.read("theta", slice(first, stop))), last[None]])
-        gradient = _tensor(self.reader.read("gradient", slice(first, stop)))
+        rule = self.rule
+        theta = self._trajectory.states(first, stop, after)
+        gradient = torch.from_numpy(self.reader.read("gradient", slice(first, stop)))
         hyper = self.reader.read("hyper", slice(first, stop))
-        state = {k: _tensor(self.reader.read(f"state/{k}", first // size)) for k in rule.state}
+        state = self._trajectory.accumulators(first)
         replay = Replay(rule, self.layout, state)
         momentum, updates = replay.state[rule.momentum], []
         for n in range(stop - first):
@@ -196,7 +200,7 @@ class Run:
         kind, scale = self.reader.read("kind", steps), self.reader.read("scale", steps)
         random: list[Tensor | None] = [None] * len(scale)
         if "random" in self.reader:
-            random = [_tensor(state) for state in self.reader.read("random", steps)]
+            random = [torch.from_numpy(state) for state in self.reader.read("random", steps)]
         block = Block(
             start=start,
             theta=theta[skip:],
@@ -227,11 +231,6 @@ class Run:
             f"{len(self.groups)} tensors, {len(self.examples)} examples, {h['model']}, {h['optimizer']}, {h['dtype']}, "
             f"capture={h['capture']!r}>"
         )
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """Zarr hands out read-only arrays now and then, which torch does not take."""
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def open_run(store: Any) -> Run:

@@ -39,11 +39,11 @@ class Convolution(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """index (B, n) int64, rows (B, n, d): a weight (count, d)."""
+    """index (B, n) int64, rows (B, n, d): a weight (height, d)."""
 
     index: Tensor
     rows: Tensor
-    count: int
+    height: int
 
 
 class Dense(NamedTuple):
@@ -67,7 +67,7 @@ def entries(factor: Factor) -> int:
     if isinstance(factor, Convolution):
         outputs, inputs = factor.delta.shape[2], factor.inputs.shape[2] // factor.geometry.groups
         return outputs * inputs * prod(factor.geometry.kernel)
-    return factor.count * factor.rows.shape[2] if isinstance(factor, Lookup) else factor.values[0].numel()
+    return factor.height * factor.rows.shape[2] if isinstance(factor, Lookup) else factor.values[0].numel()
 
 
 def contract(factor: Factor, directions: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def rows(factor: Factor) -> Tensor:
         return _convolution_rows(*factor)
     if isinstance(factor, Lookup):
         index, values = factor.index.unsqueeze(-1).expand_as(factor.rows), factor.rows
-        out = values.new_zeros(len(values), factor.count, values.shape[-1])
+        out = values.new_zeros(len(values), factor.height, values.shape[-1])
         return out.scatter_add_(1, index, values).flatten(1)
     return factor.values.flatten(1)
 
@@ -99,10 +99,11 @@ def total(factor: Factor) -> Tensor:
     if isinstance(factor, Outer):
         return (factor.left.flatten(0, 1).T @ factor.right.flatten(0, 1)).flatten()
     if isinstance(factor, Convolution):
-        return _convolution_rows(*(t.flatten(0, 1)[None] for t in factor[:2]), factor.geometry)[0]
+        together = factor.inputs.flatten(0, 1)[None], factor.delta.flatten(0, 1)[None]
+        return _convolution_rows(*together, factor.geometry)[0]
     if isinstance(factor, Lookup):
         values = factor.rows.flatten(0, 1)
-        return values.new_zeros(factor.count, values.shape[-1]).index_add_(0, factor.index.flatten(), values).flatten()
+        return values.new_zeros(factor.height, values.shape[-1]).index_add_(0, factor.index.flatten(), values).flatten()
     return factor.values.sum(0).flatten()
 
 

@@ -8,8 +8,8 @@
 """
 
 from .guard import Guard
-from .identities import batch_identity, same_state, share_bound, step_identity
-from .intake import check_batch, check_gradient, check_options, names_of
+from .identities import batch_identity, same_bits, same_state, share_bound, step_identity
+from .intake import check_batch, check_gradient, check_options, names_of, tensor_option
 from .randomness import RandomWatch
 from .reduction import Reduction
 
@@ -22,7 +22,9 @@ __all__ = [
     "check_gradient",
     "check_options",
     "names_of",
+    "same_bits",
     "same_state",
     "share_bound",
     "step_identity",
+    "tensor_option",
 ]

@@ -74,6 +74,18 @@ def step_identity(layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor
     return float((replayed - real).norm()) / size if size else 0.0
 
 
+def same_bits(layout: Layout, after: Tensor, again: Tensor, step: int) -> None:
+    """Raise StepIdentityError where torch's optimizer, run again on copies, does not end with the same bits; (P,) each."""
+    for name, part in layout.slices():
+        if not torch.equal(after[part], again[part]):
+            gap = float((after[part] - again[part]).abs().max())
+            raise StepIdentityError(
+                f"the optimizer run again does not end with the same bits: got {gap:.3g} apart, at parameter {name!r}, step "
+                f"{step}. States between key frames could not be made again (is the model on another device than the CPU?): "
+                f"record with states_every=1."
+            )
+
+
 def same_state(known: dict[str, Tensor], found: dict[str, Tensor], step: int) -> None:
     """Raise ChangedOutsideError where the optimizer's accumulators are not what the recorded gradients make them."""
     for key, value in found.items():

@@ -8,6 +8,7 @@ import torch
 from ..errors import UnsupportedOptimizerError
 from .adam import ADAM
 from .replay import Parts, Replay, decay_rates, pullback, read_hyper, read_state
+from .rerun import Rerun
 from .rule import Rule
 from .sgd import SGD
 
@@ -15,8 +16,10 @@ __all__ = [
     "RULES",
     "Parts",
     "Replay",
+    "Rerun",
     "Rule",
     "decay_rates",
+    "kind_by_name",
     "pullback",
     "read_hyper",
     "read_state",
@@ -45,3 +48,8 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
 
 def rule_by_name(name: str) -> Rule:
     return next(rule for rule in RULES.values() if rule.name == name)
+
+
+def kind_by_name(name: str) -> type[torch.optim.Optimizer]:
+    """The optimizer's type that a run was recorded with."""
+    return next(kind for kind in RULES if kind.__name__ == name)

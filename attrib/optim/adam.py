@@ -16,16 +16,29 @@ import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
-from .rule import Hyper, Rule, State, realised
+from .rule import Hyper, Rule, State, kernels, read_kernels, realised
 
-HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled", "fused", "age")
+HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled", "foreach", "fused", "age")
 
 
 def _read(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
     beta1, beta2 = group["betas"]
     values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"])
-    kind = (group["maximize"], group.get("decoupled_weight_decay", False), group.get("fused") or False)
+    kind = (group["maximize"], group.get("decoupled_weight_decay", False), *read_kernels(group))
     return tuple(float(v) for v in (*values, *kind, state.get("step", 0.0)))
+
+
+def _options(h: Hyper) -> dict[str, Any]:
+    flags = {"amsgrad": "amsgrad", "maximize": "maximize", "decoupled_weight_decay": "decoupled"}
+    values = {key: h[key] for key in ("lr", "eps", "weight_decay")} | {"betas": (h["beta1"], h["beta2"])}
+    return values | {key: bool(h[name]) for key, name in flags.items()} | kernels(h)
+
+
+def _resume(h: Hyper, state: State) -> dict[str, Tensor]:
+    if not h["age"]:
+        return {}
+    kept = {key: value for key, value in state.items() if h["amsgrad"] or key != "max_exp_avg_sq"}
+    return {"step": torch.tensor(h["age"], dtype=torch.get_default_dtype()), **kept}
 
 
 def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -50,8 +63,8 @@ def _decoupled(h: Hyper, rounded: Callable[[float], float]) -> float:
     if not h["decoupled"]:
         return 0.0
     product = h["lr"] * h["weight_decay"]
-    return rounded(product) if h["fused"] else 1 - rounded(1 - product)
+    return rounded(product) if h["fused"] > 0 else 1 - rounded(1 - product)
 
 
 # torch.optim.AdamW is Adam with `decoupled_weight_decay` set, which `_read` sees.
-ADAM = Rule("Adam", "exp_avg", ("exp_avg_sq", "max_exp_avg_sq"), HYPER, _read, _freeze)
+ADAM = Rule("Adam", "exp_avg", ("exp_avg_sq", "max_exp_avg_sq"), HYPER, _read, _freeze, _options, _resume)

@@ -22,6 +22,17 @@ def realised(value: float, dtype: torch.dtype) -> float:
     return float(np.float32(value)) if dtype == torch.float32 else value
 
 
+def read_kernels(group: Mapping[str, Any]) -> tuple[float, float]:
+    """Which of torch's implementations a group asks for, `foreach` and `fused`: -1 where it leaves that to torch."""
+    foreach, fused = (-1.0 if group.get(key) is None else float(group[key]) for key in ("foreach", "fused"))
+    return foreach, fused
+
+
+def kernels(h: Hyper) -> dict[str, bool | None]:
+    """The inverse of `read_kernels`."""
+    return {key: None if h[key] < 0 else bool(h[key]) for key in ("foreach", "fused")}
+
+
 @dataclass(frozen=True)
 class Rule:
     """An optimizer, as the linear recurrence that it is once its realised coefficients are frozen.
@@ -33,6 +44,8 @@ class Rule:
     read: (param group, torch state of one parameter) -> values of `hyper` before the step.
     freeze: (hyper, state before the step, gradient, theta), vectors (P,) ->
         (coefficients of the step, moments after it).
+    options: values of `hyper` -> the options of the param group that they were read from.
+    resume: (values of `hyper`, accumulators of one parameter) -> torch's state of it before the step; {} where it has none.
     """
 
     name: str
@@ -41,6 +54,8 @@ class Rule:
     hyper: tuple[str, ...]
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, ...]]
     freeze: Callable[[Hyper, State, Tensor, Tensor], tuple[Coefficients, State]]
+    options: Callable[[Hyper], dict[str, Any]]
+    resume: Callable[[Hyper, State], dict[str, Tensor]]
 
     @property
     def state(self) -> tuple[str, ...]:

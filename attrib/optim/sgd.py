@@ -11,14 +11,24 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
-from .rule import Hyper, Rule, State, realised
+from .rule import Hyper, Rule, State, kernels, read_kernels, realised
 
-HYPER = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "age")
+NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+FLAGS = ("nesterov", "maximize")
+HYPER = (*NUMBERS, *FLAGS, "foreach", "fused", "age")
 
 
 def _read(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
     age = float(state.get("momentum_buffer") is not None)
-    return (*(float(group[name]) for name in HYPER[:-1]), age)
+    return (*(float(group[name]) for name in (*NUMBERS, *FLAGS)), *read_kernels(group), age)
+
+
+def _options(h: Hyper) -> dict[str, Any]:
+    return {key: h[key] for key in NUMBERS} | {key: bool(h[key]) for key in FLAGS} | kernels(h)
+
+
+def _resume(h: Hyper, state: State) -> State:
+    return state if h["age"] else {}
 
 
 def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -37,4 +47,4 @@ def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Co
     return Coefficients(keep, feed * sign, apply_old, apply_new * sign, coupled, 0.0), {}
 
 
-SGD = Rule("SGD", "momentum_buffer", (), HYPER, _read, _freeze)
+SGD = Rule("SGD", "momentum_buffer", (), HYPER, _read, _freeze, _options, _resume)

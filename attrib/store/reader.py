@@ -55,6 +55,11 @@ class Reader:
         """T, the number of committed steps."""
         return int(self.header["committed_steps"])
 
+    @property
+    def complete(self) -> bool:
+        """Whether the recorder was closed."""
+        return bool(self.header["complete"])
+
     def __contains__(self, name: str) -> bool:
         return name in self._group
 
@@ -90,6 +95,8 @@ class Reader:
                 f"a chunk is damaged: got {error}, at array {name!r}, file {self._damaged(array, chosen)} in "
                 f"{self.target}. Restore the file from a copy; the rest of the run is readable."
             ) from error
+        if not values.flags.writeable:  # as zarr hands them out now and then, and torch does not take them
+            values = values.copy()
         return values[0] if isinstance(rows, int) else values
 
     def batch(self, kind: int, rows: np.ndarray) -> list[np.ndarray]:
@@ -125,10 +132,11 @@ class Reader:
         array = self.array(name)
         names = getattr(array.metadata, "dimension_names", None)
         first = names[0] if array.ndim and names else None
-        block = int(self.header.get("block", 1))
         if first == "row":
             return int(self.header["rows"][int(name.split("/")[1])])
-        known = {"step": self.steps, "state": self.steps + 1, "block": -(-self.steps // block)}
+        every, frame = (int(self.header[key]) for key in ("states_every", "frame"))
+        states = self.steps + 1 if every == 1 else -(-self.steps // every) + self.complete
+        known = {"step": self.steps, "state": states, "frame": -(-self.steps // frame)}
         return min(known.get(first, array.shape[0]), array.shape[0]) if array.ndim and first else 0
 
     def _inputs(self, kind: int, j: int, rows: np.ndarray) -> np.ndarray:

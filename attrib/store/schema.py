@@ -1,8 +1,10 @@
 """The arrays of a run. T steps, P parameters, K parameter tensors, H numbers a step and tensor, R distinct inputs.
 
-    theta        [state, parameter]            parameters that step s started from; row T: the final ones. Bits preserved
+    theta        [state, parameter]            parameters that step s started from; row T: the final ones. Bits preserved.
+                                               With states_every=k: those of every k-th step, and the final ones
     gradient     [step, parameter]             p.grad as the optimizer saw it
-    state/*      [block, parameter]            the optimizer's accumulators before the first step of each block
+    state/*      [frame, parameter]            the optimizer's accumulators before the first step of each block, or before
+                                               every k-th step
     hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
     index        [step, slot]                  ids of the training examples, -1 where the batch was smaller
     kind         [step]                        which table of examples/ holds the inputs of the batch

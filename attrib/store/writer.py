@@ -24,7 +24,7 @@ PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all oth
 class StepRecord(NamedTuple):
     """Everything about one step, as arrays. `state` is read only where `Writer.wants_state`."""
 
-    theta: np.ndarray  # (P,) before the step
+    theta: np.ndarray | None  # (P,) before the step
     gradient: np.ndarray  # (P,)
     hyper: np.ndarray  # (K, H) float64
     ids: np.ndarray  # (B,) int64
@@ -42,7 +42,6 @@ class Steps(NamedTuple):
     start: int
     records: list[StepRecord]
     after: np.ndarray
-
 
 
 def check_target(target: Any, overwrite: bool) -> None:
@@ -81,6 +80,7 @@ class Writer:
         constants: tensors that do not change, by name.
         overwrite: replace what is there.
         block: steps per block; None chooses by size.
+        states_every: states stored; rounded up to whole blocks where it is longer than one.
     """
 
     def __init__(
@@ -90,11 +90,12 @@ class Writer:
         constants: dict[str, np.ndarray],
         overwrite: bool,
         block: int | None,
+        states_every: int = 1,
     ) -> None:
         check_target(target, overwrite)
         self._target, self._overwrite, self._constants = target, overwrite, constants
         self._header = {**header, "committed_steps": 0, "complete": False}
-        self._block = block
+        self._block, self._every, self._frame = block, states_every, 1
         self._steps = 0  # appended
         self._records: list[StepRecord] = []
         self._arrays: dict[str, zarr.Array] = {}
@@ -111,13 +112,15 @@ class Writer:
 
     @property
     def wants_state(self) -> bool:
-        """Whether the next step begins a block."""
-        return not self._records
+        """Whether the next step begins a block, or with `states_every` a key frame."""
+        return not self._records and self._steps % self._frame == 0
 
     def append(self, record: StepRecord, theta_after: np.ndarray) -> None:
         """Add a step; a full block is handed to the writing thread. The arrays must not change afterwards."""
         if not self._arrays:
             self._create(record)
+        if self._every > 1 and self._steps % self._every:
+            record = record._replace(theta=None)
         self._records.append(record)
         self._last = theta_after
         self._steps += 1
@@ -155,9 +158,7 @@ class Writer:
             self._write(self._unwritten)
         if self._records:
             self._write(self._take())
-        theta = self._arrays["theta"]
-        theta.resize((self._steps + 1, theta.shape[1]))
-        theta[self._steps] = self._last
+        self._put("theta", -(-self._steps // self._every), self._last[None])
         self._header["complete"] = complete
         self._mark(self._steps)
 
@@ -169,15 +170,17 @@ class Writer:
 
     def _write(self, steps: Steps) -> None:
         self._put_block(steps)
-        self._mark(steps.start + len(steps.records) - 1)
+        # the state after the last step stands in the next block, or can be made again
+        self._mark(steps.start + len(steps.records) - (self._every == 1))
 
     def _put_block(self, steps: Steps) -> None:
         start, records = steps.start, steps.records
-        stop = start + len(records)
         placed = [self._table.place(r.ids, r.batch) for r in records]
         width = max(self._arrays["index"].shape[1], *(len(r.ids) for r in records))
         self._widen(width, start)
-        self._put("theta", start, self._stacked("theta", [r.theta for r in records]))
+        states = [r.theta for r in records if r.theta is not None]
+        if states:
+            self._put("theta", start // self._every, self._stacked("theta", states))
         self._put("gradient", start, self._stacked("gradient", [r.gradient for r in records]))
         self._put("hyper", start, np.stack([r.hyper for r in records]))
         self._put("scale", start, np.array([r.scale for r in records]))
@@ -191,7 +194,7 @@ class Writer:
         for name in ("loss", "batch_identity", "step_identity"):
             self._put(f"log/{name}", start, np.array([r.log.get(name, np.nan) for r in records]))
         for key, value in (records[0].state or {}).items():
-            self._put(f"state/{key}", -(-stop // (self._block or 1)) - 1, value[None])
+            self._put(f"state/{key}", start // self._frame, value[None])
         self._header.update(rows=self._table.commit(), slots=width)
 
     def _stacked(self, name: str, rows: list[np.ndarray]) -> np.ndarray:
@@ -230,14 +233,17 @@ class Writer:
             dims = tuple(f"d{d}" for d in range(value.ndim))
             create(self._group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
         self._shares = tuple(first.shares)
-        stored = [first.theta, first.gradient, *first.batch, *first.shares.values()]
-        self._block = self._block or block_steps(sum(a.nbytes for a in stored))
-        self._header["block"] = self._block
-        n, size, slots = self._block, len(first.theta), len(first.ids)
+        theta = [first.gradient] if self._every == 1 else []  # of the same size
+        stored = [*theta, first.gradient, *first.batch, *first.shares.values()]
+        n = self._set_lengths(sum(a.nbytes for a in stored))
+        size, slots, kind = len(first.gradient), len(first.ids), first.gradient.dtype
         self._header["arity"] = len(first.batch)
-        entries = min(size, max(1, CHUNK_BYTES // (n * first.theta.itemsize)))
-        self._add("theta", (size,), (n, entries), first.theta.dtype, steps=True)
-        self._add("gradient", (size,), (n, entries), first.gradient.dtype)
+        entries = min(size, max(1, CHUNK_BYTES // (n * kind.itemsize)))
+        if self._every == 1:
+            self._add("theta", (size,), (n, entries), kind, steps=True)
+        else:
+            self._add("theta", (size,), (1, min(size, CHUNK_BYTES // kind.itemsize)), kind)
+        self._add("gradient", (size,), (n, entries), kind)
         self._add("hyper", first.hyper.shape, (n, *first.hyper.shape), np.float64)
         self._add("index", (slots,), (n, slots), np.int64)
         self._add("row", (slots,), (n, slots), np.int64)
@@ -246,7 +252,7 @@ class Writer:
             self._add(name, (), (n,), np.float64)
         for key, value in (first.state or {}).items():
             name = f"state/{key}"
-            self._arrays[name] = create(self._group, name, (0, size), (1, size), value.dtype, ("block", "parameter"))
+            self._arrays[name] = create(self._group, name, (0, size), (1, size), value.dtype, ("frame", "parameter"))
         for name, values in first.shares.items():
             at_once = max(1, min(slots, CHUNK_BYTES // max(1, n * values[0].nbytes)))
             dims = (
@@ -258,6 +264,16 @@ class Writer:
         if first.random is not None:
             self._add("random", (len(first.random),), (n, len(first.random)), np.uint8)
         self._mark(0)
+
+    def _set_lengths(self, bytes_per_step: int) -> int:
+        """Steps per block, between stored states, between stored accumulators."""
+        self._block = self._block or block_steps(bytes_per_step)
+        if self._every > 1:
+            self._block = min(self._block, self._every)
+            self._every = -(-self._every // self._block) * self._block
+        self._frame = max(self._block, self._every)
+        self._header.update(block=self._block, states_every=self._every, frame=self._frame)
+        return self._block
 
     def _add(
         self,

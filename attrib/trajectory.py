@@ -1,0 +1,111 @@
+"""The states of a run: read where each is stored; between key frames, made again by the optimizer that made them.
+
+With `states_every=k` a run holds every k-th state (and the optimizer's accumulators there) and all gradients. A state in
+between is torch's own optimizer run on from the key frame before it, bit for bit; every key frame met on the way is
+compared.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .errors import StoreError
+from .layout import Layout
+from .optim import Rerun, Rule, kind_by_name
+from .store import Reader
+
+KEPT = 16  # states between two key frames that are kept to run on from, at most
+
+Start = tuple[Tensor, dict[str, Tensor]]  # theta (P,) and the accumulators, (P,) each
+
+
+class Trajectory:
+    """theta of every state 0 .. T, and the accumulators before the first step of every block."""
+
+    def __init__(self, reader: Reader, rule: Rule, layout: Layout) -> None:
+        self._reader, self._rule, self._layout = reader, rule, layout
+        self._block, self._every = int(reader.header["block"]), int(reader.header["states_every"])
+        self._frame = max(self._block, self._every)
+        blocks = self._frame // self._block
+        self._spacing = -(-blocks // KEPT) * self._block
+        self._starts: dict[int, Start] = {}  # of one frame: the first step of a block -> what it starts from
+
+    def state(self, step: int) -> Tensor:
+        """(P,)."""
+        if self._every == 1:
+            return self._read("theta", step)
+        if step < self._reader.steps:
+            return self.states(step, step)[0]
+        return self._read("theta", -(-step // self._every)) if self._reader.complete else self.states(step - 1, step)[1]
+
+    def states(self, first: int, stop: int, last: Tensor | None = None) -> Tensor:
+        """(stop - first + 1, P). last: the state at `stop`, where it is known already."""
+        if self._every == 1:
+            read = torch.from_numpy(self._reader.read("theta", slice(first, stop))) if stop > first else None
+            ends = (self.state(stop) if last is None else last)[None]
+            return ends if read is None else torch.cat([read, ends])
+        begin = first - first % self._block
+        theta, _ = start = self._start(begin)
+        found = [theta, *self._run(begin, stop, start)]
+        return torch.stack(found[first - begin :])
+
+    def accumulators(self, first: int) -> dict[str, Tensor]:
+        """Before the first step of a block, (P,) each."""
+        if self._every == 1:
+            return self._stored(first)
+        return self._start(first)[1]
+
+    def _start(self, first: int) -> Start:
+        """Of a block, from the nearest state that is kept."""
+        frame = first - first % self._frame
+        if frame not in self._starts:
+            self._starts = {frame: (self._read("theta", frame // self._every), self._stored(frame))}
+        at = max(step for step in self._starts if step <= first)
+        while at < first:
+            rerun = self._rerun(at, self._starts[at])
+            until = min(first, at + self._spacing)
+            for _ in self._steps(rerun, at, until):
+                pass
+            start = self._layout.flatten(rerun.parameters), rerun.state()
+            if (until - frame) % self._spacing:
+                return start
+            self._starts[until] = start
+            at = until
+        return self._starts[first]
+
+    def _run(self, first: int, stop: int, start: Start) -> Iterator[Tensor]:
+        """The states after the steps first .. stop - 1."""
+        return self._steps(self._rerun(first, start), first, stop)
+
+    def _rerun(self, first: int, start: Start) -> Rerun:
+        hyper = self._reader.read("hyper", min(first, self._reader.steps - 1))
+        return Rerun(kind_by_name(self._reader.header["optimizer"]), self._rule, self._layout, *start, hyper)
+
+    def _steps(self, rerun: Rerun, first: int, stop: int) -> Iterator[Tensor]:
+        for lo in range(first, stop, self._block):
+            hi = min(lo + self._block, stop)
+            hyper = self._reader.read("hyper", slice(lo, hi))
+            gradient = torch.from_numpy(self._reader.read("gradient", slice(lo, hi)))
+            for n in range(hi - lo):
+                theta = rerun.step(hyper[n], gradient[n])
+                self._compare(theta, lo + n + 1)
+                yield theta
+
+    def _compare(self, theta: Tensor, step: int) -> None:
+        ends = self._reader.complete and step == self._reader.steps
+        if (step % self._every or step == self._reader.steps) and not ends:
+            return
+        if not torch.equal(theta, self._read("theta", -(-step // self._every))):
+            versions = self._reader.header["versions"]
+            raise StoreError(
+                f"the states between two key frames cannot be made again here: got other bits than the stored state, at "
+                f"step {step} of {self._reader.target}. The run was recorded with torch {versions['torch']}, this is torch "
+                f"{torch.__version__}: read it with that version on a machine of that kind, or record with states_every=1."
+            )
+
+    def _stored(self, step: int) -> dict[str, Tensor]:
+        return {key: self._read(f"state/{key}", step // self._frame) for key in self._rule.state}
+
+    def _read(self, name: str, row: int) -> Tensor:
+        return torch.from_numpy(self._reader.read(name, row))
