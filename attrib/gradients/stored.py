@@ -74,7 +74,7 @@ def _describe(factor: Factor) -> dict[str, Any]:
     if kind == "dense" or written_out <= sum(t.nbytes for t in tensors):
         return {"kind": "dense"}
     if isinstance(factor, Lookup):
-        return {"kind": kind, "count": factor.count}
+        return {"kind": kind, "height": factor.height}
     return {"kind": kind, "geometry": list(factor.geometry)} if isinstance(factor, Convolution) else {"kind": kind}
 
 
@@ -83,4 +83,4 @@ def _constants(described: dict[str, Any]) -> tuple[Any, ...]:
         kernel, stride, padding, dilation, groups = described["geometry"]
         pairs = tuple((before, after) for before, after in padding)
         return (Geometry(tuple(kernel), tuple(stride), pairs, tuple(dilation), groups),)
-    return (described["count"],) if described["kind"] == "lookup" else ()
+    return (described["height"],) if described["kind"] == "lookup" else ()
