@@ -156,6 +156,8 @@ def _bilinear(left: Tensor, directions: Tensor, right: Tensor) -> Tensor:
     """(m, o), (Q, o, i), (m, i) -> left^T U_q right, (Q, m) float64."""
     if len(directions) == 1:
         return _dots(left @ directions[0], right)[None]
+    if not len(left):  # no gradient reached any position
+        return left.new_zeros(len(directions), 0, dtype=torch.float64)
     queries, outputs, inputs = directions.shape
     side = directions.transpose(0, 1).reshape(outputs, queries * inputs)
     at_once = max(1, SLICE_BYTES // (left.element_size() * queries * inputs))

@@ -46,7 +46,7 @@ def written_out(factor: Factor) -> Tensor:
     if isinstance(factor, Outer):
         return torch.stack([sum(torch.outer(a, b) for a, b in zip(*pair)) for pair in zip(*factor)])  # noqa: B905
     if isinstance(factor, Lookup):
-        out = torch.zeros(len(factor.rows), factor.count, factor.rows.shape[2], dtype=torch.float64)
+        out = torch.zeros(len(factor.rows), factor.height, factor.rows.shape[2], dtype=torch.float64)
         for i, (index, rows) in enumerate(zip(factor.index, factor.rows, strict=True)):
             for at, row in zip(index.tolist(), rows, strict=True):
                 out[i, at] += row
