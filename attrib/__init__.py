@@ -19,6 +19,7 @@ if not (Path(__file__).parent / "kernels").exists():
 from . import errors, measure
 from .engine import attribute
 from .path import GaussLegendre, Midpoint, Secant
+from .plan import Plan, plan
 from .recorder import Recorder, record
 from .result import Result, open_result
 from .run import Run, open_run
@@ -27,6 +28,7 @@ from .verify import verify
 __all__ = [
     "GaussLegendre",
     "Midpoint",
+    "Plan",
     "Recorder",
     "Result",
     "Run",
@@ -36,6 +38,7 @@ __all__ = [
     "measure",
     "open_result",
     "open_run",
+    "plan",
     "record",
     "verify",
 ]

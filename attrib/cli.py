@@ -1,14 +1,16 @@
-"""The command `attrib`: demo, info, verify. Errors are one line on stderr; the exit status is 0 only if all is well."""
+"""The command `attrib`. Errors are one line on stderr, the exit status is 0 only if all is well."""
 
 import argparse
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from .errors import AttribError
+from .plan import plan
 from .report import text
 from .run import open_run
 from .verify import verify
@@ -47,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("store", metavar="RUN")
     command.add_argument("--json", action="store_true", help="the figures, for machines")
     command.set_defaults(run=_verify)
+    command = commands.add_parser("plan", help="what attributing a stored run will take: memory, time, disk")
+    command.add_argument("store", metavar="RUN")
+    command.add_argument("--queries", type=int, default=1, metavar="Q")
+    command.add_argument("--memory", type=_bytes, metavar="BYTES", help="to hold at most, such as 2G or 500M")
+    command.add_argument("--json", action="store_true", help="the figures, for machines")
+    command.set_defaults(run=_plan)
     return parser
 
 
@@ -61,6 +69,21 @@ def _info(options: argparse.Namespace) -> int:
     run = open_run(options.store)
     print(json.dumps(run.header, indent=2) if options.json else text.describe_run(run))
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    found = plan(open_run(options.store), options.queries, options.memory)
+    print(json.dumps(asdict(found)) if options.json else found)
+    return 0
+
+
+def _bytes(text: str) -> int:
+    """512, 500M, 2G: powers of 1024."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    try:
+        return int(float(text[:-1]) * units[text[-1].upper()]) if text[-1:].upper() in units else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a number of bytes: got {text!r}, expected such as 2G or 500M") from None
 
 
 def _verify(options: argparse.Namespace) -> int:

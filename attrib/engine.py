@@ -11,7 +11,7 @@ State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .errors import LossError, MeasurementError
-from .functional import random_state, training_modes
-from .gradients import Shares
-from .kernels import factors
-from .kernels.contraction import contract_rows
+from .budget import Budget, divide
+from .errors import MeasurementError
 from .layout import group_tensors
-from .marginals import choose
+from .marginals import bytes_of, choose
 from .optim import Parts, decay_rates, pullback
 from .path import Path, PathGradient, Query, Secant
-from .result import Result
+from .plan import sizes_of
+from .result import Result, join
 from .run import Block, Run, check_model
 from .sink import Sink, Terms
+from .source import Contract, shares_source
 
 log = logging.getLogger("attrib")
 
@@ -48,6 +47,7 @@ def attribute(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     cube: Any = None,
+    memory: int | None = None,
 ) -> Result:
     """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups.
 
@@ -69,6 +69,8 @@ def attribute(
             accumulated in float64 in any case.
         progress: show a bar on work longer than two seconds.
         cube: path or zarr Store to write all contributions to, (query, step, slot, group).
+        memory: bytes to hold at most, beside the process as it stands (`attrib.plan` says how many are needed); None: 4 GiB.
+            Queries that do not fit go through the run in several sweeps.
 
     Returns:
         A `Result`; `print(result.check())` verifies that it is complete and shows the ledger.
@@ -76,30 +78,35 @@ def attribute(
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
     """
-    _check_arguments(run, path, steps)
-    check_model(run, model)
+    _check_arguments(run, model, path, steps)
     start, stop = _window(run, steps)
-    device = next(model.parameters()).device
-    query = _query(run, model, measurement, dtype, run.vector(stop).to(device))
-    source = _shares_source(run, model, loss, dtype or run.dtype, device)
+    query = _query(run, model, measurement, dtype, run.vector(stop).to(next(model.parameters()).device))
     labels, member = group_tensors(run.layout.names, groups)
     sizes = {"step": stop - start, "example": len(run.examples), "group": len(labels)}
-    sink = Sink(
-        run, query.count, start, labels, member, sizes, choose(keep, query.count, sizes), cube, dtype or run.dtype
-    )
+    kept = choose(keep, query.count, sizes)
+    budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), memory, cube)
+    contract = shares_source(run, model, loss, dtype or run.dtype, query.example.device, budget.slices)
+    facts = _facts(run, measurement, path or Secant(), start, stop, dtype)
+    parts, found = query.parts(budget.at_once), []
+    with tqdm(total=sizes["step"] * len(parts), desc="attribute", unit="step", delay=2, disable=not progress) as bar:
+        for part in parts:
+            sink = Sink(run, part.count, start, labels, member, sizes, kept, cube, dtype or run.dtype)
+            _sweep(run, range(start, stop), part, path or Secant(), contract, sink, bar)
+            found.append(sink.dataset(facts))
+    return Result(join(found))
+
+
+def _sweep(run: Run, steps: range, query: Query, path: Path, contract: Contract, sink: Sink, bar: Any) -> None:
+    """The run backwards, for one set of queries."""
+    device = query.example.device
     carry = torch.zeros(query.count, run.layout.size, dtype=torch.float64, device=device)
-    integrate = (path or Secant()).bind(query)
-    with tqdm(total=stop - start, desc="attribute", unit="step", delay=2, disable=not progress) as bar:
-        for block in run.blocks(start, stop):
-            carry = _sweep(run, block, integrate, query.steps_at_once(), source, carry, sink, bar)
+    integrate = path.bind(query)
+    for block in run.blocks(steps.start, steps.stop):
+        _sweep_block(run, block, integrate, query.steps_at_once(), contract, carry, sink, bar)
     sink.close(_tensors(run, carry * block.momentum.to(device)))
-    return Result(sink.dataset(_facts(run, measurement, path or Secant(), start, stop, dtype)))
 
 
-Contract = Callable[[Block, int, Tensor, Tensor], Tensor]  # (block, n-th step, theta (P,), U (Q, P)) -> (Q, B, K)
-
-
-def _sweep(
+def _sweep_block(
     run: Run,
     block: Block,
     integrate: Callable[..., PathGradient],
@@ -108,47 +115,46 @@ def _sweep(
     carry: Tensor,
     sink: Sink,
     bar: Any,
-) -> Tensor:
-    """One block, backwards, several steps at a time: returns the carry before its first step."""
+) -> None:
+    """One block, backwards, several steps at a time; `carry` is moved to before its first step."""
     for stop in range(len(block.steps), 0, -at_once):
-        start = max(0, stop - at_once)
-        theta = block.theta[start : stop + 1].to(carry.device)
-        path = integrate(theta[:-1], theta[1:])
-        gradients = path.gradient.double()
-        sensitivity = torch.empty_like(gradients)
-        contributions: list[np.ndarray] = []
-        for n in reversed(range(start, stop)):
-            parts = _to(block.updates[n][0], carry.device)
-            sensitivity[n - start], carry = pullback(parts, carry, gradients[n - start])
-            found = contract(block, n, theta[n - start], sensitivity[n - start])
-            contributions.insert(0, found.cpu().numpy())
+        steps = slice(max(0, stop - at_once), stop)
+        theta = block.theta[steps.start : stop + 1].to(carry.device)
+        terms, sensitivity = _trace_back(run, block, steps, theta, integrate(theta[:-1], theta[1:]), carry)
+        found: list[np.ndarray] = []
+        for n in range(steps.start, stop):
+            found.append(contract(block, n, theta[n - steps.start], sensitivity[n - steps.start]).cpu().numpy())
             bar.update()
-        terms = _terms(run, block, slice(start, stop), theta, path, gradients, sensitivity)
-        sink.add(block.start + start, block.index[start:stop], Terms(contributions, *terms))
-    return carry
+        sink.add(block.start + steps.start, block.index[steps], Terms(found, *terms))
+        del found, sensitivity  # of many queries they are as large as all that the next steps need
 
 
-def _terms(
-    run: Run, block: Block, steps: slice, theta: Tensor, path: PathGradient, gradients: Tensor, sensitivity: Tensor
-) -> Iterator[np.ndarray]:
-    """The sums of `Terms` over each tensor, from Gbar and U of n steps, (n, Q, P) each; a tensor at a time."""
-    recorded = block.gradient[steps].to(theta.device)
+def _trace_back(
+    run: Run, block: Block, steps: slice, theta: Tensor, path: PathGradient, carry: Tensor
+) -> tuple[list[np.ndarray], Tensor]:
+    """From Gbar of n steps: the sums of `Terms` over each tensor, and U (n, Q, P), which takes the place of Gbar in memory;
+    `carry` is moved to before the steps."""
+    vectors = path.gradient.double()
     replayed = torch.stack([delta for _, delta in block.updates[steps]]).to(theta.device)
-    by_path, by_step = [], []
+    recorded = block.gradient[steps].to(theta.device)
     leverage = torch.zeros_like(path.start, dtype=torch.float64)
+    by_path, by_step = [], []
     for _, part in run.layout.slices():
-        states = theta[:, part].double()
-        here = gradients[..., part]
-        vectors = torch.stack([states[1:] - states[:-1], replayed[:, part].double(), states[:-1]], 2)
-        by_path.append(here @ vectors)
-        by_step.append(sensitivity[..., part] @ torch.stack([recorded[:, part].double(), states[:-1]], 2))
+        states, here = theta[:, part].double(), vectors[..., part]
+        along = [states[1:] - states[:-1], replayed[:, part].double(), states[:-1]]
+        by_path.append(here @ torch.stack(along, 2))
         leverage += (here.abs() @ states[:-1].abs().unsqueeze(2)).squeeze(2)
+    for n in reversed(range(steps.start, steps.stop)):
+        pullback(_to(block.updates[n][0], carry.device), carry, vectors[n - steps.start])
+    for _, part in run.layout.slices():
+        along = [recorded[:, part].double(), theta[:-1, part].double()]
+        by_step.append(vectors[..., part] @ torch.stack(along, 2))
     moved, real, along_theta = torch.stack(by_path, 2).cpu().numpy().transpose(3, 0, 1, 2)
     gradient, coupled = torch.stack(by_step, 2).cpu().numpy().transpose(3, 0, 1, 2)
     rates = np.stack([decay_rates(parts, len(run.layout.names)) for parts, _ in block.updates[steps]])
     decay = rates[:, None, 0] * coupled - rates[:, None, 1] * along_theta
-    yield from (decay, moved, real, gradient)
-    yield from (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
+    ends = (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
+    return [decay, moved, real, gradient, *ends], vectors
 
 
 def _to(parts: Parts, device: torch.device) -> Parts:
@@ -164,7 +170,7 @@ def _tensors(run: Run, values: Tensor) -> np.ndarray:
     return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1).cpu().numpy()
 
 
-# where the shares come from
+# what was asked
 
 
 def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None, theta: Tensor) -> Query:
@@ -182,7 +188,17 @@ def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | No
         return found
 
 
-def _check_arguments(run: Any, path: Any, steps: Any) -> None:
+def _divided(run: Run, queries: int, kept: int, memory: int | None, cube: Any) -> Budget:
+    budget = divide(sizes_of(run, kept), queries, memory)
+    if cube is not None and budget.at_once < queries:
+        raise ValueError(
+            f"a cube is written in one sweep: got {queries} queries, of which {budget.at_once} fit the memory. Allow more "
+            f"memory, or ask for them in several calls with a cube each."
+        )
+    return budget
+
+
+def _check_arguments(run: Any, model: nn.Module, path: Any, steps: Any) -> None:
     for name, value, kind, hint in (
         ("run", run, Run, "Open it with attrib.open_run(path)."),
         ("steps", steps, slice | None, "Pass slice(a, b), or None for the whole run."),
@@ -191,44 +207,7 @@ def _check_arguments(run: Any, path: Any, steps: Any) -> None:
             raise TypeError(f"{name} is not what it should be: got {value!r}. {hint}")
     if path is not None and (isinstance(path, type) or not hasattr(path, "bind")):
         raise TypeError(f"path is not a path: got {path!r}, expected an object such as attrib.Secant().")
-
-
-def _shares_source(
-    run: Run, model: nn.Module, loss: Callable[..., Tensor] | None, dtype: torch.dtype, device: torch.device
-) -> Contract:
-    if run.capture == "gradients":
-
-        def stored(block: Block, n: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
-            rows = run.shares(block.steps[n])
-            return torch.from_numpy(contract_rows(sensitivity.cpu().numpy(), rows, run.layout.bounds))
-
-        return stored
-    if run.capture == "factors":
-
-        def factored(block: Block, n: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
-            named = run.layout.unflatten(sensitivity.to(run.dtype))
-            found = run.factors(block.steps[n])
-            empty = torch.zeros(len(sensitivity), len(block.index[n]), dtype=torch.float64)
-            parts = [sum((factors.contract(f, named[k]) for f in found[k]), empty) for k in run.layout.names]
-            return torch.stack(parts, 2) * float(block.scale[n])
-
-        return factored
-    if loss is None:
-        raise LossError(
-            "a loss is needed: got loss=None, expected the loss given to attrib.record, since this run was captured by "
-            '"replay". Pass loss=, or record with capture="gradients".'
-        )
-    with training_modes(model, run.header["training"]):
-        shares = Shares(loss, model, run.layout, dtype)
-
-    def replayed(block: Block, n: int, theta: Tensor, sensitivity: Tensor) -> Tensor:
-        batch = tuple(b.to(device) for b in run.inputs(int(block.kind[n]), block.rows[n]))
-        shares.active = block.active[n]
-        with training_modes(model, run.header["training"]), random_state(block.random[n]):
-            _, contracted = shares.contract(theta.to(dtype), batch, sensitivity)
-        return contracted * float(block.scale[n])
-
-    return replayed
+    check_model(run, model)
 
 
 def _window(run: Run, steps: slice | None) -> tuple[int, int]:

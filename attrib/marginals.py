@@ -5,6 +5,7 @@ query. What is kept is chosen beforehand; whatever can be summed from a kept arr
 """
 
 from collections.abc import Iterable, Sequence
+from math import prod
 
 import numpy as np
 
@@ -37,9 +38,14 @@ def choose(keep: Sequence[str] | Sequence[Sequence[str]] | None, queries: int, s
     else:
         wanted = {("example",), ("step", "group")}
         for axes in (("step", "example"), ("example", "group"), AXES):
-            if 8 * queries * int(np.prod([sizes[a] for a in axes])) <= KEPT_BYTES:
+            if bytes_of([axes], queries, sizes) <= KEPT_BYTES:
                 wanted.add(axes)
     return sorted((a for a in wanted if not any(set(a) < set(b) for b in wanted)), key=lambda a: (len(a), a))
+
+
+def bytes_of(kept: Sequence[Axes], queries: int, sizes: dict[str, int]) -> int:
+    """What the arrays take, in float64."""
+    return sum(8 * queries * prod(sizes[a] for a in axes) for axes in kept)
 
 
 class Marginals:

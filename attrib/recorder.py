@@ -103,6 +103,7 @@ class Recorder(torch.optim.Optimizer):
         self._guard = Guard(model, self._layout)
         self._check_every, self._states_every = check_every, states_every
         self._batch: list[np.ndarray] = []
+        self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
@@ -177,6 +178,7 @@ class Recorder(torch.optim.Optimizer):
                 parameters, optimizer and store are as they were.
             StepIdentityError: the optimizer did something else than its rule; recording ends before this step.
         """
+        began = time.perf_counter()
         ids, rows = check_batch(index, batch)
         if not self._open:
             raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
@@ -193,7 +195,9 @@ class Recorder(torch.optim.Optimizer):
             self._writer.update_header(training=self._guard.training(), factors=self._capture.described)
         state = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else None
         hyper = read_hyper(self._rule, self.optimizer)
+        moved = time.perf_counter()
         self.optimizer.step()
+        facts["seconds"] = (began - self._left) + (time.perf_counter() - moved)
         after = self._layout.flatten(self._parameters)
         self._guard.stepped(after, self.optimizer)
         record = StepRecord(
@@ -212,6 +216,7 @@ class Recorder(torch.optim.Optimizer):
         if state is not None and (number == 0 or number >= self._inspected + self._check_every):
             facts["step_identity"] = self._inspect(state, hyper, gradient, theta, after, number)
         self._writer.append(record, _array(after))
+        self._left = time.perf_counter()
 
     def close(self) -> None:
         """Write what is left and mark the run complete. Closing twice is harmless.

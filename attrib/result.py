@@ -4,6 +4,7 @@ Dimensions: query, step (whose batch supplied the gradient), example (recorded i
 parameters) stands only in `timeline`. Positive contributions raised the measurement. Units: the measurement's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ class Ledger:
             lines.append(f"... and {count - shown} more queries")
         lines += [f"{name} identity".ljust(24) + f"{gap:.2e}" for name, gap in self.identities.items()]
         return "\n".join(lines)
+
+
+def join(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    """One dataset from those of several sweeps over the same steps, each with queries of its own."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = xr.concat(parts, "query", data_vars="minimal", coords="minimal", compat="override")
+    for name in (n for n, values in parts[0].items() if "query" not in values.dims):  # the gaps: the largest counts
+        whole[name] = xr.concat([p[name] for p in parts], "sweep").max("sweep")
+    return whole.assign_coords(query=np.arange(whole.sizes["query"]))
 
 
 class Result:

@@ -144,7 +144,8 @@ class Run:
         return torch.from_numpy(self.reader.read("random", self._step(step)))
 
     def log(self, name: str) -> np.ndarray:
-        """(T,) of "loss", "batch_identity" or "step_identity"; NaN where it was not checked."""
+        """(T,) of "loss", "batch_identity" or "step_identity", NaN where it was not checked; of "seconds", what the step
+        took without being recorded, NaN for the first."""
         return self.reader.read(f"log/{name}", slice(0, self.steps))
 
     def load(self, model: nn.Module, step: int) -> None:

@@ -89,7 +89,9 @@ class Sink:
             self._places = Places(self.run.examples, index)
         shares = contributions.sum(1)
         self.gross += np.abs(shares).sum(1)
-        self.gaps["batch"][n] = _gap(np.abs(shares - gradient).max(1), np.abs(contributions).sum((1, 2)))
+        self.gaps["batch"][n] = _gap(
+            np.abs(shares - gradient).max(1), np.array([np.abs(c).sum() for c in contributions])
+        )
         self._warn(self.first + n, self.gaps["batch"][n])
         if len(self.labels) < len(self.member):
             contributions = contributions @ self.member

@@ -20,6 +20,7 @@ from .contraction import nonzero_rows, row_dots
 from .convolution import Geometry, convolve, patches
 
 SLICE_BYTES = 4 << 20  # what a contraction holds at once, to stay in the cache
+ROWS = 1024  # of a matrix product: fewer, and packing its other side is felt
 TRAFFIC = 12  # multiplications that fit into the time of writing a number and reading it back, in the cache
 
 
@@ -156,16 +157,17 @@ def _bilinear(left: Tensor, directions: Tensor, right: Tensor) -> Tensor:
     """(m, o), (Q, o, i), (m, i) -> left^T U_q right, (Q, m) float64."""
     if len(directions) == 1:
         return _dots(left @ directions[0], right)[None]
+    queries, _, inputs = directions.shape
+    out = left.new_empty(len(left), queries)
     if not len(left):  # no gradient reached any position
-        return left.new_zeros(len(directions), 0, dtype=torch.float64)
-    queries, outputs, inputs = directions.shape
-    side = directions.transpose(0, 1).reshape(outputs, queries * inputs)
-    at_once = max(1, SLICE_BYTES // (left.element_size() * queries * inputs))
-    out = [
-        torch.bmm((left[p] @ side).view(-1, queries, inputs), right[p].unsqueeze(2)).squeeze(2)
-        for p in _slices(len(left), at_once)
-    ]
-    return torch.cat(out).T.double()
+        return out.T.double()
+    few = max(1, SLICE_BYTES // (left.element_size() * inputs * ROWS))
+    for q in _slices(queries, few):  # a tile of ROWS x (few queries x inputs) stays in the cache
+        side = directions[q].transpose(0, 1).flatten(1)
+        for p in _slices(len(left), -(-len(left) // -(-len(left) // ROWS))):
+            products = (left[p] @ side).view(-1, side.shape[1] // inputs, inputs)
+            out[p, q] = torch.bmm(products, right[p].unsqueeze(2)).squeeze(2)
+    return out.T.double()
 
 
 def _contract_convolution(inputs: Tensor, delta: Tensor, geometry: Geometry, directions: Tensor) -> Tensor:

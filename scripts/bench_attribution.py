@@ -1,7 +1,7 @@
-"""What recording and attribution cost, as ratios to the plain training that they explain.
+"""What recording and attribution cost, as ratios to the plain training that they explain, and the memory they need.
 
 Each repetition trains plainly, trains recorded for replay, and attributes one question to every step, example and group;
-ratios are taken within a repetition.
+ratios are taken within a repetition. Peak memory is that of a process that does nothing else.
 
     python scripts/bench_attribution.py [SETTING ...] [--repeats 5] [--steps N]
 """
@@ -10,30 +10,33 @@ import argparse
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from settings import SETTINGS, attribute, folder_bytes, machine, peak_memory, ratio, train
 
+WORK = ("training", "recording", "attribution")
+
+
+def do(work: str, name: str, steps: dict[str, int], store: Path) -> float:
+    setting = SETTINGS[name](**steps)
+    if work == "attribution":
+        return attribute(setting, store)
+    return train(setting, store if work == "recording" else None)
+
 
 def measure(name: str, steps: dict[str, int], repeats: int, store: Path) -> None:
-    build = SETTINGS[name]
-    seconds: dict[str, list[float]] = {"training": [], "recording": [], "attribution": []}
-    memory: dict[str, float] = {}
-    train(build(3))
+    do("training", name, {"steps": 3}, store)
+    seconds: dict[str, list[float]] = {work: [] for work in WORK}
     for _ in range(repeats):
-        setting = build(**steps)
-        for work in seconds:
-            with peak_memory() as peak:
-                if work == "attribution":
-                    seconds[work].append(attribute(setting, store))
-                else:
-                    seconds[work].append(train(build(**steps), store if work == "recording" else None))
-                memory[work] = peak()
-    print(f"\n{name}: {build.__doc__}")
+        for work in WORK:
+            seconds[work].append(do(work, name, steps, store))
+    setting: Any = SETTINGS[name](**steps)
+    print(f"\n{name}: {SETTINGS[name].__doc__}")
     print(f"{len(setting.batches)} steps, {setting.parameters} parameters, store {folder_bytes(store) / 2**20:.1f} MiB")
     for work, values in seconds.items():
         print(
             f"{work:12s} {statistics.median(values):8.2f} s  {ratio(values, seconds['training'])} x training"
-            f"  peak {memory[work]:6.0f} MiB"
+            f"  peak {peak_memory(do, work, name, steps, store):6.0f} MiB"
         )
 
 

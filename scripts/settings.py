@@ -1,11 +1,13 @@
 """The training runs that the benchmarks are about, and how they are timed: ratios to plain training, side by side."""
 
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,21 +137,18 @@ def attribute(setting: Setting, store: Any, **options: Any) -> float:
     return seconds
 
 
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], float]]:
-    """The process's peak resident memory since the block was entered, in MiB; NaN where the system does not tell."""
-    with_reset = Path("/proc/self/clear_refs")
-    try:
-        with_reset.write_text("5")
-    except OSError:
-        yield lambda: float("nan")
-        return
-    yield lambda: _status("VmHWM")
+def peak_memory(work: Callable[..., Any], *arguments: Any) -> float:
+    """MiB at most that a fresh process holds while it does `work(*arguments)`, Python, torch and the model included."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(work, *arguments).result()
+        return pool.submit(_peak).result()
 
 
-def _status(key: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 1024
+def _peak() -> float:
+    status = Path("/proc/self/status")  # ru_maxrss would begin with the parent's
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def machine() -> str:

@@ -141,12 +141,11 @@ def test_a_function_that_reads_values_is_run_as_it_is(monkeypatch: pytest.Monkey
         assert float(programs((1, kind_of([x])), constant, [x])[0]) == 3 * value**2
 
 
-def test_slices_of_a_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_a_batch_change_nothing() -> None:
     model, layout, theta, x, expected = setting("attention, batch second", 7)
     directions = torch.randn(2, layout.size, dtype=torch.float64)
     for size in (1, 300, 5000, 10**9):
-        monkeypatch.setattr("attrib.gradients.shares.SLICE_BYTES", size)
-        shares = Shares(loss, model, layout, torch.float64)
+        shares = Shares(loss, model, layout, torch.float64, slices=size)
         losses, contracted = shares.contract(theta, (x,), directions)
         np.testing.assert_allclose(contracted.sum(-1), directions.numpy() @ expected.T, atol=1e-9)
         torch.testing.assert_close(losses, loss(model, x).detach())

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 # a module imports only strictly lower floors, siblings within one folder excepted
 FLOORS = [
     {"kernels"},
-    {"errors", "layout", "functional", "marginals", "program", "result"},
+    {"budget", "errors", "layout", "functional", "marginals", "program", "result"},
     {"checks", "gradients", "optim", "path", "store", "measure"},
     {"capture", "trajectory"},
     {"recorder", "run"},
-    {"sink"},
+    {"plan", "sink", "source"},
     {"engine", "verify"},
     {"intervention", "report", "scale"},
     {"studies"},

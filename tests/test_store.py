@@ -71,6 +71,8 @@ def test_memory_and_disk_hold_the_same(tmp_path: Path) -> None:
     b = train(tmp_path / "run", OPTIMIZERS["adam"])
     assert a.run.reader.names() == b.run.reader.names()
     for name in a.run.reader.names():
+        if name == "log/seconds":
+            continue
         np.testing.assert_array_equal(a.run.reader.read(name), b.run.reader.read(name))
     np.testing.assert_array_equal(a.attribute().by("example"), b.attribute().by("example"))
 

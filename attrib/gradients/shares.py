@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..budget import slice_bytes
 from ..errors import CoupledExamplesError
 from ..functional import Functional
 from ..kernels.factors import Dense, Factor
@@ -31,8 +32,6 @@ from .terms import Reached, Term, contract, factors_of, names_of, rows_of, terms
 log = logging.getLogger("attrib")
 
 ROWS_BYTES = 32 << 20  # gradient rows held at once
-SLICE_BYTES = 64 << 20  # of what the calls of a forward pass return for the examples of a slice
-SLICE_WEIGHTS = 64  # and at least so many times the bytes of the parameters, which every slice reads again
 
 
 class Shares:
@@ -45,10 +44,19 @@ class Shares:
         model: used as it is; parameters are given with each call.
         layout: the parameters that are trained.
         dtype: compute type.
+        slices: bytes of what the calls of a forward pass return for the examples of a slice; None chooses.
     """
 
-    def __init__(self, loss: Callable[..., Tensor], model: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        model: nn.Module,
+        layout: Layout,
+        dtype: torch.dtype,
+        slices: int | None = None,
+    ) -> None:
         refuse_coupling(model)
+        self._slice_bytes = slices or slice_bytes(layout.size, dtype.itemsize)
         self.layout = layout
         self._loss = Functional(model, loss, layout, dtype)
         self.active = frozenset(layout.names)
@@ -129,8 +137,7 @@ class Shares:
         size = len(batch[0])
         if self._bytes is None:
             self._bytes = self._activations(theta, few(batch))
-        budget = max(SLICE_BYTES, SLICE_WEIGHTS * self.layout.size * theta.itemsize)
-        most = max(1, int(budget // self._bytes)) if self._bytes else size
+        most = max(1, int(self._slice_bytes // self._bytes)) if self._bytes else size
         length = -(-size // -(-size // most))
         for lo in range(0, size, length):
             at = min(lo, size - length)

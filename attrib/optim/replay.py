@@ -94,12 +94,14 @@ class Replay:
                 yield slice(start, min(start + CACHED, hi)), slice(int(a), int(b)), row
 
 
-def pullback(parts: Parts, carry: Tensor, path_gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """`kernels.recurrence.pullback` over all parts: (Q, P), (Q, P) -> sensitivity, carry before the step."""
-    sensitivity, before = torch.empty_like(carry), torch.empty_like(carry)
+def pullback(parts: Parts, carry: Tensor, gradient: Tensor) -> None:
+    """`kernels.recurrence.pullback` over all parts, in place: Gbar (Q, P) becomes U, `carry` (Q, P) moves to before the
+    step. A few queries at a time: vectors of many do not fit the cache."""
     for part, _, k in parts:
-        sensitivity[:, part], before[:, part] = recurrence.pullback(k, carry[:, part], path_gradient[:, part])
-    return sensitivity, before
+        at_once = max(1, CACHED // (part.stop - part.start))
+        for lo in range(0, len(carry), at_once):
+            here = slice(lo, lo + at_once), part
+            gradient[here], carry[here] = recurrence.pullback(k, carry[here], gradient[here])
 
 
 def decay_rates(parts: Parts, tensors: int) -> np.ndarray:

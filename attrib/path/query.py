@@ -1,6 +1,7 @@
 """A measurement as a pure function of the flat parameter vector, and what every path makes of it."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from ..functional import Functional, cast
 from ..layout import Layout
 from ..program import Programs, kind_of
 
-GRADIENT_BYTES = 256 << 20  # gradients (q, P) of the queries run side by side
+GRADIENT_BYTES = 32 << 20  # gradients (q, P) of the queries run side by side
 STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
 TRACED_BYTES = 32 << 20  # gradients (Q, P) of one step
 
@@ -32,7 +33,8 @@ class Path(Protocol):
     """One way of writing a change of the measurement through the update."""
 
     def bind(self, query: "Query") -> Callable[[Tensor, Tensor], PathGradient]:
-        """Prepare for one query; the returned function takes theta0, theta1, (P,) each or (n, P) for n steps at once."""
+        """Prepare for one query; the returned function takes theta0, theta1, (P,) each or (n, P) for n steps at once. What
+        it returns belongs to the caller, who may write over it."""
 
 
 class Query:
@@ -58,6 +60,7 @@ class Query:
             self._function = Functional(model, rows, layout, dtype)
         else:
             self._function = Functional(model, lambda m: measurement(m), layout, dtype)
+        self._chosen: slice | None = None
         self.count = len(self._first_values(example))
 
     def values(self, theta: Tensor) -> Tensor:
@@ -71,7 +74,18 @@ class Query:
     def of_parameters(self, parameters: dict[str, Tensor], *batch: Tensor) -> Tensor:
         """Parameters by name and a batch of rows -> (Q,). Attention by plain mathematics: it can be traced and mapped."""
         with sdpa_kernel(SDPBackend.MATH):
-            return self._function(parameters, *batch)
+            values = self._function(parameters, *batch)
+        return values if self._chosen is None else values[self._chosen]
+
+    def parts(self, at_once: int) -> "list[Query]":
+        """The same queries, so many to a part."""
+        found = []
+        for lo in range(0, self.count, at_once):
+            part, chosen = copy(self), slice(lo, lo + at_once)
+            part.batch, part._chosen = tuple(b[chosen] for b in self.batch), None if self.batch else chosen
+            part.count = min(at_once, self.count - lo)
+            found.append(part)
+        return found
 
     def at_once(self) -> int:
         """Queries whose gradients fit the budget."""

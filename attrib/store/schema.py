@@ -15,7 +15,7 @@
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
     random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it
     constants/*                                buffers and frozen parameters
-    log/*        [step]                        mean loss and the two identities, NaN where not checked
+    log/*        [step]                        mean loss and the two identities, NaN where not checked; seconds of training
 
 Everything about one step can be rebuilt from these: the coefficients of the update follow from the gradients and the last
 state, so they are not stored a second time.
@@ -33,6 +33,8 @@ BLOCK_BYTES = 64 << 20  # of what a block's steps hold: one block is written whi
 BLOCK_STEPS = 64
 CHUNK_BYTES = 2 << 20
 
+LOGS = ("loss", "batch_identity", "step_identity", "seconds")
+
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "theta": ("state", "parameter"),
     "gradient": ("step", "parameter"),
@@ -42,9 +44,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "kind": ("step",),
     "scale": ("step",),
     "random": ("step", "byte"),
-    "log/loss": ("step",),
-    "log/batch_identity": ("step",),
-    "log/step_identity": ("step",),
+    **{f"log/{name}": ("step",) for name in LOGS},
 }
 
 

@@ -16,7 +16,7 @@ from zarr.errors import GroupNotFoundError
 
 from ..errors import StoreError, StoreExistsError
 from .examples import ExampleTables
-from .schema import CHUNK_BYTES, DIMENSIONS, block_steps, create
+from .schema import CHUNK_BYTES, DIMENSIONS, LOGS, block_steps, create
 
 PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all other arrays 0
 
@@ -32,7 +32,7 @@ class StepRecord(NamedTuple):
     scale: float
     state: dict[str, np.ndarray] | None  # (P,) each, before the step
     random: np.ndarray | None  # (bytes,) uint8
-    log: dict[str, float]  # loss, batch_identity, step_identity
+    log: dict[str, float]  # some of LOGS
     shares: dict[str, np.ndarray]  # (B, ...) by name, with capture="gradients" or "factors"
 
 
@@ -191,7 +191,7 @@ class Writer:
             self._put(name, start, _padded([r.shares[name] for r in records], width, 0))
         if records[0].random is not None:
             self._put("random", start, np.stack([r.random for r in records if r.random is not None]))
-        for name in ("loss", "batch_identity", "step_identity"):
+        for name in LOGS:
             self._put(f"log/{name}", start, np.array([r.log.get(name, np.nan) for r in records]))
         for key, value in (records[0].state or {}).items():
             self._put(f"state/{key}", start // self._frame, value[None])
@@ -248,7 +248,7 @@ class Writer:
         self._add("index", (slots,), (n, slots), np.int64)
         self._add("row", (slots,), (n, slots), np.int64)
         self._add("kind", (), (n,), np.int64)
-        for name in ("scale", "log/loss", "log/batch_identity", "log/step_identity"):
+        for name in ("scale", *(f"log/{name}" for name in LOGS)):
             self._add(name, (), (n,), np.float64)
         for key, value in (first.state or {}).items():
             name = f"state/{key}"

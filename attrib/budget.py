@@ -1,0 +1,79 @@
+"""What an attribution holds in memory, counted beforehand, and how many queries that leaves room for at once.
+
+    vectors         per query and parameter: the carry, Gbar or U, the one being made, U in the run's type
+    contributions   per query, example of a batch and parameter tensor, float64: of a step, and twice while they are summed
+    block           steps read together: state, gradient, the update and its coefficients, and the accumulators
+    slices          what the passes over the examples of a slice keep, forwards and backwards
+    kept            the marginals of the result, for all queries
+
+Counted in addition to the process as it stands (Python, torch, the model: about 400 MiB). Bytes throughout.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+MEMORY = 4 << 30  # unless asked otherwise
+SLICE_BYTES = 64 << 20  # of what the calls of a forward pass return for the examples of a slice
+SLICE_WEIGHTS = 64  # and at least so many times the bytes of the parameters, which every slice reads again
+PASSES = 3  # of slices: activations, their gradients, what is at work
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a run: P parameters in K tensors of `itemsize` bytes, at most B examples a step, `block` steps read together,
+    `accumulators` of the optimizer. kept: bytes of the result's marginals."""
+
+    parameters: int
+    tensors: int
+    itemsize: int
+    batch: int
+    block: int
+    accumulators: int
+    kept: int
+
+    @property
+    def per_query(self) -> int:
+        return self.parameters * (3 * 8 + self.itemsize) + 3 * 8 * self.batch * self.tensors
+
+    @property
+    def block_bytes(self) -> int:
+        return self.parameters * self.itemsize * (6 * self.block + 2 * self.accumulators)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """at_once: queries of one sweep; slices: bytes of a slice; peak: of everything."""
+
+    at_once: int
+    slices: int
+    peak: int
+
+
+def slice_bytes(parameters: int, itemsize: int) -> int:
+    """Of what the calls of a forward pass return: enough for matrix products to be fast, not so many that memory is slow."""
+    return max(SLICE_BYTES, SLICE_WEIGHTS * parameters * itemsize)
+
+
+def divide(sizes: Sizes, queries: int, memory: int | None = None) -> Budget:
+    """As many queries at once as fit, in sweeps of equal size.
+
+    Raises:
+        ValueError: not even one fits; says how much it takes.
+    """
+    if memory is not None and (not isinstance(memory, int) or memory < 1):
+        raise ValueError(f"memory is not a number of bytes: got {memory!r}, expected an integer such as 2 << 30.")
+    memory = memory or MEMORY
+    fixed = sizes.block_bytes + sizes.kept
+    wanted = slice_bytes(sizes.parameters, sizes.itemsize)
+    slices = max(1 << 20, min(wanted, (memory - fixed) // (4 * PASSES)))  # a quarter of it for slices
+    room = memory - fixed - PASSES * slices
+    if room < sizes.per_query:
+        least = fixed + PASSES * (1 << 20) + sizes.per_query
+        raise ValueError(
+            f"the memory does not hold one query: got {memory} bytes, expected at least {ceil(least * 4 / 3)}, of which "
+            f"{sizes.block_bytes} for the steps read together and {sizes.kept} for what is kept. Allow more, keep fewer "
+            f"axes with keep=, or record with a smaller block=."
+        )
+    sweeps = ceil(queries / (room // sizes.per_query))
+    at_once = ceil(queries / sweeps)
+    return Budget(at_once, slices, fixed + PASSES * slices + at_once * sizes.per_query)

@@ -1,0 +1,115 @@
+"""What attributing a run will take, said before it is begun: disk, memory, time."""
+
+import time
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+
+from .budget import Budget, Sizes, divide
+from .marginals import bytes_of, choose
+from .run import Run
+
+OVERHEAD = 1e-3  # seconds a step that do not depend on the size of the model
+PASSES = 1.5  # a step attributed for few queries, in the time of a step trained
+
+
+@dataclass(frozen=True)
+class Plan:
+    """disk: bytes of the store, and of a step. peak: bytes in memory beside the process as it stands. sweeps: times that
+    the run is gone through, `at_once` queries each. training, seconds: what the run took and what attributing it should
+    take here, within a factor of about two; NaN where the run does not say."""
+
+    steps: int
+    queries: int
+    disk: int
+    disk_per_step: float
+    sweeps: int
+    at_once: int
+    peak: int
+    training: float
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"steps            {self.steps}",
+            f"disk             {_size(self.disk)}, {_size(self.disk_per_step)} a step",
+            f"queries          {self.queries}" + (f", in {self.sweeps} sweeps" if self.sweeps > 1 else ""),
+            f"peak memory      {_size(self.peak)}, beside Python, torch and the model",
+        ]
+        if not np.isnan(self.seconds):
+            lines.append(f"training took    {self.training:.3g} s")
+            lines.append(f"expected time    {self.seconds:.3g} s on this machine, within a factor of about two")
+        return "\n".join(lines)
+
+
+def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
+    """What `attrib.attribute` will take for so many queries over the whole run, with the default `keep` and `groups`.
+
+    Args:
+        run: from `attrib.open_run`.
+        queries: Q.
+        memory: bytes, as for `attrib.attribute`.
+
+    Raises:
+        ValueError: `queries` is no count, or the memory does not hold one query.
+    """
+    if not isinstance(queries, int) or queries < 1:
+        raise ValueError(f"queries is not a count: got {queries!r}, expected an integer of at least 1.")
+    lengths = {"step": run.steps, "example": len(run.examples), "group": len(run.groups)}
+    kept = bytes_of(choose(None, queries, lengths), queries, lengths)
+    found = divide(sizes_of(run, kept), queries, memory)
+    known = run.log("seconds")
+    known = known[~np.isnan(known)]
+    training = run.steps * float(np.median(known)) if len(known) else float("nan")
+    disk = run.reader.nbytes_stored()
+    return Plan(
+        steps=run.steps,
+        queries=queries,
+        disk=disk,
+        disk_per_step=disk / run.steps,
+        sweeps=ceil(queries / found.at_once),
+        at_once=found.at_once,
+        peak=found.peak,
+        training=training,
+        seconds=_expected(run, queries, found, training),
+    )
+
+
+def sizes_of(run: Run, kept: int) -> Sizes:
+    return Sizes(
+        parameters=run.layout.size,
+        tensors=len(run.groups),
+        itemsize=run.dtype.itemsize,
+        batch=int(run.header["slots"]),
+        block=int(run.header["block"]),
+        accumulators=len(run.rule.state),
+        kept=kept,
+    )
+
+
+def _expected(run: Run, queries: int, budget: Budget, training: float) -> float:
+    """A training step's time for every sweep, and the products of every query with every example's gradient."""
+    sweeps = ceil(queries / budget.at_once)
+    products = 2.0 * queries * int(run.header["slots"]) * run.layout.size / _speed(run.dtype)
+    return sweeps * (PASSES * training + OVERHEAD * run.steps) + run.steps * products
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Floating point operations a second of a matrix product, here and now."""
+    a = torch.ones(768, 768, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * 768**3 / best
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

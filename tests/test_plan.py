@@ -1,0 +1,140 @@
+"""The memory budget, and what `attrib.plan` says beforehand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import OPTIMIZERS
+from hypothesis import given
+from hypothesis import strategies as st
+from training import train
+
+import attrib
+from attrib.budget import Sizes, divide
+from attrib.cli import main
+
+
+@given(
+    st.builds(
+        Sizes,
+        parameters=st.integers(1, 10**8),
+        tensors=st.integers(1, 200),
+        itemsize=st.sampled_from([4, 8]),
+        batch=st.integers(1, 10**5),
+        block=st.integers(1, 64),
+        accumulators=st.integers(1, 3),
+        kept=st.integers(0, 10**9),
+    ),
+    st.integers(1, 5000),
+    st.integers(1, 2**38),
+)
+def test_what_is_held_at_once_fits_the_memory(sizes: Sizes, queries: int, memory: int) -> None:
+    try:
+        budget = divide(sizes, queries, memory)
+    except ValueError as error:
+        least = int(str(error).split("at least ")[1].split(",")[0])
+        assert least > memory
+        assert divide(sizes, queries, least).peak <= least  # what it asks for is enough
+        return
+    assert budget.peak <= memory
+    assert 1 <= budget.at_once <= queries
+    sweeps = -(-queries // budget.at_once)
+    if sweeps > 1:  # not one sweep more than are needed
+        fewer = -(-queries // (sweeps - 1))
+        assert budget.peak + (fewer - budget.at_once) * sizes.per_query > memory
+
+
+def test_the_least_memory_that_is_asked_for_is_enough(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=7)
+    whole = trained.attribute(trained.measurement(5))
+    with pytest.raises(ValueError, match="does not hold one query") as refused:
+        trained.attribute(trained.measurement(5), memory=1)
+    least = int(str(refused.value).split("at least ")[1].split(",")[0])
+    found = trained.attribute(trained.measurement(5), memory=least)
+    found.check(1e-10)
+    np.testing.assert_allclose(found.by("example"), whole.by("example"), rtol=1e-8, atol=1e-11)
+
+
+def forced(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """So many queries to a sweep."""
+    real = attrib.engine.divide
+    monkeypatch.setattr(
+        "attrib.engine.divide",
+        lambda sizes, queries, memory: real(sizes, queries, memory).__class__(at_once, 1 << 20, 0),
+    )
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["measurement with a batch", "any callable"])
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_queries_of_several_sweeps_come_in_their_order(
+    at_once: int, batched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=5)
+    x = trained.data[0][:5]
+    measurement: Any = trained.measurement(5) if batched else lambda model: model(x)[:, 2]
+    whole = trained.attribute(measurement)
+    forced(monkeypatch, at_once)
+    parts = trained.attribute(measurement)
+    for name in whole.dataset.data_vars:
+        assert parts.dataset[name].dims == whole.dataset[name].dims
+        if not str(name).endswith("identity"):  # those are the largest gap over the queries, at rounding
+            np.testing.assert_allclose(
+                parts.dataset[name], whole.dataset[name], rtol=1e-8, atol=1e-11, err_msg=str(name)
+            )
+    parts.check(1e-10)
+    parts.save(tmp_path / "result.zarr")
+    assert attrib.open_result(tmp_path / "result.zarr").dataset.identical(parts.dataset)
+    with pytest.raises(ValueError, match="a cube is written in one sweep: got 5 queries"):
+        trained.attribute(measurement, cube=tmp_path / "cube.zarr")
+    assert not (tmp_path / "cube.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"), [(1000, "does not hold one query"), (0, "number of bytes"), ("2G", "number of")]
+)
+def test_memory_that_does_not_do_is_refused(memory: Any, message: str, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    with pytest.raises(ValueError, match=message):
+        trained.attribute(memory=memory)
+    with pytest.raises(ValueError, match=message):
+        attrib.plan(trained.run, 1, memory)
+
+
+def test_plan_says_what_a_run_will_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=9)
+    disk = sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.is_file())
+    found = attrib.plan(trained.run, 3)
+    assert (found.steps, found.queries, found.sweeps, found.disk) == (9, 3, 1, disk)
+    seconds = trained.run.log("seconds")
+    assert np.isnan(seconds[0])
+    assert (seconds[1:] > 0).all()
+    assert found.training == pytest.approx(9 * np.median(seconds[1:]))
+    assert found.seconds > found.training
+    assert attrib.plan(trained.run, 50).peak > found.peak
+    assert main(["plan", str(tmp_path / "run"), "--queries", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "peak memory" in out
+    assert "expected time" in out
+    assert main(["plan", str(tmp_path / "run"), "--queries", "3", "--json", "--memory", "1G"]) == 0
+    assert json.loads(capsys.readouterr().out)["disk"] == disk
+
+
+def test_plan_of_a_single_step_does_not_know_the_time(tmp_path: Path) -> None:
+    found = attrib.plan(train(tmp_path / "run", OPTIMIZERS["sgd"], steps=1).run)
+    assert np.isnan(found.seconds)
+    assert "expected time" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--queries", "0"], ["--memory", "10"], ["--memory", "many"], ["--queries", "few"]], ids=str
+)
+def test_bad_plans_are_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path / "run", OPTIMIZERS["sgd"])
+    try:
+        status = main(["plan", str(tmp_path / "run"), *arguments])
+    except SystemExit as stopped:
+        status = int(str(stopped.code))
+    assert status != 0
+    assert "Traceback" not in capsys.readouterr().err
