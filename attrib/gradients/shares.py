@@ -84,17 +84,21 @@ class Shares:
         """(P,), batch, U (Q, P) -> losses (B,), <U_q, g_i> per parameter tensor, (Q, B, K) float64."""
         named = self.layout.unflatten(directions.to(theta.dtype))
         number = {name: k for k, name in enumerate(self.layout.names)}
-        losses, parts = [], []
+        shape = len(number), len(directions), len(batch[0])
+        products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
+        losses: list[Tensor] = []
+        done = 0
         for part, fresh in self._slices(theta, batch):
             found, terms, whole = self._terms(theta, part, named)
-            out = torch.zeros(len(number), len(directions), len(found), dtype=torch.float64, device=theta.device)
+            out = products[..., done - fresh : done - fresh + len(found)]
+            out[..., :fresh] = 0.0  # they come again: the same sums
             for term in terms:
                 out[number[term.name]] += contract(term, named[term.name])
             for name in whole:
                 out[number[name]] = self._contract_whole(theta, part, name, named[name])
             losses.append(found[fresh:])
-            parts.append(out[..., fresh:])
-        return torch.cat(losses), torch.cat(parts, 2).permute(1, 2, 0)
+            done += len(found) - fresh
+        return torch.cat(losses), products.permute(1, 2, 0)
 
     def rows(self, theta: Tensor, batch: tuple[Any, ...]) -> Tensor:
         """(P,), batch -> the gradient of each example, (B, P)."""
