@@ -15,17 +15,21 @@ import numba
 import numpy as np
 
 SLICE_BYTES = 4 << 20
+ROWS = 8  # of a slice, for each query: few queries read along rows, for many the product wants a square
 
 
 def contract_rows(sensitivity: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """(Q, P) float64, (B, P) float32/64, tensor bounds (K+1,) int -> (Q, B, K) float64."""
-    out = np.zeros((sensitivity.shape[0], rows.shape[0], len(bounds) - 1))
-    step = max(1, SLICE_BYTES // (8 * max(1, rows.shape[1])))
-    for lo in range(0, len(rows), step):
-        part = np.asarray(rows[lo : lo + step], dtype=np.float64)
+    out = np.zeros((len(bounds) - 1, sensitivity.shape[0], rows.shape[0]))
+    at_once = ROWS * max(1, len(sensitivity))
+    for lo in range(0, len(rows), at_once):
+        some = rows[lo : lo + at_once]
+        entries = max(1, SLICE_BYTES // (8 * len(some)))
         for k, (a, b) in enumerate(itertools.pairwise(bounds)):
-            out[:, lo : lo + step, k] = sensitivity[:, a:b] @ part[:, a:b].T
-    return out
+            for start in range(a, b, entries):
+                here = slice(start, min(start + entries, b))
+                out[k, :, lo : lo + at_once] += sensitivity[:, here] @ some[:, here].astype(np.float64, copy=False).T
+    return out.transpose(1, 2, 0)
 
 
 def row_dots(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ FORMAT = 2
 BLOCK_BYTES = 64 << 20  # of what a block's steps hold: one block is written while the next fills up
 BLOCK_STEPS = 64
 CHUNK_BYTES = 2 << 20
+STATE_BYTES = 8 << 20  # of a chunk of parameters or gradients, which are read whole: larger chunks cost less to write
 
 LOGS = ("loss", "batch_identity", "step_identity", "seconds")
 

@@ -16,7 +16,7 @@ from zarr.errors import GroupNotFoundError
 
 from ..errors import StoreError, StoreExistsError
 from .examples import ExampleTables
-from .schema import CHUNK_BYTES, DIMENSIONS, LOGS, block_steps, create
+from .schema import CHUNK_BYTES, DIMENSIONS, LOGS, STATE_BYTES, block_steps, create
 
 PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all other arrays 0
 
@@ -238,11 +238,11 @@ class Writer:
         n = self._set_lengths(sum(a.nbytes for a in stored))
         size, slots, kind = len(first.gradient), len(first.ids), first.gradient.dtype
         self._header["arity"] = len(first.batch)
-        entries = min(size, max(1, CHUNK_BYTES // (n * kind.itemsize)))
+        entries = min(size, max(1, STATE_BYTES // (n * kind.itemsize)))
         if self._every == 1:
             self._add("theta", (size,), (n, entries), kind, steps=True)
         else:
-            self._add("theta", (size,), (1, min(size, CHUNK_BYTES // kind.itemsize)), kind)
+            self._add("theta", (size,), (1, min(size, STATE_BYTES // kind.itemsize)), kind)
         self._add("gradient", (size,), (n, entries), kind)
         self._add("hyper", first.hyper.shape, (n, *first.hyper.shape), np.float64)
         self._add("index", (slots,), (n, slots), np.int64)
