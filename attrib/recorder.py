@@ -54,7 +54,8 @@ def record(
             per-example gradient shares too, (B, P) a step; "factors" stores them losslessly in the form that the layers
             give, (activation, output gradient), where that is shorter.
         overwrite: replace an existing store.
-        check_every: with "replay", the batch identity is checked on the first two steps and every so many after.
+        check_every: the batch identity is checked on the first two steps and every so many after; the step identity on the
+            first, and at the start of a block, not more often than that.
         block: steps written and committed together; None chooses by size.
         states_every: store the parameters of every so many steps only, rounded up to whole blocks. Those in between are made
             again when read, bit for bit, by torch's optimizer from the stored gradients, with the same version of torch.

@@ -5,8 +5,9 @@
     nonzero_rows    out[b] = whether a[b] holds anything but zeros
 
 Accumulated in float64. A whole float64 copy of float32 rows would cost more than the products: they are converted in
-slices that fit the cache and multiplied by BLAS. Measured with 1000 rows of 89 024 on two cores, one query: 41 ms, against
-77 ms for a compiled loop that reads float32 and 225 ms for torch's copy and product; with more queries the gap widens.
+slices that fit the cache, in the same memory, and multiplied by BLAS. Measured with 1000 rows of 89 024 on two cores: 6 to 8
+times as fast as torch's copy and product for one query, 2.5 to 2.9 for eight, 1.4 to 1.7 for 115; a compiled loop that reads
+float32 was half as fast for one query.
 """
 
 import itertools
@@ -21,14 +22,17 @@ ROWS = 8  # of a slice, for each query: few queries read along rows, for many th
 def contract_rows(sensitivity: np.ndarray, rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """(Q, P) float64, (B, P) float32/64, tensor bounds (K+1,) int -> (Q, B, K) float64."""
     out = np.zeros((len(bounds) - 1, sensitivity.shape[0], rows.shape[0]))
-    at_once = ROWS * max(1, len(sensitivity))
-    for lo in range(0, len(rows), at_once):
+    at_once = min(len(rows), ROWS * max(1, len(sensitivity)))
+    entries = max(1, min(rows.shape[1], SLICE_BYTES // (8 * max(1, at_once))))
+    buffer = np.empty(at_once * entries)  # the same memory for every slice: fresh pages cost as much as the product
+    for lo in range(0, len(rows), max(1, at_once)):
         some = rows[lo : lo + at_once]
-        entries = max(1, SLICE_BYTES // (8 * len(some)))
         for k, (a, b) in enumerate(itertools.pairwise(bounds)):
             for start in range(a, b, entries):
                 here = slice(start, min(start + entries, b))
-                out[k, :, lo : lo + at_once] += sensitivity[:, here] @ some[:, here].astype(np.float64, copy=False).T
+                part = buffer[: len(some) * (here.stop - here.start)].reshape(len(some), -1)
+                part[...] = some[:, here]
+                out[k, :, lo : lo + at_once] += sensitivity[:, here] @ part.T
     return out.transpose(1, 2, 0)
 
 
