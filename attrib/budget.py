@@ -15,7 +15,7 @@ from math import ceil
 MEMORY = 4 << 30  # unless asked otherwise
 SLICE_BYTES = 64 << 20  # of what the calls of a forward pass return for the examples of a slice
 SLICE_WEIGHTS = 64  # and at least so many times the bytes of the parameters, which every slice reads again
-PASSES = 3  # of slices: activations, their gradients, what is at work
+PASSES = 5  # of slices: activations, their gradients, what is at work, what the allocator keeps
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 from cases import OPTIMIZERS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from training import train
 import attrib
 from attrib.budget import Sizes, divide
 from attrib.cli import main
+from attrib.result import join
 
 
 @given(
@@ -39,6 +41,7 @@ def test_what_is_held_at_once_fits_the_memory(sizes: Sizes, queries: int, memory
         assert divide(sizes, queries, least).peak <= least  # what it asks for is enough
         return
     assert budget.peak <= memory
+    assert budget.peak > sizes.kept + sizes.block_bytes + budget.at_once * sizes.per_query
     assert 1 <= budget.at_once <= queries
     sweeps = -(-queries // budget.at_once)
     if sweeps > 1:  # not one sweep more than are needed
@@ -55,6 +58,22 @@ def test_the_least_memory_that_is_asked_for_is_enough(tmp_path: Path) -> None:
     found = trained.attribute(trained.measurement(5), memory=least)
     found.check(1e-10)
     np.testing.assert_allclose(found.by("example"), whole.by("example"), rtol=1e-8, atol=1e-11)
+
+
+def test_of_the_gaps_of_several_sweeps_the_largest_counts() -> None:
+    def part(values: list[float], gaps: list[float]) -> xr.Dataset:
+        return xr.Dataset(
+            {"final": ("query", values), "step_identity": ("step", gaps)},
+            {"query": range(len(values)), "step": [3, 4]},
+            {"path": "Secant()"},
+        )
+
+    joined = join([part([1.0, 2.0], [0.1, 0.4]), part([3.0], [0.2, 0.3])])
+    assert list(joined["final"].values) == [1.0, 2.0, 3.0]
+    assert list(joined["query"].values) == [0, 1, 2]
+    assert list(joined["step_identity"].values) == [0.2, 0.4]
+    assert list(joined["step"].values) == [3, 4]
+    assert joined.attrs == {"path": "Secant()"}
 
 
 def forced(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
