@@ -12,7 +12,7 @@ Counted in addition to the process as it stands (Python, torch, the model: about
 from dataclasses import dataclass
 from math import ceil
 
-MEMORY = 4 << 30  # unless asked otherwise
+MEMORY = 4 << 30  # unless asked otherwise, or one query needs more
 SLICE_BYTES = 64 << 20  # of what the calls of a forward pass return for the examples of a slice
 SLICE_WEIGHTS = 64  # and at least so many times the bytes of the parameters, which every slice reads again
 PASSES = 5  # of slices: activations, their gradients, what is at work, what the allocator keeps
@@ -58,12 +58,13 @@ def divide(sizes: Sizes, queries: int, memory: int | None = None) -> Budget:
     """As many queries at once as fit, in sweeps of equal size.
 
     Raises:
-        ValueError: not even one fits; says how much it takes.
+        ValueError: not even one fits the memory that was given; says how much it takes.
     """
     if memory is not None and (not isinstance(memory, int) or memory < 1):
         raise ValueError(f"memory is not a number of bytes: got {memory!r}, expected an integer such as 2 << 30.")
-    memory = memory or MEMORY
     fixed = sizes.block_bytes + sizes.kept
+    if memory is None:  # nobody asked for a bound: one query is never refused
+        memory = max(MEMORY, fixed + 2 * sizes.per_query + 4 * PASSES * SLICE_BYTES)
     wanted = slice_bytes(sizes.parameters, sizes.itemsize)
     slices = max(1 << 20, min(wanted, (memory - fixed) // (4 * PASSES)))  # a quarter of it for slices
     room = memory - fixed - PASSES * slices

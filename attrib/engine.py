@@ -69,8 +69,8 @@ def attribute(
             accumulated in float64 in any case.
         progress: show a bar on work longer than two seconds.
         cube: path or zarr Store to write all contributions to, (query, step, slot, group).
-        memory: bytes to hold at most, beside the process as it stands (`attrib.plan` says how many are needed); None: 4 GiB.
-            Queries that do not fit go through the run in several sweeps.
+        memory: bytes to hold at most, beside the process as it stands (see `attrib.plan`); None: 4 GiB, or what one query
+            takes. Queries that do not fit go through the run in several sweeps.
 
     Returns:
         A `Result`; `print(result.check())` verifies that it is complete and shows the ledger.

@@ -46,8 +46,8 @@ class Trajectory:
             ends = (self.state(stop) if last is None else last)[None]
             return ends if read is None else torch.cat([read, ends])
         begin = first - first % self._block
-        theta, _ = start = self._start(begin)
-        found = [theta, *self._run(begin, stop, start)]
+        start = self._start(begin)
+        found = [start[0], *self._steps(self._rerun(begin, start), begin, stop)]
         return torch.stack(found[first - begin :])
 
     def accumulators(self, first: int) -> dict[str, Tensor]:
@@ -74,15 +74,12 @@ class Trajectory:
             at = until
         return self._starts[first]
 
-    def _run(self, first: int, stop: int, start: Start) -> Iterator[Tensor]:
-        """The states after the steps first .. stop - 1."""
-        return self._steps(self._rerun(first, start), first, stop)
-
     def _rerun(self, first: int, start: Start) -> Rerun:
         hyper = self._reader.read("hyper", min(first, self._reader.steps - 1))
         return Rerun(kind_by_name(self._reader.header["optimizer"]), self._rule, self._layout, *start, hyper)
 
     def _steps(self, rerun: Rerun, first: int, stop: int) -> Iterator[Tensor]:
+        """The states after the steps first .. stop - 1."""
         for lo in range(first, stop, self._block):
             hi = min(lo + self._block, stop)
             hyper = self._reader.read("hyper", slice(lo, hi))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from training import train
 
 import attrib
-from attrib.budget import Sizes, divide
+from attrib.budget import MEMORY, Sizes, divide
 from attrib.cli import main
 from attrib.result import join
 
@@ -47,6 +47,14 @@ def test_what_is_held_at_once_fits_the_memory(sizes: Sizes, queries: int, memory
     if sweeps > 1:  # not one sweep more than are needed
         fewer = -(-queries // (sweeps - 1))
         assert budget.peak + (fewer - budget.at_once) * sizes.per_query > memory
+
+
+@pytest.mark.parametrize(("parameters", "kept"), [(10**9, 0), (1000, 10**11)], ids=["large model", "large cube kept"])
+def test_without_a_bound_no_query_is_refused(parameters: int, kept: int) -> None:
+    sizes = Sizes(parameters=parameters, tensors=9, itemsize=4, batch=64, block=1, accumulators=2, kept=kept)
+    assert divide(sizes, 3).at_once >= 1
+    with pytest.raises(ValueError, match="does not hold one query"):
+        divide(sizes, 3, MEMORY)
 
 
 def test_the_least_memory_that_is_asked_for_is_enough(tmp_path: Path) -> None:

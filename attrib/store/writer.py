@@ -37,11 +37,10 @@ class StepRecord(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Consecutive steps from `start` on, and the parameters (P,) after the last of them."""
+    """Consecutive steps from `start` on."""
 
     start: int
     records: list[StepRecord]
-    after: np.ndarray
 
 
 def check_target(target: Any, overwrite: bool) -> None:
@@ -164,7 +163,7 @@ class Writer:
 
     def _take(self) -> Steps:
         records, self._records = self._records, []
-        return Steps(self._steps - len(records), records, self._last)
+        return Steps(self._steps - len(records), records)
 
     # one block, on the writing thread
 
