@@ -16,13 +16,14 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-from . import errors, measure
+from . import errors, measure, report
 from .engine import attribute
 from .path import GaussLegendre, Midpoint, Secant
 from .plan import Plan, plan
 from .recorder import Recorder, record
 from .result import Result, open_result
 from .run import Run, open_run
+from .setup import Setup
 from .verify import verify
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Result",
     "Run",
     "Secant",
+    "Setup",
     "attribute",
     "errors",
     "measure",
@@ -40,5 +42,6 @@ __all__ = [
     "open_run",
     "plan",
     "record",
+    "report",
     "verify",
 ]

@@ -11,16 +11,18 @@ State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .budget import Budget, divide
-from .errors import MeasurementError
+from .errors import Interrupted, MeasurementError
+from .interrupt import Request, interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
 from .optim import Parts, decay_rates, pullback
@@ -51,8 +53,7 @@ def attribute(
 ) -> Result:
     """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups.
 
-    This is accounting of what happened on the realised path, not a counterfactual: a contribution does not say what
-    would have happened without the example.
+    Accounting of what happened on the realised path, not a counterfactual.
 
     Args:
         run: from `attrib.open_run`.
@@ -77,6 +78,7 @@ def attribute(
 
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
+        Interrupted: Ctrl-C; its `result` is complete for what was done. A second Ctrl-C stops at once.
     """
     _check_arguments(run, model, path, steps)
     start, stop = _window(run, steps)
@@ -87,23 +89,64 @@ def attribute(
     budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), memory, cube)
     contract = shares_source(run, model, loss, dtype or run.dtype, query.example.device, budget.slices)
     facts = _facts(run, measurement, path or Secant(), start, stop, dtype)
-    parts, found = query.parts(budget.at_once), []
-    with tqdm(total=sizes["step"] * len(parts), desc="attribute", unit="step", delay=2, disable=not progress) as bar:
+
+    def sink(part: Query) -> Sink:
+        return Sink(run, part.count, start, labels, member, sizes, kept, cube, dtype or run.dtype)
+
+    parts, names = query.parts(budget.at_once), getattr(measurement, "names", ())
+    return _sweeps(run, range(start, stop), parts, path or Secant(), contract, sink, facts, names, progress)
+
+
+def _sweeps(
+    run: Run,
+    steps: range,
+    parts: Sequence[Query],
+    path: Path,
+    contract: Contract,
+    make_sink: Callable[[Query], Sink],
+    facts: dict[str, Any],
+    names: Sequence[str],
+    progress: bool,
+) -> Result:
+    """A sweep for each part of the queries. Raises Interrupted after a Ctrl-C."""
+    found: list[xr.Dataset] = []
+    bar = tqdm(total=len(steps) * len(parts), desc="attribute", unit="step", delay=2, disable=not progress)
+    with bar, interruptible() as request:
         for part in parts:
-            sink = Sink(run, part.count, start, labels, member, sizes, kept, cube, dtype or run.dtype)
-            _sweep(run, range(start, stop), part, path or Secant(), contract, sink, bar)
-            found.append(sink.dataset(facts))
-    return Result(join(found))
+            sink = make_sink(part)
+            reached = _sweep(run, steps, part, path, contract, sink, bar, request)
+            if reached == steps.start or not found:
+                found.append(sink.dataset(facts, reached))
+            if request.asked:
+                raise _interrupted(Result(join(found, names)), sum(p.count for p in parts))
+    return Result(join(found, names))
 
 
-def _sweep(run: Run, steps: range, query: Query, path: Path, contract: Contract, sink: Sink, bar: Any) -> None:
-    """The run backwards, for one set of queries."""
+def _interrupted(result: Result, asked: int) -> Interrupted:
+    """What is done is complete by itself: all steps for the first queries, or a window of the last steps."""
+    first, last = result.dataset.attrs["window"]
+    return Interrupted(
+        f"interrupted: got {result.dataset.sizes['query']} of {asked} queries over the steps {first} to {last}, complete by "
+        f"themselves. They are the .result of this exception, in a notebook sys.last_value.result.",
+        result,
+    )
+
+
+def _sweep(
+    run: Run, steps: range, query: Query, path: Path, contract: Contract, sink: Sink, bar: Any, request: Request
+) -> int:
+    """The run backwards, for one set of queries; returns the first step done: a later one if it was asked to stop."""
     device = query.example.device
     carry = torch.zeros(query.count, run.layout.size, dtype=torch.float64, device=device)
     integrate = path.bind(query)
     for block in run.blocks(steps.start, steps.stop):
-        _sweep_block(run, block, integrate, query.steps_at_once(), contract, carry, sink, bar)
+        for done in _sweep_block(run, block, integrate, query.steps_at_once(), contract, carry, sink, bar):
+            if request.asked and done > steps.start:
+                momentum = next(run.blocks(done, done + 1)).momentum
+                sink.close(_tensors(run, carry * momentum.to(device)), complete=False)
+                return done
     sink.close(_tensors(run, carry * block.momentum.to(device)))
+    return steps.start
 
 
 def _sweep_block(
@@ -115,8 +158,8 @@ def _sweep_block(
     carry: Tensor,
     sink: Sink,
     bar: Any,
-) -> None:
-    """One block, backwards, several steps at a time; `carry` is moved to before its first step."""
+) -> Iterator[int]:
+    """One block, backwards, several steps at a time; yields each step that `carry` was moved to before."""
     for stop in range(len(block.steps), 0, -at_once):
         steps = slice(max(0, stop - at_once), stop)
         theta = block.theta[steps.start : stop + 1].to(carry.device)
@@ -127,6 +170,7 @@ def _sweep_block(
             bar.update()
         sink.add(block.start + steps.start, block.index[steps], Terms(found, *terms))
         del found, sensitivity  # of many queries they are as large as all that the next steps need
+        yield block.start + steps.start
 
 
 def _trace_back(
@@ -233,5 +277,8 @@ def _facts(run: Run, measurement: Any, path: Path, start: int, stop: int, dtype:
         "dtype": str(dtype or run.dtype).removeprefix("torch."),
         **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
         "parameters": run.layout.size,
+        "tensors": len(run.groups),
+        "batch": h["slots"],
+        "options": run.options,
         "meaning": "accounting of the realised training path; not a counterfactual",
     }

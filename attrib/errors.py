@@ -3,6 +3,8 @@
 `<what is wrong>: got <value>, expected <value>, at <layer / step / array>. <What to do.>`
 """
 
+from typing import Any
+
 
 class AttribError(Exception):
     """Base of all errors raised on purpose; catch this to catch them all."""
@@ -61,6 +63,22 @@ class KeptAxesError(AttribError, KeyError):
 
     def __str__(self) -> str:  # KeyError would print the repr
         return str(self.args[0]) if self.args else ""
+
+
+class SetupError(AttribError, ValueError):
+    """A user's setup function cannot be used."""
+
+
+class MissingExtraError(AttribError, ImportError):
+    """A package of one of attrib's extras is not installed."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in long work. `result` holds what was done until then, complete by itself: see the message."""
+
+    def __init__(self, message: str, result: Any) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class CompletenessError(AttribError):

@@ -7,8 +7,8 @@ A `Measurement` made here knows its batch, one row per query, so that the querie
     measurement(model)                                     # (Q,)
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,44 +24,61 @@ IGNORED = -100  # a target that counts for nothing, as in torch's cross_entropy
 class Measurement:
     """One number per row of a batch: query q depends on the model and on row q alone.
 
-    rows: (model, *batch) -> (Q,). batch: tensors with Q rows. name, units: for labels.
+    rows: (model, *batch) -> (Q,). batch: tensors with Q rows. name, units: for labels. names: what the queries are
+    called, one each, or nothing.
     """
 
     rows: Callable[..., Tensor]
     batch: tuple[Tensor, ...]
     name: str
     units: str = ""
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.names and len(self.names) != len(self.batch[0]):
+            raise MeasurementError(
+                f"names do not fit the queries: got {len(self.names)}, expected {len(self.batch[0])}, at {self.name}."
+            )
+
+    def select(self, queries: Sequence[int]) -> "Measurement":
+        """The measurement of some of its queries, by their position."""
+        at = torch.as_tensor(list(queries), dtype=torch.int64)
+        names = tuple(self.names[q] for q in queries) if self.names else ()
+        return replace(self, batch=tuple(b[at.to(b.device)] for b in self.batch), names=names)
 
     def __call__(self, model: nn.Module) -> Tensor:
         return self.rows(model, *self.batch)
 
 
-def log_prob(x: Tensor, y: Tensor) -> Measurement:
+def log_prob(x: Tensor, y: Tensor, names: Sequence[str] = ()) -> Measurement:
     """Log-probability of class (or tokens) `y` under softmax(model(x)), in nats.
 
     Args:
         x: (Q, ...), the model's input.
         y: (Q,) or (Q, T) int; over T the log-probabilities are summed, targets of -100 left out.
+        names: what the queries are called in ledgers, figures and reports; by default their numbers.
     """
-    return _measurement(_log_prob, x, y, "log_prob", "nats")
+    return _measurement(_log_prob, x, y, "log_prob", "nats", names)
 
 
-def loss(x: Tensor, y: Tensor, loss: Callable[..., Tensor] | None = None) -> Measurement:
+def loss(x: Tensor, y: Tensor, loss: Callable[..., Tensor] | None = None, names: Sequence[str] = ()) -> Measurement:
     """Loss of each test example, in the loss's units: cross-entropy (nats) or `loss(model, x, y) -> (Q,)`."""
-    return _measurement(loss or _cross_entropy, x, y, "loss", "nats" if loss is None else "")
+    return _measurement(loss or _cross_entropy, x, y, "loss", "nats" if loss is None else "", names)
 
 
-def logit(x: Tensor, y: Tensor) -> Measurement:
+def logit(x: Tensor, y: Tensor, names: Sequence[str] = ()) -> Measurement:
     """The model's output for class `y`: (Q, ...), (Q,) or (Q, T) int -> (Q,), summed over T."""
-    return _measurement(_logit, x, y, "logit", "")
+    return _measurement(_logit, x, y, "logit", "", names)
 
 
-def margin(x: Tensor, y: Tensor) -> Measurement:
+def margin(x: Tensor, y: Tensor, names: Sequence[str] = ()) -> Measurement:
     """The output for class `y` minus the largest other output: positive where the prediction is right."""
-    return _measurement(_margin, x, y, "margin", "")
+    return _measurement(_margin, x, y, "margin", "", names)
 
 
-def _measurement(rows: Callable[..., Tensor], x: Tensor, y: Tensor, name: str, units: str) -> Measurement:
+def _measurement(
+    rows: Callable[..., Tensor], x: Tensor, y: Tensor, name: str, units: str, names: Sequence[str]
+) -> Measurement:
     for label, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor) or value.dim() == 0:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -73,7 +90,7 @@ def _measurement(rows: Callable[..., Tensor], x: Tensor, y: Tensor, name: str, u
         raise MeasurementError(
             f"x and y differ in length: got {len(x)} and {len(y)}, expected as many, at measure.{name}."
         )
-    return Measurement(rows, (x, y), name, units)
+    return Measurement(rows, (x, y), name, units, tuple(str(n) for n in names))
 
 
 def _picked(outputs: Tensor, y: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .capture import Capture
 from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity, tensor_option
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
+from .interrupt import shielded
 from .layout import Layout
 from .optim import Replay, Rerun, read_hyper, read_state, rule_of
 from .store import FORMAT, StepRecord, Writer, check_target
@@ -196,27 +197,28 @@ class Recorder(torch.optim.Optimizer):
             self._writer.update_header(training=self._guard.training(), factors=self._capture.described)
         state = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else None
         hyper = read_hyper(self._rule, self.optimizer)
-        moved = time.perf_counter()
-        self.optimizer.step()
-        facts["seconds"] = (began - self._left) + (time.perf_counter() - moved)
-        after = self._layout.flatten(self._parameters)
-        self._guard.stepped(after, self.optimizer)
-        record = StepRecord(
-            theta=_array(theta),
-            gradient=_array(gradient),
-            hyper=hyper,
-            ids=ids,
-            batch=self._held(rows),
-            scale=scale,
-            state={k: _array(v) for k, v in state.items()} if state else None,
-            random=self._capture.random,
-            log=facts,
-            shares=shares,
-        )
-        self._capture.clear()
-        if state is not None and (number == 0 or number >= self._inspected + self._check_every):
-            facts["step_identity"] = self._inspect(state, hyper, gradient, theta, after, number)
-        self._writer.append(record, _array(after))
+        with shielded():  # from Ctrl-C: a step that is made is recorded
+            moved = time.perf_counter()
+            self.optimizer.step()
+            facts["seconds"] = (began - self._left) + (time.perf_counter() - moved)
+            after = self._layout.flatten(self._parameters)
+            self._guard.stepped(after, self.optimizer)
+            record = StepRecord(
+                theta=_array(theta),
+                gradient=_array(gradient),
+                hyper=hyper,
+                ids=ids,
+                batch=self._held(rows),
+                scale=scale,
+                state={k: _array(v) for k, v in state.items()} if state else None,
+                random=self._capture.random,
+                log=facts,
+                shares=shares,
+            )
+            self._capture.clear()
+            if state is not None and (number == 0 or number >= self._inspected + self._check_every):
+                facts["step_identity"] = self._inspect(state, hyper, gradient, theta, after, number)
+            self._writer.append(record, _array(after))
         self._left = time.perf_counter()
 
     def close(self) -> None:

@@ -5,62 +5,36 @@ parameters) stands only in `timeline`. Positive contributions raised the measure
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
 
 from .errors import CompletenessError, KeptAxesError, StoreError, StoreExistsError
+from .ledger import Ledger, query_names
 from .marginals import order
 
-LABELS = ("group",)  # string coordinates: kept as JSON on disk, Zarr v3 has no settled string type
+# string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
+LABELS = {"group": "group", "query_name": "query"}
 PREFIX = "contribution"
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """initial + examples + decay + inherited + residual = final, per query, and the three identities of the run.
+def join(parts: Sequence[xr.Dataset], names: Sequence[str] = ()) -> xr.Dataset:
+    """One dataset from those of several sweeps over the same steps, each with queries of its own.
 
-    identities: name -> the largest relative gap over all steps (see the README for what each is relative to).
+    names: what the queries are called, from the first on.
     """
-
-    terms: xr.Dataset
-    identities: dict[str, float]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("terms", "identities"):
-            raise AttributeError(name)
-        try:
-            return self.terms[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __str__(self) -> str:
-        names = ("initial", "examples", "decay", "inherited", "residual", "final")
-        count = self.terms.sizes["query"]
-        shown = min(count, 8)
-        lines = ["query".ljust(10) + "".join(n.rjust(14) for n in names)]
-        for q in range(shown):
-            values = [float(self.terms[n][q]) for n in names]
-            cells = [f"{v:14.2e}" if n == "residual" else f"{v:14.6f}" for n, v in zip(names, values, strict=True)]
-            lines.append(str(self.terms["query"].values[q]).ljust(10) + "".join(cells))
-        if count > shown:
-            lines.append(f"... and {count - shown} more queries")
-        lines += [f"{name} identity".ljust(24) + f"{gap:.2e}" for name, gap in self.identities.items()]
-        return "\n".join(lines)
-
-
-def join(parts: Sequence[xr.Dataset]) -> xr.Dataset:
-    """One dataset from those of several sweeps over the same steps, each with queries of its own."""
-    if len(parts) == 1:
-        return parts[0]
-    whole = xr.concat(parts, "query", data_vars="minimal", coords="minimal", compat="override")
-    for name in (n for n, values in parts[0].items() if "query" not in values.dims):  # the gaps: the largest counts
-        whole[name] = xr.concat([p[name] for p in parts], "sweep").max("sweep")
-    return whole.assign_coords(query=np.arange(whole.sizes["query"]))
+    whole = parts[0]
+    if len(parts) > 1:
+        whole = xr.concat(parts, "query", data_vars="minimal", coords="minimal", compat="override")
+        for name in (n for n, values in parts[0].items() if "query" not in values.dims):  # the gaps: the largest counts
+            whole[name] = xr.concat([p[name] for p in parts], "sweep").max("sweep")
+    whole = whole.assign_coords(query=np.arange(whole.sizes["query"]))
+    return whole.assign_coords(query_name=("query", list(names[: whole.sizes["query"]]))) if names else whole
 
 
 class Result:
@@ -119,15 +93,42 @@ class Result:
             KeptAxesError: no kept array has these axes; it says which `keep=` would have them.
         """
         wanted = order(axes)
-        for kept in sorted(self.kept, key=len):
+        arrays = {kept: self.dataset["_".join((PREFIX, *kept))] for kept in self.kept}
+        for kept, array in sorted(arrays.items(), key=lambda item: item[1].size):
             if set(wanted) <= set(kept):
-                array = self.dataset["_".join((PREFIX, *kept))]
                 return array.sum([a for a in kept if a not in wanted]).transpose("query", *axes).rename(PREFIX)
         available = "; ".join(", ".join(k) for k in self.kept)
         raise KeptAxesError(
             f"contributions were not kept along these axes: got by({', '.join(map(repr, axes))}), expected axes out of "
             f"one of: {available}. Attribute again with keep={wanted!r}."
         )
+
+    def to_pandas(self, *axes: str) -> pd.DataFrame:
+        """`by(*axes)` as a tidy table: columns query, the axes, contribution; a row per entry."""
+        array = self.by(*axes).drop_vars("query_name", errors="ignore")
+        return array.to_series().reset_index()
+
+    def to_numpy(self, *axes: str) -> np.ndarray:
+        """`by(*axes)` as a float64 array (Q, *axes)."""
+        return self.by(*axes).to_numpy()
+
+    def to_torch(self, *axes: str) -> torch.Tensor:
+        """`by(*axes)` as a float64 tensor (Q, *axes) on the CPU."""
+        return torch.from_numpy(self.to_numpy(*axes))
+
+    def select(self, queries: Sequence[int]) -> "Result":
+        """The result for some of the queries, by their position; nothing is read from disk for it."""
+        return Result(self.dataset.isel(query=list(queries)))
+
+    @property
+    def names(self) -> list[str]:
+        """What the queries are called: the measurement's `names`, or their numbers."""
+        return query_names(self.dataset)
+
+    @property
+    def units(self) -> str:
+        """Of the measurement, and so of every term; "its own units" where it names none."""
+        return self.dataset.attrs.get("units") or "its own units"
 
     def timeline(self) -> xr.DataArray:
         """(query, update_step, group): the change that each step's update made, decay and momentum included.
@@ -219,14 +220,9 @@ class Result:
         Raises:
             StoreExistsError: something is there and overwrite is False, or it is no Zarr store.
         """
-        there = _what_stands(store)
-        if there is not None and not (overwrite and there == "result"):
-            raise StoreExistsError(
-                f"something is there already, {there}: got {store}, expected an empty place. Choose another path, or pass "
-                f"overwrite=True to replace a result that is there."
-            )
-        labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS}
-        plain = self.dataset.drop_vars(LABELS).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})
+        check_place(store, overwrite)
+        labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS if name in self.dataset.coords}
+        plain = self.dataset.drop_vars(list(labels)).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})
         plain.to_zarr(store, mode="w", zarr_format=3, consolidated=False)
 
     def __repr__(self) -> str:
@@ -235,6 +231,27 @@ class Result:
         return (
             f"<attrib.Result: {sizes['query']} queries over {sizes['step']} steps, {sizes['example']} examples, "
             f"{sizes['group']} groups; kept: {kept}>\n{self.ledger()}"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the ledger, and the largest contributions to the first query where examples were kept."""
+        head, _, _ = repr(self).partition("\n")
+        shown = f"<p>{escape(head)}</p>{self.ledger()._repr_html_()}"
+        if any("example" in axes for axes in self.kept):
+            first = self.select([0])
+            table = first.top(3).drop(columns="query").to_html(index=False, border=0, float_format="{:+.4f}".format)
+            shown += f"<p>Largest and smallest contributions to query {escape(first.names[0])}"
+            shown += f" ({escape(self.units)})</p>{table}"
+        return shown
+
+
+def check_place(store: Any, overwrite: bool) -> None:
+    """Raise StoreExistsError where a result cannot be saved: see `Result.save`."""
+    there = _what_stands(store)
+    if there is not None and not (overwrite and there == "result"):
+        raise StoreExistsError(
+            f"something is there already, {there}: got {store}, expected an empty place. Choose another path, or pass "
+            f"overwrite=True to replace a result that is there."
         )
 
 
@@ -271,4 +288,4 @@ def open_result(store: Any) -> Result:
             f"the store is not a result: got a Zarr group without result metadata, at {store}. "
             f"Open runs with attrib.open_run."
         )
-    return Result(dataset.assign_coords({name: (name, values) for name, values in labels.items()}))
+    return Result(dataset.assign_coords({name: (LABELS[name], values) for name, values in labels.items()}))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from .functional import constants_of
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
-from .optim import Parts, Replay, Rule, rule_by_name
+from .optim import Parts, Replay, Rule, describe_options, rule_by_name
 from .store import Reader
 from .trajectory import Trajectory
+
+_UNFINISHED = "not closed, or interrupted: read up to its last committed block"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,17 @@ class Run:
     @cached_property
     def _trajectory(self) -> Trajectory:
         return Trajectory(self.reader, self.rule, self.layout)
+
+    @cached_property
+    def options(self) -> dict[str, list[Any]]:
+        """Options of the optimizer: name -> the smallest and the largest value over steps and parameter groups."""
+        hyper = self.reader.read("hyper", slice(0, self.steps))[..., :-1]
+        low, high = (
+            self.rule.options(dict(zip(self.rule.hyper, v.tolist(), strict=True)))
+            for v in (hyper.min((0, 1)), hyper.max((0, 1)))
+        )
+        ends = {n: [list(v) if isinstance(v, tuple) else v for v in (low[n], high[n])] for n in low}
+        return {name: values for name, values in ends.items() if None not in values}
 
     def index(self, step: int) -> np.ndarray:
         """(B,) int64: ids of the examples in the batch of a step."""
@@ -224,14 +238,43 @@ class Run:
             raise IndexError(f"no such step: got {step}, expected 0 to {self.steps - 1} of {self.reader.target}.")
         return step % self.steps
 
+    def __str__(self) -> str:
+        """What the run holds, a fact a line."""
+        h, checked = self.header, self.log("batch_identity")
+        steps = f"{self.steps}" + ("" if self.complete else " (" + _UNFINISHED + ")")
+        rows = {
+            "store": self.reader.target,
+            "steps": steps,
+            "examples": f"{len(self.examples)}, at most {h['slots']} a step",
+            "parameters": f"{self.layout.size} in {len(self.groups)} tensors",
+            "model": h["model"],
+            "optimizer": h["optimizer"] + describe_options(self.options),
+            "type": h["dtype"],
+            "capture": h["capture"],
+            "size": f"{self.reader.nbytes_stored() / 2**20:.1f} MiB, {h['block']} steps a block",
+            "batch identity": f"{_worst(checked)} over {int((~np.isnan(checked)).sum())} checked steps "
+            f"(the first, then every {h['check_every']})",
+            "step identity": f"{_worst(self.log('step_identity'))} over all steps",
+            "written with": ", ".join(f"{name} {v}" for name, v in h["versions"].items()),
+            "recorded": h["recorded"],
+        }
+        return "\n".join(f"{name:16s}{value}" for name, value in rows.items())
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
+
     def __repr__(self) -> str:
         h = self.header
-        state = "complete" if self.complete else "not closed, or interrupted: read up to its last committed block"
+        state = "complete" if self.complete else _UNFINISHED
         return (
             f"<attrib.Run {self.reader.target}: {self.steps} steps ({state}), {self.layout.size} parameters in "
             f"{len(self.groups)} tensors, {len(self.examples)} examples, {h['model']}, {h['optimizer']}, {h['dtype']}, "
             f"capture={h['capture']!r}>"
         )
+
+
+def _worst(gaps: np.ndarray) -> str:
+    return f"largest gap {np.nanmax(gaps):.2e}" if (~np.isnan(gaps)).any() else "not checked"
 
 
 def open_run(store: Any) -> Run:

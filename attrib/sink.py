@@ -109,15 +109,17 @@ class Sink:
                 *(gap, step),
             )
 
-    def close(self, inherited: np.ndarray) -> None:
+    def close(self, inherited: np.ndarray, complete: bool = True) -> None:
         """After the last step; inherited (Q, K)."""
         self.inherited = inherited @ self.member
-        if self._cube is not None:
+        if self._cube is not None and complete:
             self._cube.close()
 
-    def dataset(self, facts: dict[str, Any]) -> xr.Dataset:
+    def dataset(self, facts: dict[str, Any], reached: int) -> xr.Dataset:
+        """The steps from `reached` on, which must be those that were added."""
         queries, steps, _ = self.decay.shape
-        initial, final = self.curve[:, 0], self.curve[:, -1]
+        skipped = reached - self.first
+        initial, final = self.curve[:, skipped], self.curve[:, -1]
         explained = self.examples + self.decay.sum((1, 2)) + self.inherited.sum(1)
         variables: dict[str, Any] = {
             "initial": (("query",), initial),
@@ -141,7 +143,9 @@ class Sink:
             "example": self.run.examples,
             "group": list(self.labels),
         }
-        return xr.Dataset(variables, coordinates, facts)
+        facts = {**facts, "window": [reached, self.first + steps]}
+        done = dict.fromkeys(("step", "update_step", "state"), slice(skipped, None))
+        return xr.Dataset(variables, coordinates, facts).isel(done)
 
 
 def _gap(difference: np.ndarray, gross: np.ndarray) -> np.ndarray:

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent
 # a module imports only strictly lower floors, siblings within one folder excepted
 FLOORS = [
     {"kernels"},
-    {"budget", "errors", "layout", "functional", "marginals", "program", "result"},
+    {"budget", "errors", "layout", "functional", "interrupt", "ledger", "marginals", "program", "result"},
     {"checks", "gradients", "optim", "path", "store", "measure"},
     {"capture", "trajectory"},
     {"recorder", "run"},
     {"plan", "sink", "source"},
     {"engine", "verify"},
-    {"intervention", "report", "scale"},
+    {"intervention", "report", "scale", "setup"},
     {"studies"},
     {"cli", "__main__"},
 ]

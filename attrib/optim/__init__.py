@@ -9,7 +9,7 @@ from ..errors import UnsupportedOptimizerError
 from .adam import ADAM
 from .replay import Parts, Replay, decay_rates, pullback, read_hyper, read_state
 from .rerun import Rerun
-from .rule import Rule
+from .rule import Rule, describe_options
 from .sgd import SGD
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Rerun",
     "Rule",
     "decay_rates",
+    "describe_options",
     "kind_by_name",
     "pullback",
     "read_hyper",

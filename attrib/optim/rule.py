@@ -60,3 +60,18 @@ class Rule:
     @property
     def state(self) -> tuple[str, ...]:
         return (self.momentum, *self.moments)
+
+
+def describe_options(options: dict[str, list[Any]]) -> str:
+    """ ", lr 0.01, weight_decay 0 to 0.5": each option of an optimizer, and where it moved the range; flags only if set."""
+    parts = []
+    for name, (low, high) in options.items():
+        if low != high:
+            parts.append(f"{name} {_short(low)} to {_short(high)}")
+        elif low is not False:
+            parts.append(name if low is True else f"{name} {_short(low)}")
+    return "".join(f", {part}" for part in parts)
+
+
+def _short(value: Any) -> str:
+    return " ".join(map(_short, value)) if isinstance(value, list) else f"{value:.4g}"

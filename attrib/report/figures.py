@@ -1,4 +1,8 @@
-"""Figures from the labelled data of a result; each draws on the Axes it is given and returns it (extra `plot`)."""
+"""Figures from the labelled data of a result (extra `plot`).
+
+Each is a function of a result and the position of a query that draws on `ax`, or on new axes, and returns it. What is too
+much to draw is binned or folded (`thin`), and the labels say so.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,76 +10,186 @@ from typing import Any
 import numpy as np
 
 from ..result import Result
+from .extras import need
+from .thin import bin_steps, by_tag, fold_groups
 
 # Okabe and Ito 2008, distinguishable with any colour vision
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
+DOWN, UP, WHOLE = "#D55E00", "#0072B2", "#555555"
 BINS = 120
+BARS = 24  # groups in a bar chart
 
 
-def timeline(result: Result, query: int, ax: Any) -> Any:
-    """Stacked signed change per group in bins of update steps, with the measurement itself over it."""
-    changes = result.timeline().isel(query=query)
-    steps = changes["update_step"].values
-    parts = np.array_split(np.arange(len(steps)), min(BINS, len(steps)))
-    edges = np.array([steps[p[0]] for p in parts] + [steps[-1] + 1])
-    sums = np.array([changes.values[p].sum(0) for p in parts])  # (bins, G)
-    above, below = np.zeros(len(parts)), np.zeros(len(parts))
-    for g, name in enumerate(changes["group"].values):
-        values = sums[:, g]
+def timeline(result: Result, query: int = 0, ax: Any = None) -> Any:
+    """What each group's updates changed, stacked and signed, in bins of update steps; the measurement itself over it.
+
+    Groups beyond eight are folded into one.
+    """
+    ax = _axes(ax)
+    changes = fold_groups(result.timeline().isel(query=query), len(COLOURS))
+    steps = np.append(changes["update_step"].values, changes["update_step"].values[-1] + 1)
+    bins = bin_steps(len(steps) - 1, BINS)
+    edges, sums = steps[bins.edges], bins.sum(changes.values, 0)  # (B + 1,), (B, G)
+    above, below = np.zeros(bins.count), np.zeros(bins.count)
+    for values, name, colour in zip(sums.T, changes["group"].values, COLOURS, strict=False):
         base = np.where(values >= 0, above, below)
-        ax.bar(edges[:-1], values, np.diff(edges), base, align="edge", color=COLOURS[g % len(COLOURS)], label=str(name))
+        ax.bar(edges[:-1], values, np.diff(edges), base, align="edge", color=colour, label=str(name))
         above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
-    units = result.dataset.attrs.get("units") or "its own units"
-    width = -(-len(steps) // len(parts))
-    ax.set(xlabel="step", ylabel=f"change per {width} steps ({units})", xlim=(edges[0], edges[-1]))
     ax.axhline(0, color="black", linewidth=0.6)
+    ax.set(xlabel="step", ylabel=f"change {_per(bins.widest)} ({result.units})", xlim=(edges[0], edges[-1]))
     curve = result.curve.isel(query=query)
     other = ax.twinx()
     other.plot(curve["state"].values, curve.values, color="black", linewidth=1.4, label="measurement")
-    other.set_ylabel(f"{result.dataset.attrs.get('measurement', 'measurement')} ({units})")
+    other.set_ylabel(f"{_measured(result)} ({result.units})")
     handles = [*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=5, frameon=False, fontsize=8)
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=8)
     return ax
 
 
-def cumulative(result: Result, query: int, n: int, describe: Callable[[int], str], ax: Any) -> Any:
+def cumulative(
+    result: Result, query: int = 0, n: int = 8, describe: Callable[[int], object] = str, ax: Any = None
+) -> Any:
     """Running sums, over the steps, of the n examples whose contributions end up largest in size, of all others together,
     and of weight decay: all that the measurement is made of.
 
     Raises:
         KeptAxesError: the result was not kept along step and example.
     """
-    values = result.by("step", "example").isel(query=query)
-    final = values.sum("step").values
+    values = result.select([query]).by("step", "example")[0]
+    ax = _axes(ax)
+    final = values.values.sum(0)
     order = np.argsort(-np.abs(final), kind="stable")
+    steps = values["step"].values
+    rest = values.values[:, order[n:]].sum(1)
     decay = result.decay.isel(query=query).sum("group").values
     for label, style, per_step in (
-        (f"all {len(order) - n} other examples", ":", values.values[:, order[n:]].sum(1)),
+        (f"all {max(0, len(order) - n)} other examples", ":", rest),
         ("weight decay", "--", decay),
     ):
         running = np.cumsum(per_step)
-        ax.plot(
-            values["step"].values, running, style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})"
-        )
+        ax.plot(steps, running, style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})")
     for k, e in enumerate(order[:n]):
         running = np.cumsum(values.values[:, e])
         label = f"{describe(int(values['example'].values[e]))}  ({final[e]:+.2f})"
         style = "-" if k < len(COLOURS) else "--"
-        ax.plot(values["step"].values, running, style, color=COLOURS[k % len(COLOURS)], linewidth=1.2, label=label)
+        ax.plot(steps, running, style, color=COLOURS[k % len(COLOURS)], linewidth=1.2, label=label)
     ax.axhline(0, color="black", linewidth=0.6)
-    units = result.dataset.attrs.get("units") or "its own units"
-    ax.set(xlabel="step", ylabel=f"contribution so far ({units})", xlim=(values["step"].values[[0, -1]]))
+    ax.set(xlabel="step", ylabel=f"contribution so far ({result.units})", xlim=(steps[0], max(steps[-1], steps[0] + 1)))
     ax.legend(frameon=False, fontsize=8, loc="best")
     return ax
 
 
-def overview(result: Result, query: int, title: str, describe: Callable[[int], str], path: Any) -> None:
-    """Timeline above, cumulative contributions below, saved to a file."""
-    from matplotlib.figure import Figure
+def heat_map(
+    result: Result, query: int = 0, n: int = 30, describe: Callable[[int], object] = str, ax: Any = None
+) -> Any:
+    """Contributions of the n examples that count most, (example, bin of steps), blue where they raised the measurement.
 
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    Raises:
+        KeptAxesError: the result was not kept along step and example.
+    """
+    values = result.select([query]).by("step", "example")[0]
+    ax = _axes(ax)
+    total = values.values.sum(0)
+    chosen = np.argsort(-np.abs(total), kind="stable")[:n]
+    chosen = chosen[np.argsort(-total[chosen], kind="stable")]
+    bins = bin_steps(values.sizes["step"], BINS)
+    sums = bins.sum(values.values[:, chosen], 0).T  # (n, B)
+    steps = np.append(values["step"].values, values["step"].values[-1] + 1)
+    largest = np.abs(sums).max(initial=0.0) or 1.0
+    edges = np.arange(len(chosen) + 1) - 0.5
+    mesh = ax.pcolormesh(steps[bins.edges], edges, sums, cmap=_diverging(), vmin=-largest, vmax=largest)
+    labels = [str(describe(int(e))) for e in values["example"].values[chosen]]
+    ax.set_yticks(range(len(chosen)), labels, fontsize=7)
+    ax.invert_yaxis()
+    ax.set(xlabel="step", ylabel=f"{len(chosen)} of {len(total)} train examples")
+    ax.figure.colorbar(mesh, ax=ax, label=f"contribution {_per(bins.widest)} ({result.units})")
+    return ax
+
+
+def gross_net(result: Result, query: int = 0, ax: Any = None) -> Any:
+    """Per group, what its updates changed in all (net) and the sum of the sizes of the changes of each step (gross).
+
+    A group whose net is far below its gross worked without lasting effect on this measurement.
+    """
+    ax = _axes(ax)
+    changes = result.timeline().isel(query=query)
+    size = np.abs(changes.values).sum(0)
+    gross = fold_groups(abs(changes).sum("update_step"), BARS, size)
+    net = fold_groups(changes.sum("update_step"), BARS, size)
+    places = np.arange(gross.sizes["group"])
+    ax.barh(places, gross.values, color="#cccccc", label="gross: sum of |change| of each step")
+    ax.barh(places, net.values, height=0.45, color=UP, label="net change")
+    ax.set_yticks(places, [str(g) for g in gross["group"].values], fontsize=8)
+    ax.invert_yaxis()
+    ax.axvline(0, color="black", linewidth=0.6)
+    ax.set_xlabel(f"change of {_measured(result)} ({result.units})")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
+    return ax
+
+
+def waterfall(result: Result, query: int = 0, tag: Callable[[int], object] | None = None, ax: Any = None) -> Any:
+    """The ledger as a way from the initial to the final value, examples apart by `tag` (id -> class, source, ...).
+
+    Raises:
+        KeptAxesError: with a tag, where the result was not kept along the examples.
+    """
+    chosen = result.select([query])
+    names, sums = (["examples"], chosen.by().values) if tag is None else by_tag(chosen.by("example")[0], tag)
+    terms = chosen.ledger().terms.isel(query=0)
+    moves = [*zip(names, sums.tolist(), strict=True)]
+    moves += [(name, float(terms[name])) for name in ("decay", "inherited", "residual")]
+    ax = _axes(ax)
+    level = initial = float(terms["initial"])
+    bars = [("initial", 0.0, initial, WHOLE)]
+    for name, value in moves:
+        bars.append((name, level, value, UP if value >= 0 else DOWN))
+        level += value
+    bars.append(("final", 0.0, float(terms["final"]), WHOLE))
+    for k, (_, base, value, colour) in enumerate(bars):
+        ax.barh(k, value, left=base, color=colour)
+        ax.annotate(f"{value:+.3g}", (max(base, base + value), k), (3, 0), textcoords="offset points", va="center",
+                    fontsize=8)  # fmt: skip
+    ax.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    ax.invert_yaxis()
+    ax.axvline(0, color="black", linewidth=0.6)
+    ax.use_sticky_edges = False
+    ax.margins(x=0.12)
+    ax.set_xlabel(f"{_measured(result)} ({result.units})")
+    return ax
+
+
+def overview(result: Result, query: int, title: str, describe: Callable[[int], object], path: Any) -> None:
+    """Timeline above, cumulative contributions below, saved to a file."""
+    figure = _figure(9, 8)
     top, bottom = figure.subplots(2, 1, height_ratios=(1.2, 1))
     timeline(result, query, top)
     cumulative(result, query, 8, describe, bottom)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
+
+
+def save(path: Any, draw: Callable[[Any], Any]) -> None:
+    """One figure to a file: `draw` is called with its axes."""
+    figure = _figure(9, 4.8)
+    draw(figure.subplots())
+    figure.savefig(path, dpi=130)
+
+
+def _figure(width: float, height: float) -> Any:
+    return need("matplotlib.figure", "plot").Figure(figsize=(width, height), layout="constrained")
+
+
+def _axes(ax: Any) -> Any:
+    return need("matplotlib.pyplot", "plot").subplots(layout="constrained")[1] if ax is None else ax
+
+
+def _diverging() -> Any:
+    return need("matplotlib.colors", "plot").LinearSegmentedColormap.from_list("contribution", [DOWN, "white", UP])
+
+
+def _per(steps: int) -> str:
+    return "per step" if steps == 1 else f"per {steps} steps"
+
+
+def _measured(result: Result) -> str:
+    return str(result.dataset.attrs.get("measurement", "measurement"))

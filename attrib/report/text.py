@@ -1,77 +1,56 @@
 """Tables for the terminal."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..result import Result
-from ..run import Run
+from .thin import bin_steps
 
 BAR = 24
 
 
-def ledger(result: Result, rtol: float) -> str:
-    """The checked ledger of a result, with its identities."""
-    return str(result.check(rtol))
-
-
 def largest(result: Result, query: int, n: int, describe: Callable[[int], str]) -> str:
     """The n contributions of examples that are largest in size, signed, with a bar."""
-    contributions = result.by("example").isel(query=query)
-    order = np.argsort(-np.abs(contributions.values), kind="stable")[:n]
-    widest = float(np.abs(contributions.values[order]).max(initial=1e-300))
+    table = result.select([query]).top(n)
+    order = np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:n]
+    return bars(table.iloc[order], describe)
+
+
+def bars(table: pd.DataFrame, describe: Callable[[int], str]) -> str:
+    """Rows of `Result.top`, each with a bar."""
+    values = table["contribution"].to_numpy()
+    names = [" ".join(describe(int(e)).split())[:60] for e in table["example"]]
+    widest, width = np.abs(values).max(initial=1e-300), max([16, *(len(n) for n in names)])
     lines = []
-    for k in order:
-        value = float(contributions.values[k])
-        length = max(1, round(BAR * abs(value) / widest))
-        mark = ("+" if value > 0 else "-") * length
-        lines.append(f"{describe(int(contributions['example'].values[k])):>16s} {value:+11.4f}  {mark}")
+    for name, value in zip(names, values, strict=True):
+        mark = ("+" if value > 0 else "-") * max(1, round(BAR * abs(value) / widest))
+        lines.append(f"{name:>{width}s} {value:+11.4f}  {mark}")
     return "\n".join(lines)
 
 
-def timeline(result: Result, query: int, windows: int = 12) -> str:
-    """The measurement and what each group's updates changed, window by window of steps."""
-    changes = result.timeline().isel(query=query)
-    curve = result.curve.isel(query=query)
-    groups = [str(g) for g in changes["group"].values]
-    width = max(10, *(len(g) + 2 for g in groups))
-    steps = changes["update_step"].values
-    lines = ["steps".ljust(14) + "measurement".rjust(13) + "".join(g.rjust(width) for g in groups)]
-    for part in np.array_split(np.arange(len(steps)), min(windows, len(steps))):
-        sums = changes.values[part].sum(0)
-        label = f"{steps[part[0]]} - {steps[part[-1]]}"
-        lines.append(
-            label.ljust(14) + f"{curve.values[part[-1] + 1]:13.4f}" + "".join(f"{v:+{width}.4f}" for v in sums)
-        )
-    total = changes.values.sum(0)
-    lines.append("sum".ljust(27) + "".join(f"{v:+{width}.4f}" for v in total))
-    return "\n".join(lines)
-
-
-def describe_run(run: Run) -> str:
-    """The facts about a stored run."""
-    h, size = run.header, run.reader.nbytes_stored() / 2**20
-    checked = run.log("batch_identity")
-    rows = {
-        "store": run.reader.target,
-        "steps": f"{run.steps}"
-        if run.complete
-        else f"{run.steps} (not closed, or interrupted: read up to its last committed block)",
-        "examples": len(run.examples),
-        "parameters": f"{run.layout.size} in {len(run.groups)} tensors",
-        "model": h["model"],
-        "optimizer": h["optimizer"],
-        "type": h["dtype"],
-        "capture": h["capture"],
-        "size": f"{size:.1f} MiB, {h['block']} steps a block",
-        "batch identity": f"{_worst(checked)} over {int((~np.isnan(checked)).sum())} checked steps "
-        f"(the first, then every {h['check_every']})",
-        "step identity": f"{_worst(run.log('step_identity'))} over all steps",
-        "written with": ", ".join(f"{name} {v}" for name, v in h["versions"].items()),
-        "recorded": h["recorded"],
+def binned(result: Result, query: int, bins: int) -> dict[str, Any]:
+    """The timeline in so many bins of steps: edges (B + 1), measurement at each edge, and per group its changes (B,)."""
+    changes, curve = result.timeline()[query], result.curve[query].values
+    parts = bin_steps(changes.sizes["update_step"], bins)
+    sums = parts.sum(changes.values, 0)
+    return {
+        "edges": (parts.edges + int(changes["update_step"].values[0])).tolist(),
+        "measurement": curve[parts.edges].tolist(),
+        "groups": {str(g): sums[:, k].tolist() for k, g in enumerate(changes["group"].values)},
     }
-    return "\n".join(f"{name:16s}{value}" for name, value in rows.items())
 
 
-def _worst(gaps: np.ndarray) -> str:
-    return f"largest gap {np.nanmax(gaps):.2e}" if (~np.isnan(gaps)).any() else "not checked"
+def timeline(result: Result, query: int, bins: int = 12) -> str:
+    """The measurement and what each group's updates changed, bin by bin of steps."""
+    found = binned(result, query, bins)
+    edges, groups = found["edges"], found["groups"]
+    width = max(10, *(len(g) + 2 for g in groups))
+    lines = ["steps".ljust(14) + "measurement".rjust(13) + "".join(g.rjust(width) for g in groups)]
+    for b, value in enumerate(found["measurement"][1:]):
+        label = f"{edges[b]} - {edges[b + 1] - 1}"
+        lines.append(label.ljust(14) + f"{value:13.4f}" + "".join(f"{v[b]:+{width}.4f}" for v in groups.values()))
+    lines.append("sum".ljust(27) + "".join(f"{sum(v):+{width}.4f}" for v in groups.values()))
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""The command `attrib`. Errors are one line on stderr, the exit status is 0 only if all is well.
+
+- `runs`: demo, info, plan, verify, attribute
+- `results`: report, timeline, top, compare, export
+- `options`: what several commands take
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from ..errors import AttribError
+from . import results, runs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return int(options.call(options))
+    except (AttribError, OSError, ValueError, ImportError) as error:
+        print(f"attrib: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(f"attrib: {error or 'interrupted; what was committed can be read'}", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="attrib", description="Exact training attribution for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"attrib {version('attrib')}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is decided on the way")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    runs.add(commands)
+    results.add(commands)
+    return parser

@@ -1,0 +1,101 @@
+"""Commands on recorded runs: demo, info, plan, verify, attribute."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..engine import attribute
+from ..errors import Interrupted
+from ..plan import plan
+from ..result import Result, check_place
+from ..run import open_run
+from ..setup import load_setup, select
+from ..verify import verify
+from .options import AXES, add_setup, axes, command, numbers, size, window
+
+
+def add(commands: Any) -> None:
+    made = command(
+        commands, "demo", _demo, "train a small network, recorded, and account for its predictions", json=False
+    )
+    made.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the run, the result, the pictures")
+    made.add_argument("--seed", type=int, default=0)
+    command(commands, "info", _info, "what a stored run holds", "RUN")
+    command(commands, "verify", _verify, "read a stored run whole and check its identities again", "RUN")
+    made = command(commands, "plan", _plan, "what attributing a stored run will take: memory, time, disk", "RUN")
+    made.add_argument("--queries", type=int, default=1, metavar="Q")
+    made.add_argument("--memory", type=size, metavar="BYTES", help="to hold at most, such as 2G or 500M")
+    made = command(
+        commands, "attribute", _attribute, "explain measurements by the train examples of a stored run", "RUN"
+    )
+    add_setup(made, required=True)
+    made.add_argument("-o", "--out", default="result.zarr", metavar="RESULT", help="where to save it (result.zarr)")
+    made.add_argument("--overwrite", action="store_true", help="replace a result that is there")
+    made.add_argument("--measurement", metavar="NAME", help="which of the setup's measurements, where it has several")
+    made.add_argument("--queries", type=numbers, metavar="Q", help="which queries of the measurement, such as 0,3,5:8")
+    made.add_argument("--window", type=window, metavar="A:B", help="the change between two states, such as 100:200")
+    made.add_argument("--keep", type=axes, action="append", metavar="AXES", help=AXES + "; several times for several")
+    made.add_argument("--memory", type=size, metavar="BYTES", help="to hold at most, such as 2G or 500M")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from ..studies.demo import demo  # brings matplotlib along
+
+    demo(options.out, options.seed)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    run = open_run(options.run)
+    print(json.dumps(run.header, indent=2) if options.json else run)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    found = plan(open_run(options.run), options.queries, options.memory)
+    print(json.dumps(asdict(found)) if options.json else found)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    run = open_run(options.run)
+    found = verify(run)
+    if options.json:
+        figures = {name: {"steps": count, "largest": gap} for name, (count, gap) in found.identities.items()}
+        print(json.dumps({"chunks": found.chunks, "identities": figures, "failure": found.failure}))
+    else:
+        print(found)
+        if run.capture == "replay":
+            print('shares were not stored (capture="replay"): attrib.attribute checks them at every step it visits')
+    return 1 if found.failure else 0
+
+
+def _attribute(options: argparse.Namespace) -> int:
+    check_place(options.out, options.overwrite)
+    run, setup = open_run(options.run), load_setup(options.setup)
+    measurement = select(setup.choose(options.measurement), options.queries)
+    run.load(setup.model, run.steps)
+    asked = {"loss": setup.loss, "groups": setup.groups, "steps": options.window, "keep": options.keep}
+    try:
+        result = attribute(run, setup.model, measurement, memory=options.memory, progress=not options.json, **asked)
+    except Interrupted as stopped:
+        _saved(stopped.result, options)
+        raise Interrupted(f"interrupted; what was done is complete and saved: {options.out}", stopped.result) from None
+    result = _saved(result, options)
+    ledger = result.ledger()
+    if options.json:
+        queries = ledger.to_pandas().reset_index().to_dict("records")
+        print(json.dumps({"result": options.out, "queries": queries, "identities": ledger.identities}))
+    else:
+        print(f"{result!r}\n\nsaved to {options.out}; see it with: attrib report {options.out} -o report.html")
+    return 0
+
+
+def _saved(result: Result, options: argparse.Namespace) -> Result:
+    """Saved, its queries under the numbers that they were asked for by."""
+    if options.queries is not None:
+        result = Result(result.dataset.assign_coords(query=options.queries[: result.dataset.sizes["query"]]))
+    result.save(options.out, options.overwrite)
+    return result

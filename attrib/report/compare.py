@@ -1,0 +1,79 @@
+"""Two results beside each other: do they end at the same value, by the same examples, in the same groups?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from ..errors import KeptAxesError
+from ..result import Result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """queries: a row per query that both have: final values, and how alike the contributions of the common examples are:
+    correlation, rank correlation, and the share of the `n` largest in size that is common. groups: (query, group) with the
+    net change by each result. n: as it was chosen."""
+
+    queries: pd.DataFrame
+    groups: pd.DataFrame
+    n: int
+
+    def __str__(self) -> str:
+        lines = [self.queries.to_string(float_format="{:.4f}".format, index=False)]
+        if len(self.groups):
+            lines += ["", "net change per group", self.groups.to_string(float_format="{:+.4f}".format, index=False)]
+        return "\n".join(lines)
+
+
+def compare(a: Result, b: Result, n: int = 10) -> Comparison:
+    """Compare query by query: by their names where both have some, else by their numbers.
+
+    Raises:
+        ValueError: they have no query in common.
+    """
+    common = [name for name in a.names if name in set(b.names)]
+    if not common:
+        raise ValueError(
+            f"the results have no query in common: got {', '.join(a.names[:3])}, ... and {', '.join(b.names[:3])}, ... "
+            f"Compare results of the same measurement."
+        )
+    rows, groups = [], []
+    for name in common:
+        one, two = (r.select([r.names.index(name)]) for r in (a, b))
+        row = {"query": name, "final a": float(one.final[0]), "final b": float(two.final[0])}
+        rows.append({**row, **_alike(one, two, n)})
+        groups.append(_groups(name, one, two))
+    return Comparison(pd.DataFrame(rows), pd.concat(groups, ignore_index=True), n)
+
+
+def _alike(a: Result, b: Result, n: int) -> dict[str, float]:
+    try:
+        one, two = (r.by("example")[0].to_series() for r in (a, b))
+    except KeptAxesError:
+        return {}
+    both = one.index.intersection(two.index)
+    one, two = one[both], two[both]
+    largest = [set(v.abs().nlargest(n).index) for v in (one, two)]
+    return {
+        "common examples": len(both),
+        "correlation": _correlation(one, two),
+        "rank correlation": _correlation(one.rank(), two.rank()),
+        f"same of top {n}": len(largest[0] & largest[1]) / max(1, min(n, len(both))),
+    }
+
+
+def _correlation(a: pd.Series, b: pd.Series) -> float:
+    if len(a) < 2 or a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a.to_numpy(), b.to_numpy())[0, 1])
+
+
+def _groups(name: str, a: Result, b: Result) -> pd.DataFrame:
+    sums = {
+        label: r.timeline()[0].sum("update_step").drop_vars(["query", "query_name"], errors="ignore").to_series()
+        for label, r in (("a", a), ("b", b))
+    }
+    table = pd.DataFrame(sums).dropna().rename_axis("group").reset_index()
+    table.insert(0, "query", name)
+    return table

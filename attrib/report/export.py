@@ -1,0 +1,51 @@
+"""Results as files that other programs read."""
+
+import os
+from pathlib import Path
+
+from ..result import Result
+from .extras import need
+
+
+def export(result: Result, path: str | Path, *axes: str) -> int:
+    """Write `result.to_pandas(*axes)` as .csv, or as .parquet (extra `parquet`), and return the number of rows.
+
+    One query is held at a time; numbers in .csv are written so that they read back the same.
+
+    Raises:
+        ValueError: another ending. KeptAxesError: the axes were not kept. MissingExtraError: no pyarrow.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"the format is not known: got {path.name!r}, expected a name that ends in .csv or .parquet.")
+    beside = path.with_name(path.name + ".part")
+    try:
+        rows = (_csv if path.suffix == ".csv" else _parquet)(result, beside, axes)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return rows
+
+
+def _csv(result: Result, path: Path, axes: tuple[str, ...]) -> int:
+    rows = 0
+    for q in range(len(result.names)):
+        table = result.select([q]).to_pandas(*axes)
+        table.to_csv(path, mode="a" if q else "w", header=q == 0, index=False)
+        rows += len(table)
+    return rows
+
+
+def _parquet(result: Result, path: Path, axes: tuple[str, ...]) -> int:
+    arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
+    rows, writer = 0, None
+    try:
+        for q in range(len(result.names)):
+            table = arrow.Table.from_pandas(result.select([q]).to_pandas(*axes), preserve_index=False)
+            writer = writer or parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+            rows += len(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    return rows

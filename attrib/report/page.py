@@ -1,0 +1,100 @@
+"""The report: one HTML file that needs no network, with everything in it (extra `report`).
+
+`payload` makes the numbers, page.html, page.css and page.js show them; plotly.js and the numbers stand in the file
+compressed. Nothing from the data is ever parsed as HTML: the page sets it as text.
+"""
+
+import gzip
+import json
+import os
+from base64 import b64encode
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreExistsError
+from ..result import Result
+from .extras import need
+from .payload import payload
+from .shown import Describe
+
+MARK = '<meta name="generator" content="attrib">'
+
+
+def write(
+    result: Result,
+    path: str | Path,
+    describe: Describe | None = None,
+    describe_query: Describe | None = None,
+    tag: Describe | None = None,
+    title: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a result as one HTML page that can be opened, sent and printed.
+
+    Args:
+        result: from `attrib.attribute` or `attrib.open_result`. For tables of windows of steps it must have been kept along
+            step and example, for the bars along step and group.
+        path: of the file; an earlier report there is replaced.
+        describe: train example id -> how it is shown: a string, an image (H, W), (H, W, 3) or (3, H, W), or a pair (image,
+            string).
+        describe_query: query -> the same.
+        tag: train example id -> class, source or the like, that the ledger's waterfall sums by.
+        title: by default the question, for the chosen query.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: the extra `report` is not installed.
+        KeptAxesError: the result was not kept along the examples.
+        StoreExistsError: there is a file that is no report.
+
+    Example:
+        >>> attrib.report.write(result, "report.html", describe=lambda i: texts[i])  # doctest: +SKIP
+    """
+    path = Path(path)
+    _check_place(path)
+    library = need("plotly.offline", "report").get_plotlyjs()
+    page = payload(result, describe, describe_query, tag, progress)
+    page["title"] = title
+    parts = {
+        "mark": MARK,
+        "title": escape(title or f"Why {page['measurement']}? - attrib"),
+        "style": _part("page.css"),
+        "script": _part("page.js"),
+        "library": _packed(library),
+        "page": _packed(json.dumps(page, default=_plain)),
+    }
+    text = _part("page.html")
+    for name, value in parts.items():
+        text = text.replace(f"<!--{name}-->", value, 1)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir() or (path.exists() and MARK not in path.read_text("utf-8", "replace")[:1000]):
+        raise StoreExistsError(
+            f"something else is there: got {path}, expected nothing or an earlier report. Choose another path."
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"there is no such folder: got {path.parent}, at {path}. Make it, or choose another path."
+        )
+
+
+def _part(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _packed(text: str) -> str:
+    """Compressed, in base64: a browser unpacks it by itself."""
+    return b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+
+
+def _plain(value: Any) -> Any:
+    return value.item()  # numpy's numbers

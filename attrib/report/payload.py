@@ -1,0 +1,226 @@
+"""The numbers of the report page, small enough to open at once.
+
+    timeline  (Q, F, groups)   change per fine bin of update steps       curve (Q, F + 1)
+    layers    (Q, B, groups)   contributions of examples and weight decay per bin of steps that windows are made of
+    examples  (b, n) a query   contributions of the examples that stand in the page; b = B, or 1 where they were not kept
+                               along the steps
+
+Windows are runs of the B bins. The n examples of a query are all, or those that are among the `RANKS` largest or smallest of
+*some* window: the tables are then exact for every window that can be chosen. B is halved until that fits.
+"""
+
+from base64 import b64encode
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+from tqdm import tqdm
+
+from ..optim import describe_options
+from ..result import Result
+from .shown import Describe, Shown, show
+from .thin import Bins, bin_steps, by_tag, fold_groups
+
+RANKS = 10  # rows of the tables of largest and of smallest contributions
+FINE = 512  # bins of the timeline
+WINDOWS = 128  # bins that windows are made of
+NUMBERS = 600_000  # contributions of examples in the page, all queries together
+IMAGES = 1 << 20  # bytes of pictures in the page
+SERIES, BARS = 8, 24  # groups in the timeline and in the bars
+
+
+class Chosen(NamedTuple):
+    """bins of the table; per query: positions of the chosen examples (n,), their sums (b, n), those of the others (b,)."""
+
+    bins: Bins
+    queries: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+def payload(
+    result: Result, describe: Describe | None, describe_query: Describe | None, tag: Describe | None, progress: bool
+) -> dict[str, Any]:
+    """Everything the page shows, as JSON; arrays are float32 in base64."""
+    dataset = result.dataset
+    steps, first = dataset.sizes["step"], int(dataset["step"].values[0])
+    table = _table(result, progress)
+    by_steps = any("step" in axes and "example" in axes for axes in result.kept)
+    bins = table.bins if by_steps else bin_steps(steps, WINDOWS)
+    fine = _refine(bins, steps)
+    changes = fold_groups(result.timeline(), SERIES)
+    notices = _notices(result, steps, fine, bins, table, by_steps)
+    shown, omitted = _descriptions(dataset["example"].values, table, describe)
+    if omitted:
+        notices.append(f"Pictures of {omitted} examples are left out: they would make the page too large.")
+    return {
+        "measurement": dataset.attrs.get("measurement", "measurement"),
+        "units": result.units,
+        "facts": _facts(result),
+        "notices": notices,
+        "identities": result.ledger().identities,
+        "queries": _queries(result, describe_query, tag),
+        "edges": (fine.edges + first).tolist(),
+        "windows": np.searchsorted(fine.edges, bins.edges).tolist(),
+        "timeline": _floats(fine.sum(changes.values, 1)),
+        "timeline_groups": [str(g) for g in changes["group"].values],
+        "curve": _floats(result.curve.values[:, fine.edges]),
+        "layers": _layers(result, bins),
+        "ranks": RANKS,
+        "by_steps": by_steps,
+        "tables": [
+            {"ids": dataset["example"].values[at].tolist(), "values": _floats(values), "others": _floats(others),
+             "left": dataset.sizes["example"] - len(at)} for at, values, others in table.queries
+        ],
+        "shown": shown,
+    }  # fmt: skip
+
+
+# examples
+
+
+def _table(result: Result, progress: bool) -> Chosen:
+    """The finest bins for which the examples fit."""
+    queries, steps = result.dataset.sizes["query"], result.dataset.sizes["step"]
+    if not any("step" in axes and "example" in axes for axes in result.kept):
+        return _coarsen(result, bin_steps(steps, 1), [v[None] for v in result.by("example").values], queries)
+    bins = bin_steps(steps, WINDOWS)
+    sums = []
+    for q in tqdm(range(queries), desc="report", unit="query", delay=2, disable=not progress):
+        values = result.select([q]).by("step", "example").values[0]
+        sums.append(bins.sum(values, 0))  # (B, N)
+    return _coarsen(result, bins, sums, queries)
+
+
+def _coarsen(result: Result, bins: Bins, sums: list[np.ndarray], queries: int) -> Chosen:
+    room = max(NUMBERS // queries, 4 * RANKS)
+    while True:
+        chosen = [_in_some_window(values, room // bins.count) for values in sums]
+        if all(c is not None for c in chosen):  # as it must be with one bin
+            break
+        bins = Bins(np.append(bins.edges[:-1:2], bins.edges[-1]))
+        sums = [np.add.reduceat(v, np.arange(0, len(v), 2), 0) for v in sums]
+    found = zip([c for c in chosen if c is not None], sums, strict=True)
+    return Chosen(bins, [(at, values[:, at], values.sum(1) - values[:, at].sum(1)) for at, values in found])
+
+
+def _in_some_window(values: np.ndarray, most: int) -> np.ndarray | None:
+    """(b, N) -> (n,) positions of the examples that some run of bins ranks among its RANKS largest or smallest; all, if
+    they are no more than `most`; None if it would be more."""
+    bins, count = values.shape
+    if count <= max(most, 2 * RANKS):
+        return np.arange(count)
+    running = np.concatenate([np.zeros((1, count)), np.cumsum(values, 0)])
+    member = np.zeros(count, dtype=bool)
+    for start in range(bins):
+        sums = running[start + 1 :] - running[start]
+        ranked = np.argpartition(sums, (RANKS, count - RANKS - 1), axis=1)
+        member[ranked[:, :RANKS]] = member[ranked[:, -RANKS:]] = True
+        if member.sum() > most and bins > 1:
+            return None
+    return np.flatnonzero(member)
+
+
+def _descriptions(ids: np.ndarray, table: Chosen, describe: Describe | None) -> tuple[dict[str, Shown], int]:
+    """id -> what is shown, for every example in the page, the most important first; how many pictures were left out."""
+    size: dict[int, float] = {}
+    for at, values, _ in table.queries:
+        for e, v in zip(at, np.abs(values).sum(0), strict=True):
+            size[int(e)] = max(size.get(int(e), 0.0), float(v))
+    shown, room, omitted = {}, IMAGES, 0
+    for e in sorted(size, key=lambda e: -size[e]) if describe is not None else ():
+        assert describe is not None
+        found = show(describe(int(ids[e])))
+        room -= len(found.image)
+        if found.image and room < 0:
+            found, omitted = found._replace(image=""), omitted + 1
+        shown[str(ids[e])] = found
+    return shown, omitted
+
+
+# steps and groups
+
+
+def _refine(bins: Bins, steps: int) -> Bins:
+    """At most FINE bins of which those given are unions."""
+    each = max(1, FINE // bins.count)
+    edges = [np.linspace(a, b, min(b - a, each) + 1).round() for a, b in zip(bins.edges, bins.edges[1:], strict=False)]
+    return Bins(np.unique(np.concatenate(edges)).astype(np.int64))
+
+
+def _layers(result: Result, bins: Bins) -> dict[str, Any] | None:
+    """What the examples' gradients and weight decay contributed in each bin, per group; None where it was not kept."""
+    if not any("step" in axes and "group" in axes for axes in result.kept):
+        return None
+    size = np.zeros(result.dataset.sizes["group"])
+    examples, decay = result.by("step", "group"), result.decay
+    for values in (examples, decay):
+        size += np.abs(values.values).sum((0, 1))
+    examples, decay = (fold_groups(v, BARS, size) for v in (examples, decay))
+    return {
+        "groups": [str(g) for g in examples["group"].values],
+        "examples": _floats(bins.sum(examples.values, 1)),
+        "decay": _floats(bins.sum(decay.values, 1)),
+    }
+
+
+# facts
+
+
+def _queries(result: Result, describe_query: Describe | None, tag: Describe | None) -> list[dict[str, Any]]:
+    terms = result.ledger().to_pandas()
+    found = []
+    for q, (name, number) in enumerate(zip(result.names, result.dataset["query"].values, strict=True)):
+        tags = []
+        if tag is not None:
+            labels, sums = by_tag(result.select([q]).by("example")[0], tag)
+            tags = [[label, float(value)] for label, value in zip(labels, sums, strict=True)]
+        shown = show(describe_query(int(number))) if describe_query is not None else Shown("")
+        found.append({"name": name, "shown": shown, "terms": terms.iloc[q].to_dict(), "tags": tags})
+    return found
+
+
+def _facts(result: Result) -> list[tuple[str, str]]:
+    attrs, sizes = result.dataset.attrs, result.dataset.sizes
+    first, last = attrs.get("window", (0, sizes["step"]))
+    versions = ", ".join(f"{name} {v}" for name, v in attrs.get("versions", {}).items())
+    rows = {
+        "model": f"{attrs.get('model', '')}, {attrs.get('parameters', '?')} parameters, {sizes['group']} groups",
+        "optimizer": attrs.get("optimizer", "") + describe_options(attrs.get("options", {})),
+        "data": f"{sizes['example']} train examples, at most {attrs.get('batch', '?')} a step",
+        "steps": f"{first} to {last} ({last - first})",
+        "path": attrs.get("path", ""),
+        "computed in": attrs.get("dtype", ""),
+        "capture": attrs.get("capture", ""),
+        "run": attrs.get("run", ""),
+        "recorded": attrs.get("recorded", ""),
+        "written with": versions,
+    }
+    return [(name, str(value)) for name, value in rows.items() if value]
+
+
+def _notices(result: Result, steps: int, fine: Bins, bins: Bins, table: Chosen, by_steps: bool) -> list[str]:
+    found, sizes = [], result.dataset.sizes
+    if fine.widest > 1:
+        found.append(f"The timeline shows {steps} steps in bins of at most {fine.widest}.")
+    if bins.widest > 1:
+        found.append(f"Windows begin and end at bins of at most {bins.widest} steps.")
+    if not by_steps:
+        found.append(
+            "Contributions of examples were not kept along the steps: their table is of all steps, whatever the window. "
+            'Attribute again with keep=[("step", "example"), ("step", "group")] for tables of windows.'
+        )
+    fewest = min(len(at) for at, _, _ in table.queries)
+    if fewest < sizes["example"]:
+        found.append(
+            f"Of {sizes['example']} train examples at least {fewest} a query stand in this file: all that are among the "
+            f"{RANKS} largest or smallest of a window. The others are one line."
+        )
+    for most, where in ((SERIES, "timeline"), (BARS, "bars")):
+        if sizes["group"] > most:
+            found.append(f"{sizes['group']} groups: the {where} show the {most - 1} that move most, the others as one.")
+    return found
+
+
+def _floats(values: np.ndarray | Iterable[float] | xr.DataArray) -> dict[str, Any]:
+    array = np.ascontiguousarray(values, dtype="<f4")
+    return {"shape": list(array.shape), "float32": b64encode(array.tobytes()).decode()}

@@ -1,0 +1,115 @@
+"""What the command line has to know of a user's own script: `my_script:setup`, a function that returns it.
+
+    def setup():
+        model = Net()
+        return attrib.Setup(model, loss, attrib.measure.log_prob(x_test, y_test), describe=lambda i: texts[i])
+
+A plain tuple (model, loss, measurement) does as well.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import SetupError
+from .measure import Measurement
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, its loss, and what is to be explained.
+
+    Args:
+        model: of the recorded architecture; its values do not matter, they are taken from the run.
+        loss: as given to `attrib.record`.
+        measurement: one, or several by name: {"log_prob": ..., "margin": ...}.
+        describe: train example id -> how it is shown: a string, an image, or a pair (image, string).
+        describe_query: query -> the same.
+        tag: train example id -> class, source or the like.
+        groups: as for `attrib.attribute`.
+    """
+
+    model: nn.Module
+    loss: Callable[..., Tensor] | None
+    measurement: Any
+    describe: Callable[[int], Any] | None = None
+    describe_query: Callable[[int], Any] | None = None
+    tag: Callable[[int], Any] | None = None
+    groups: Mapping[str, Sequence[str]] | None = None
+
+    def choose(self, name: str | None) -> Any:
+        """The measurement of that name; of a single one, None is enough.
+
+        Raises:
+            SetupError: there is none of that name, or several and no name.
+        """
+        if not isinstance(self.measurement, Mapping):
+            known = getattr(self.measurement, "name", None)
+            if name in (None, known):
+                return self.measurement
+            raise SetupError(f"no such measurement: got {name!r}, expected {known!r}, the only one of the setup.")
+        if name is None and len(self.measurement) == 1:
+            return next(iter(self.measurement.values()))
+        if name not in self.measurement:
+            names = ", ".join(map(str, self.measurement))
+            raise SetupError(f"no such measurement: got {name!r}, expected one of {names}. Choose with --measurement.")
+        return self.measurement[name]
+
+
+def load_setup(where: str) -> Setup:
+    """Call `module:function` or `path/to/script.py:function`; modules are looked for in the working directory too.
+
+    Raises:
+        SetupError: it cannot be imported or called, or returns something else than a `Setup` or (model, loss, measurement).
+    """
+    place, _, name = where.rpartition(":")
+    if not place or not name:
+        raise SetupError(f"the setup is not named: got {where!r}, expected module:function, such as my_script:setup.")
+    try:
+        found = getattr(_module(place), name)()
+    except Exception as error:
+        raise SetupError(
+            f"the setup failed: got {type(error).__name__}: {error}, at {where}. Call it in Python to see where."
+        ) from error
+    if isinstance(found, tuple) and len(found) == 3:
+        found = Setup(*found)
+    if not isinstance(found, Setup) or not isinstance(found.model, nn.Module):
+        raise SetupError(
+            f"the setup returned something else: got {type(found).__name__}, expected (model, loss, measurement) or an "
+            f"attrib.Setup, at {where}."
+        )
+    return found
+
+
+def select(measurement: Any, queries: Sequence[int] | None) -> Any:
+    """The measurement of some of its queries, by position; None for all."""
+    if queries is None:
+        return measurement
+    if isinstance(measurement, Measurement):
+        count = len(measurement.batch[0])
+        if (beyond := next((q for q in queries if not 0 <= q < count), None)) is not None:
+            raise SetupError(f"no such query: got {beyond}, expected 0 to {count - 1}, at --queries.")
+        return measurement.select(queries)
+    return lambda model: measurement(model)[list(queries)]
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        return import_module(place)
+    path = Path(place).resolve()
+    spec = spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FileNotFoundError(f"there is no script {place}")
+    module = module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    sys.path.insert(0, str(path.parent))  # where its own imports would find their like
+    spec.loader.exec_module(module)
+    return module

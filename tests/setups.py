@@ -1,0 +1,46 @@
+"""Setups for the command line: the runs of `training.train` over the small MLP, and setups that fail."""
+
+import numpy as np
+import torch
+from cases import MODELS
+
+import attrib
+
+CASE = MODELS["mlp"]
+
+
+def _measurements() -> dict[str, attrib.measure.Measurement]:
+    torch.manual_seed(0)
+    CASE.build()
+    x, y = CASE.data(12)  # as `train` draws them
+    names = [f"<b>sum {int(k)}</b>" for k in y]
+    return {"log_prob": attrib.measure.log_prob(x, y, names), "margin": attrib.measure.margin(x, y, names)}
+
+
+def plain() -> tuple[object, ...]:
+    return CASE.build().double(), CASE.loss, _measurements()["log_prob"]
+
+
+def full() -> attrib.Setup:
+    return attrib.Setup(
+        CASE.build().double(),
+        CASE.loss,
+        _measurements(),
+        describe=lambda i: (np.arange(64).reshape(8, 8) * i, f"<script>alert({i})</script>"),
+        describe_query=lambda q: f"query <script>alert({q})</script>",
+        tag=lambda i: f"<i>{i % 3}</i>",
+        groups={"first": ["embedding.*"], "rest <img src=x onerror=alert(1)>": ["hidden.*", "output.*"]},
+    )
+
+
+def callable_only() -> tuple[object, ...]:
+    measurement = _measurements()["log_prob"]
+    return CASE.build().double(), CASE.loss, lambda model: measurement(model)
+
+
+def wrong() -> str:
+    return "nothing of use"
+
+
+def failing() -> None:
+    raise RuntimeError("no data\nhere")
