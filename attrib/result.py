@@ -81,7 +81,8 @@ class Result:
     @property
     def kept(self) -> list[tuple[str, ...]]:
         """The axes that contributions were kept along; anything summed from these can be had too."""
-        return [tuple(str(v).split("_")[1:]) for v in self.dataset.data_vars if str(v).startswith(PREFIX + "_")]
+        found = [tuple(str(v).split("_")[1:]) for v in self.dataset.data_vars if str(v).startswith(PREFIX + "_")]
+        return sorted(found, key=lambda axes: (len(axes), axes))
 
     def by(self, *axes: str) -> xr.DataArray:
         """Contributions of the training examples, (query, *axes), summed over the other axes.

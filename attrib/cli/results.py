@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..report import figures, text, write
-from ..report.compare import compare
-from ..report.export import export
+from ..report import compare, export, figures, text, write
 from ..report.shown import Describe, said
 from ..result import open_result
 from ..setup import load_setup

@@ -217,7 +217,9 @@ def _notices(result: Result, steps: int, fine: Bins, bins: Bins, table: Chosen, 
         )
     for most, where in ((SERIES, "timeline"), (BARS, "bars")):
         if sizes["group"] > most:
-            found.append(f"{sizes['group']} groups: the {where} show the {most - 1} that move most, the others as one.")
+            found.append(
+                f"{sizes['group']} groups: in the {where}, {most - 1} that move most are apart, the others are one."
+            )
     return found
 
 

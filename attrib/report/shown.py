@@ -67,5 +67,5 @@ def _pixels(image: Any) -> np.ndarray:
         )
     if array.dtype == np.uint8:
         return array
-    low, high = np.nanmin(array), np.nanmax(array)
-    return np.nan_to_num((array - low) / (float(high - low) or 1.0) * 255).astype(np.uint8)
+    values = np.nan_to_num(array.astype(np.float64), posinf=0.0, neginf=0.0)
+    return ((values - values.min()) / (np.ptp(values) or 1.0) * 255).astype(np.uint8)

@@ -4,13 +4,14 @@ Sums are kept: whatever is folded together stands there as one entry that says o
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
 
 
-class Bins(NamedTuple):
+@dataclass(frozen=True)
+class Bins:
     """Consecutive steps in bins: bin b holds the entries edges[b] to edges[b + 1] - 1 of an axis (T,)."""
 
     edges: np.ndarray
