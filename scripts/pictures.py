@@ -21,7 +21,7 @@ def main() -> None:
         result = attrib.open_result(Path(folder) / "result.zarr")
         figures.save(OUT / "timeline.png", lambda ax: figures.timeline(result, 0, ax))
         browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1330})
+        page = browser.new_page(viewport={"width": 1280, "height": 1830})
         page.goto((Path(folder) / "report.html").as_uri())
         page.wait_for_selector("body[data-ready=yes]")
         page.evaluate("(window) => chooseSteps(...window)", WINDOW)
