@@ -12,6 +12,8 @@ State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from .errors import Interrupted, MeasurementError
 from .interrupt import Request, interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
+from .measure import Measurement
 from .optim import Parts, decay_rates, pullback
 from .path import Path, PathGradient, Query, Secant
 from .plan import sizes_of
@@ -57,8 +60,7 @@ def attribute(
 
     Args:
         run: from `attrib.open_run`.
-        model: of the recorded architecture. Used in its mode for the measurement, in the recorded mode for the loss, on
-            its device; given back as it was.
+        model: of the recorded architecture. Used on its device, in its mode for the measurement; given back as it was.
         measurement: `model -> (Q,)`, or one of `attrib.measure`.
         loss: as given to `attrib.record`; needed where the run was captured by "replay".
         path: `Secant()` (default), `GaussLegendre(nodes)` or `Midpoint(nodes)`.
@@ -70,11 +72,10 @@ def attribute(
             accumulated in float64 in any case.
         progress: show a bar on work longer than two seconds.
         cube: path or zarr Store to write all contributions to, (query, step, slot, group).
-        memory: bytes to hold at most, beside the process as it stands (see `attrib.plan`); None: 4 GiB, or what one query
-            takes. Queries that do not fit go through the run in several sweeps.
+        memory: bytes to hold at most, beside the process as it stands (`attrib.plan`), in as many sweeps as that takes;
+            None: 4 GiB, or what one query takes.
 
-    Returns:
-        A `Result`; `print(result.check())` verifies that it is complete and shows the ledger.
+    `print(result.check())` verifies that the result is complete and shows the ledger.
 
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
@@ -88,38 +89,43 @@ def attribute(
     kept = choose(keep, query.count, sizes)
     budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), memory, cube)
     contract = shares_source(run, model, loss, dtype or run.dtype, query.example.device, budget.slices)
-    facts = _facts(run, measurement, path or Secant(), start, stop, dtype)
+    facts, parts = _facts(run, measurement, path or Secant(), dtype), query.parts(budget.at_once)
+    names = measurement.names if isinstance(measurement, Measurement) else ()
+    sink = partial(Sink, run, start, labels, member, sizes, kept, cube, dtype or run.dtype)
+    bar = tqdm(total=sizes["step"] * len(parts), desc="attribute", unit="step", delay=2, disable=not progress)
+    with bar, interruptible() as request:
+        sweep = Sweep(run, range(start, stop), path or Secant(), contract, bar, request)
+        found = join(_sweeps(sweep, parts, sink, facts), names)
+    if request.asked:
+        raise _interrupted(Result(found), query.count)
+    return Result(found)
 
-    def sink(part: Query) -> Sink:
-        return Sink(run, part.count, start, labels, member, sizes, kept, cube, dtype or run.dtype)
 
-    parts, names = query.parts(budget.at_once), getattr(measurement, "names", ())
-    return _sweeps(run, range(start, stop), parts, path or Secant(), contract, sink, facts, names, progress)
+@dataclass(frozen=True)
+class Sweep:
+    """What every sweep through the steps needs; `request` says whether to stop."""
+
+    run: Run
+    steps: range
+    path: Path
+    contract: Contract
+    bar: Any
+    request: Request
 
 
 def _sweeps(
-    run: Run,
-    steps: range,
-    parts: Sequence[Query],
-    path: Path,
-    contract: Contract,
-    make_sink: Callable[[Query], Sink],
-    facts: dict[str, Any],
-    names: Sequence[str],
-    progress: bool,
-) -> Result:
-    """A sweep for each part of the queries. Raises Interrupted after a Ctrl-C."""
+    sweep: Sweep, parts: Sequence[Query], make_sink: Callable[[int], Sink], facts: dict[str, Any]
+) -> list[xr.Dataset]:
+    """One sweep for each part of the queries; asked to stop, the parts that are whole, or the first as far as it came."""
     found: list[xr.Dataset] = []
-    bar = tqdm(total=len(steps) * len(parts), desc="attribute", unit="step", delay=2, disable=not progress)
-    with bar, interruptible() as request:
-        for part in parts:
-            sink = make_sink(part)
-            reached = _sweep(run, steps, part, path, contract, sink, bar, request)
-            if reached == steps.start or not found:
-                found.append(sink.dataset(facts, reached))
-            if request.asked:
-                raise _interrupted(Result(join(found, names)), sum(p.count for p in parts))
-    return Result(join(found, names))
+    for part in parts:
+        sink = make_sink(part.count)
+        reached = _sweep(sweep, part, sink)
+        if reached == sweep.steps.start or not found:
+            found.append(sink.dataset(facts, reached))
+        if sweep.request.asked:
+            break
+    return found
 
 
 def _interrupted(result: Result, asked: int) -> Interrupted:
@@ -132,42 +138,35 @@ def _interrupted(result: Result, asked: int) -> Interrupted:
     )
 
 
-def _sweep(
-    run: Run, steps: range, query: Query, path: Path, contract: Contract, sink: Sink, bar: Any, request: Request
-) -> int:
+def _sweep(sweep: Sweep, query: Query, sink: Sink) -> int:
     """The run backwards, for one set of queries; returns the first step done: a later one if it was asked to stop."""
+    run, first = sweep.run, sweep.steps.start
     device = query.example.device
     carry = torch.zeros(query.count, run.layout.size, dtype=torch.float64, device=device)
-    integrate = path.bind(query)
-    for block in run.blocks(steps.start, steps.stop):
-        for done in _sweep_block(run, block, integrate, query.steps_at_once(), contract, carry, sink, bar):
-            if request.asked and done > steps.start:
+    integrate = sweep.path.bind(query)
+    for block in run.blocks(first, sweep.steps.stop):
+        for done in _sweep_block(sweep, block, integrate, query.steps_at_once(), carry, sink):
+            if sweep.request.asked and done > first:
                 momentum = next(run.blocks(done, done + 1)).momentum
                 sink.close(_tensors(run, carry * momentum.to(device)), complete=False)
                 return done
     sink.close(_tensors(run, carry * block.momentum.to(device)))
-    return steps.start
+    return first
 
 
 def _sweep_block(
-    run: Run,
-    block: Block,
-    integrate: Callable[..., PathGradient],
-    at_once: int,
-    contract: Contract,
-    carry: Tensor,
-    sink: Sink,
-    bar: Any,
+    sweep: Sweep, block: Block, integrate: Callable[..., PathGradient], at_once: int, carry: Tensor, sink: Sink
 ) -> Iterator[int]:
     """One block, backwards, several steps at a time; yields each step that `carry` was moved to before."""
     for stop in range(len(block.steps), 0, -at_once):
         steps = slice(max(0, stop - at_once), stop)
         theta = block.theta[steps.start : stop + 1].to(carry.device)
-        terms, sensitivity = _trace_back(run, block, steps, theta, integrate(theta[:-1], theta[1:]), carry)
+        terms, sensitivity = _trace_back(sweep.run, block, steps, theta, integrate(theta[:-1], theta[1:]), carry)
         found: list[np.ndarray] = []
         for n in range(steps.start, stop):
-            found.append(contract(block, n, theta[n - steps.start], sensitivity[n - steps.start]).cpu().numpy())
-            bar.update()
+            at = n - steps.start
+            found.append(sweep.contract(block, n, theta[at], sensitivity[at]).cpu().numpy())
+            sweep.bar.update()
         sink.add(block.start + steps.start, block.index[steps], Terms(found, *terms))
         del found, sensitivity  # of many queries they are as large as all that the next steps need
         yield block.start + steps.start
@@ -266,11 +265,10 @@ def _window(run: Run, steps: slice | None) -> tuple[int, int]:
     return start, stop
 
 
-def _facts(run: Run, measurement: Any, path: Path, start: int, stop: int, dtype: torch.dtype | None) -> dict[str, Any]:
+def _facts(run: Run, measurement: Any, path: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     h = run.header
     return {
         "run": str(run.reader.target),
-        "window": [start, stop],
         "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
         "units": getattr(measurement, "units", ""),
         "path": repr(path),

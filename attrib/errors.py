@@ -69,6 +69,10 @@ class SetupError(AttribError, ValueError):
     """A user's setup function cannot be used."""
 
 
+class DescriptionError(AttribError, ValueError):
+    """What is to say how examples are shown does not."""
+
+
 class MissingExtraError(AttribError, ImportError):
     """A package of one of attrib's extras is not installed."""
 

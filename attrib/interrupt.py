@@ -15,9 +15,14 @@ class Request:
 
 @contextmanager
 def interruptible() -> Iterator[Request]:
-    """Within it, a first SIGINT is only noted. Outside the main thread, where Python takes no signals, nothing changes."""
+    """Within it, a first SIGINT is only noted; a second is dealt with as outside of it.
+
+    Nothing changes where Python takes no signals (another thread than the main one), where SIGINT is ignored, and where the
+    program's own handler is not Python's.
+    """
     request = Request()
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
         yield request
         return
 
@@ -25,7 +30,7 @@ def interruptible() -> Iterator[Request]:
         request.asked = True
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield request
     finally:
@@ -34,8 +39,8 @@ def interruptible() -> Iterator[Request]:
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Within it, a first SIGINT waits until its end and is raised there."""
+    """Within it, a first SIGINT waits until its end, and is then dealt with as it would have been."""
     with interruptible() as request:
         yield
     if request.asked:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)

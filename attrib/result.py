@@ -4,6 +4,8 @@ Dimensions: query, step (whose batch supplied the gradient), example (recorded i
 parameters) stands only in `timeline`. Positive contributions raised the measurement. Units: the measurement's.
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -84,6 +86,10 @@ class Result:
         found = [tuple(str(v).split("_")[1:]) for v in self.dataset.data_vars if str(v).startswith(PREFIX + "_")]
         return sorted(found, key=lambda axes: (len(axes), axes))
 
+    def has(self, *axes: str) -> bool:
+        """Whether `by(*axes)` can be had."""
+        return any(set(axes) <= set(kept) for kept in self.kept)
+
     def by(self, *axes: str) -> xr.DataArray:
         """Contributions of the training examples, (query, *axes), summed over the other axes.
 
@@ -97,7 +103,11 @@ class Result:
         arrays = {kept: self.dataset["_".join((PREFIX, *kept))] for kept in self.kept}
         for kept, array in sorted(arrays.items(), key=lambda item: item[1].size):
             if set(wanted) <= set(kept):
-                return array.sum([a for a in kept if a not in wanted]).transpose("query", *axes).rename(PREFIX)
+                return (
+                    array.sum([a for a in kept if a not in wanted], skipna=False)
+                    .transpose("query", *axes)
+                    .rename(PREFIX)
+                )
         available = "; ".join(", ".join(k) for k in self.kept)
         raise KeptAxesError(
             f"contributions were not kept along these axes: got by({', '.join(map(repr, axes))}), expected axes out of "
@@ -110,8 +120,8 @@ class Result:
         return array.to_series().reset_index()
 
     def to_numpy(self, *axes: str) -> np.ndarray:
-        """`by(*axes)` as a float64 array (Q, *axes)."""
-        return self.by(*axes).to_numpy()
+        """`by(*axes)` as a float64 array (Q, *axes), one's own copy."""
+        return self.by(*axes).to_numpy().copy()
 
     def to_torch(self, *axes: str) -> torch.Tensor:
         """`by(*axes)` as a float64 tensor (Q, *axes) on the CPU."""
@@ -128,8 +138,8 @@ class Result:
 
     @property
     def units(self) -> str:
-        """Of the measurement, and so of every term; "its own units" where it names none."""
-        return self.dataset.attrs.get("units") or "its own units"
+        """Of the measurement, and so of every term; empty where it names none."""
+        return str(self.dataset.attrs.get("units", ""))
 
     def timeline(self) -> xr.DataArray:
         """(query, update_step, group): the change that each step's update made, decay and momentum included.
@@ -224,25 +234,35 @@ class Result:
         check_place(store, overwrite)
         labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS if name in self.dataset.coords}
         plain = self.dataset.drop_vars(list(labels)).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})
-        plain.to_zarr(store, mode="w", zarr_format=3, consolidated=False)
+        if not isinstance(store, str | Path) or "://" in str(store):
+            plain.load().to_zarr(store, mode="w", zarr_format=3, consolidated=False)
+            return
+        path = Path(store).resolve()
+        beside = path.with_name(path.name + ".part")  # what is there may be what is read from: it goes last
+        plain.to_zarr(beside, mode="w", zarr_format=3, consolidated=False)
+        if path.exists():
+            shutil.rmtree(path)
+        beside.rename(path)
 
     def __repr__(self) -> str:
+        return f"{self._head()}\n{self.ledger()}"
+
+    def _head(self) -> str:
         sizes = self.dataset.sizes
         kept = "; ".join(", ".join(k) for k in self.kept)
         return (
             f"<attrib.Result: {sizes['query']} queries over {sizes['step']} steps, {sizes['example']} examples, "
-            f"{sizes['group']} groups; kept: {kept}>\n{self.ledger()}"
+            f"{sizes['group']} groups; kept: {kept}>"
         )
 
     def _repr_html_(self) -> str:
         """For notebooks: the ledger, and the largest contributions to the first query where examples were kept."""
-        head, _, _ = repr(self).partition("\n")
-        shown = f"<p>{escape(head)}</p>{self.ledger()._repr_html_()}"
-        if any("example" in axes for axes in self.kept):
+        shown = f"<p>{escape(self._head())}</p>{self.ledger()._repr_html_()}"
+        if self.has("example"):
             first = self.select([0])
             table = first.top(3).drop(columns="query").to_html(index=False, border=0, float_format="{:+.4f}".format)
-            shown += f"<p>Largest and smallest contributions to query {escape(first.names[0])}"
-            shown += f" ({escape(self.units)})</p>{table}"
+            units = f" ({escape(self.units)})" if self.units else ""
+            shown += f"<p>Largest and smallest contributions to query {escape(first.names[0])}{units}</p>{table}"
         return shown
 
 
@@ -254,6 +274,12 @@ def check_place(store: Any, overwrite: bool) -> None:
             f"something is there already, {there}: got {store}, expected an empty place. Choose another path, or pass "
             f"overwrite=True to replace a result that is there."
         )
+    if isinstance(store, str | Path) and "://" not in str(store):
+        parent = next(p for p in Path(store).absolute().parents if p.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise NotADirectoryError(
+                f"nothing can be written there: got {store}, expected a place in a folder, at {parent}."
+            )
 
 
 def _what_stands(store: Any) -> str | None:

@@ -240,7 +240,7 @@ class Run:
 
     def __str__(self) -> str:
         """What the run holds, a fact a line."""
-        h, checked = self.header, self.log("batch_identity")
+        h, checked, updates = self.header, self.log("batch_identity"), self.log("step_identity")
         steps = f"{self.steps}" + ("" if self.complete else " (" + _UNFINISHED + ")")
         rows = {
             "store": self.reader.target,
@@ -253,8 +253,8 @@ class Run:
             "capture": h["capture"],
             "size": f"{self.reader.nbytes_stored() / 2**20:.1f} MiB, {h['block']} steps a block",
             "batch identity": f"{_worst(checked)} over {int((~np.isnan(checked)).sum())} checked steps "
-            f"(the first, then every {h['check_every']})",
-            "step identity": f"{_worst(self.log('step_identity'))} over all steps",
+            f"(the first two, then every {h['check_every']})",
+            "step identity": f"{_worst(updates)} over {int((~np.isnan(updates)).sum())} checked steps",
             "written with": ", ".join(f"{name} {v}" for name, v in h["versions"].items()),
             "recorded": h["recorded"],
         }

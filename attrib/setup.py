@@ -10,6 +10,7 @@ A plain tuple (model, loss, measurement) does as well.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -50,7 +51,7 @@ class Setup:
             SetupError: there is none of that name, or several and no name.
         """
         if not isinstance(self.measurement, Mapping):
-            known = getattr(self.measurement, "name", None)
+            known = getattr(self.measurement, "name", getattr(self.measurement, "__name__", None))
             if name in (None, known):
                 return self.measurement
             raise SetupError(f"no such measurement: got {name!r}, expected {known!r}, the only one of the setup.")
@@ -93,10 +94,22 @@ def select(measurement: Any, queries: Sequence[int] | None) -> Any:
         return measurement
     if isinstance(measurement, Measurement):
         count = len(measurement.batch[0])
-        if (beyond := next((q for q in queries if not 0 <= q < count), None)) is not None:
-            raise SetupError(f"no such query: got {beyond}, expected 0 to {count - 1}, at --queries.")
+        _check(queries, count)
         return measurement.select(queries)
-    return lambda model: measurement(model)[list(queries)]
+
+    @wraps(measurement)  # its name and units are asked for
+    def chosen(model: Any) -> Tensor:
+        values: Tensor = measurement(model)
+        _check(queries, len(values))
+        return values[list(queries)]
+
+    return chosen
+
+
+def _check(queries: Sequence[int], count: int) -> None:
+    beyond = next((q for q in queries if not 0 <= q < count), None)
+    if beyond is not None:
+        raise SetupError(f"no such query: got {beyond}, expected 0 to {count - 1}, at --queries.")
 
 
 def _module(place: str) -> Any:
@@ -109,7 +122,15 @@ def _module(place: str) -> Any:
     if spec is None or spec.loader is None or not path.exists():
         raise FileNotFoundError(f"there is no script {place}")
     module = module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
     sys.path.insert(0, str(path.parent))  # where its own imports would find their like
-    spec.loader.exec_module(module)
+    before = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if before is None:
+            del sys.modules[path.stem]
+        else:
+            sys.modules[path.stem] = before
+        raise
     return module

@@ -37,7 +37,6 @@ class Sink:
     def __init__(
         self,
         run: Run,
-        queries: int,
         start: int,
         labels: tuple[str, ...],
         member: np.ndarray,
@@ -45,6 +44,7 @@ class Sink:
         kept: list[tuple[str, ...]],
         cube: Any,
         compute: torch.dtype,
+        queries: int,
     ) -> None:
         self.run, self.first, self.labels, self.member = run, start, labels, member
         steps, groups = sizes["step"], sizes["group"]
@@ -112,8 +112,8 @@ class Sink:
     def close(self, inherited: np.ndarray, complete: bool = True) -> None:
         """After the last step; inherited (Q, K)."""
         self.inherited = inherited @ self.member
-        if self._cube is not None and complete:
-            self._cube.close()
+        if self._cube is not None:
+            self._cube.close(complete)
 
     def dataset(self, facts: dict[str, Any], reached: int) -> xr.Dataset:
         """The steps from `reached` on, which must be those that were added."""

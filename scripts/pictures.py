@@ -19,7 +19,7 @@ def main() -> None:
     with TemporaryDirectory() as folder, sync_playwright() as play:
         demo(Path(folder))
         result = attrib.open_result(Path(folder) / "result.zarr")
-        figures.save(OUT / "timeline.png", lambda ax: figures.timeline(result, 0, ax))
+        figures.save(OUT / "timeline.png", lambda ax: figures.timeline(result, 0, ax), overwrite=True)
         browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1280, "height": 1830})
         page.goto((Path(folder) / "report.html").as_uri())

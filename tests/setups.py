@@ -35,7 +35,15 @@ def full() -> attrib.Setup:
 
 def callable_only() -> tuple[object, ...]:
     measurement = _measurements()["log_prob"]
-    return CASE.build().double(), CASE.loss, lambda model: measurement(model)
+
+    def odds(model: torch.nn.Module) -> torch.Tensor:
+        return measurement(model)
+
+    return CASE.build().double(), CASE.loss, odds
+
+
+def badly_described() -> attrib.Setup:
+    return attrib.Setup(*plain(), describe=lambda i: ["only one"][i + 1])  # type: ignore[arg-type]
 
 
 def wrong() -> str:

@@ -18,6 +18,7 @@ from training import Trained, train
 import attrib
 from attrib import errors
 from attrib.cli import main
+from attrib.marginals import AXES
 from attrib.setup import load_setup
 
 
@@ -98,6 +99,7 @@ def test_setups_of_every_kind_are_taken(
         (["--setup", "setups:full", "--measurement", "odds"], "log_prob, margin"),
         (["--setup", "setups:plain", "--measurement", "odds"], "'log_prob'"),
         (["--setup", "setups:plain", "--queries", "3,99"], "got 99, expected 0 to 11"),
+        (["--setup", "setups:callable_only", "--queries", "3,99"], "got 99, expected 0 to 11"),
         (["--setup", "setups:plain", "--window", "5:99"], "0 <= a < b <= 9"),
         (["--setup", "setups:plain", "--keep", "layer"], "unknown axes"),
         (["--setup", "setups:plain", "--memory", "1K"], "does not hold one query"),
@@ -120,12 +122,56 @@ def test_place_is_looked_at_before_the_work(
     attrib.open_result(store).check()
 
 
-@pytest.mark.parametrize("arguments", [["--queries", "a"], ["--queries", "3:1"], ["--window", "7"], ["--memory", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--queries", "a"],
+        ["--queries", "3:1"],
+        ["--window", "7"],
+        ["--memory", "x"],
+        ["--memory", "infG"],
+        ["-n", "-1"],
+        ["-n", "0"],
+    ],
+)
 def test_options_that_make_no_sense_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["top", "result"] if "-n" in arguments else ["attribute", "run", "--setup", "a:b"]
     with pytest.raises(SystemExit) as stopped:
-        main(["attribute", "run", "--setup", "a:b", *arguments])
+        main([*command, *arguments])
     assert stopped.value.code == 2
     assert "expected such as" in capsys.readouterr().err
+
+
+def test_script_is_read_anew_and_forgotten_if_it_fails(tmp_path: Path) -> None:
+    for folder, width in (("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine_own.py").write_text(
+            f"import torch\nclass Net(torch.nn.Linear): pass\ndef setup():\n    return Net({width}, 1), None, None\n"
+        )
+        model = load_setup(f"{tmp_path / folder / 'mine_own.py'}:setup").model
+        assert model.in_features == width
+        assert sys.modules["mine_own"].Net is type(model)  # what pickles, such as data loaders' workers, look up
+    (tmp_path / "mine_broken.py").write_text("1 / 0")
+    with pytest.raises(errors.SetupError, match="ZeroDivisionError"):
+        load_setup(f"{tmp_path / 'mine_broken.py'}:setup")
+    assert "mine_broken" not in sys.modules
+
+
+def test_callables_keep_their_name(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = str(trained.run.reader.target), str(tmp_path / "result")
+    assert (
+        main(
+            ["attribute", run, "--setup", "setups:callable_only", "--measurement", "odds", "--queries", "3", "-o", out]
+        )
+        == 0
+    )
+    assert attrib.open_result(out).dataset.attrs["measurement"] == "odds"
+
+
+def test_failing_description_is_one_line(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["top", store], ["report", store, "-o", str(tmp_path / "report.html")]):
+        assert "IndexError" in refused(capsys, *command, "--setup", "setups:badly_described")
+    assert not list(tmp_path.iterdir())
 
 
 def test_top_lists_what_the_result_lists(store: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,11 +193,12 @@ def test_top_lists_what_the_result_lists(store: str, capsys: pytest.CaptureFixtu
 def test_timeline_is_printed_and_drawn(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = attrib.open_result(store)
     found = said(capsys, "timeline", store, "--bins", "4", "-o", str(tmp_path / "timeline.svg"))
-    assert list(found) == result.names
-    for q, name in enumerate(result.names):
-        np.testing.assert_allclose(
-            sum(map(sum, found[name]["groups"].values())), result.timeline()[q].sum(), rtol=1e-12, atol=1e-14
-        )
+    assert [row["name"] for row in found] == result.names
+    assert [row["query"] for row in found] == [1, 4, 5]
+    for q, row in enumerate(found):
+        total = sum(map(sum, row["groups"].values()))
+        np.testing.assert_allclose(total, result.timeline()[q].sum(), rtol=1e-12, atol=1e-14)
+    assert "already" in refused(capsys, "timeline", store, "-o", str(tmp_path / "timeline.svg"))
     assert "<svg" in (tmp_path / "timeline.svg").read_text()
     assert main(["timeline", store, "--query", result.names[1]]) == 0
     assert result.names[1] in capsys.readouterr().out
@@ -173,8 +220,20 @@ def test_compare_puts_numbers_to_likeness(
     assert all(row["a"] == pytest.approx(-row["b"]) for row in other["groups"])
     assert main(["compare", store, store]) == 0
     assert "net change per group" in capsys.readouterr().out
-    trained.attribute().save(tmp_path / "unnamed")
-    assert "no query in common" in refused(capsys, "compare", store, str(tmp_path / "unnamed"))
+    unnamed = trained.attribute().dataset  # queries 0 and 1: without names, the numbers count
+    attrib.Result(unnamed).save(tmp_path / "unnamed")
+    assert [row["query"] for row in said(capsys, "compare", store, str(tmp_path / "unnamed"))["queries"]] == ["1"]
+    attrib.Result(unnamed.assign_coords(query=[7, 8])).save(tmp_path / "others")
+    assert "no query in common" in refused(capsys, "compare", store, str(tmp_path / "others"))
+
+
+def test_queries_of_one_name_are_not_mixed_up(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = attrib.open_result(store)
+    same = attrib.Result(result.dataset.load().assign_coords(query_name=("query", ["cat", "cat", "dog"])))
+    same.save(tmp_path / "same")
+    rows = said(capsys, "compare", str(tmp_path / "same"), str(tmp_path / "same"))["queries"]
+    assert [row["final a"] for row in rows] == [row["final b"] for row in rows] == list(result.final.values)
+    assert len(said(capsys, "timeline", str(tmp_path / "same"))) == 3
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
@@ -192,6 +251,8 @@ def test_exported_tables_read_back_the_same(
     assert found["rows"] == len(table) == result.by(*axes).size
     pd.testing.assert_frame_equal(table, result.to_pandas(*axes), check_exact=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name]
+    assert "already" in refused(capsys, "export", store, "-o", str(path))
+    assert main(["export", store, "-o", str(path), "--overwrite"]) == 0
 
 
 def test_bad_exports_leave_nothing(
@@ -229,8 +290,11 @@ def test_exits_hold_the_same_numbers(store: str) -> None:
     assert list(table.columns) == ["query", "step", "group", "contribution"]
     again = table.set_index(["query", "step", "group"])["contribution"].to_xarray()
     np.testing.assert_array_equal(again.sel(group=array["group"]), array)
-    result.to_torch("example").add_(1)  # one's own copy
-    np.testing.assert_array_equal(result.to_numpy("example"), attrib.open_result(store).to_numpy("example"))
+    here = attrib.Result(result.dataset.load())
+    assert here.has(*AXES)
+    here.to_torch(*AXES).zero_()  # one's own copy
+    np.testing.assert_array_equal(here.to_numpy(*AXES), attrib.open_result(store).to_numpy(*AXES))
+    assert np.abs(here.to_numpy(*AXES)).max() > 0
 
 
 def test_notebooks_see_tables_and_data_stay_text(store: str, trained: Trained) -> None:

@@ -1,6 +1,7 @@
 """Ctrl-C in long work leaves what was done, whole."""
 
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 from cases import MODELS, OPTIMIZERS
 from training import Trained, train
 
 import attrib
 from attrib import engine, errors
 from attrib.cli import main
+from attrib.interrupt import interruptible, shielded
 from attrib.sink import Sink
 
 
@@ -110,6 +113,55 @@ def test_step_that_was_made_is_recorded_before_ctrl_c_is_raised(tmp_path: Path) 
     run = attrib.open_run(tmp_path / "run")
     assert run.steps == 5
     attrib.attribute(run, model, attrib.measure.loss(x, y), loss=case.loss).check(1e-5)
+
+
+def test_programs_own_handler_is_called_and_ignored_signals_stay_ignored() -> None:
+    """A checkpoint on Ctrl-C, a job in the background."""
+    called = []
+    before = signal.signal(signal.SIGINT, lambda *_: called.append(True))
+    try:
+        with shielded():
+            signal.raise_signal(signal.SIGINT)
+            assert called == []
+        assert called == [True]
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with shielded(), interruptible() as request:
+            signal.raise_signal(signal.SIGINT)
+        assert not request.asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_and_foreign_handlers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def work() -> None:
+        with interruptible() as request:
+            seen.append(request.asked)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)  # as where C code put its own
+    work()
+    assert seen == [False, False]
+
+
+def test_cube_holds_the_steps_that_were_done(trained: Trained, press: Callable[..., None], tmp_path: Path) -> None:
+    whole = trained.attribute().by("step", "example", "group")
+    press(2)
+    with pytest.raises(errors.Interrupted) as stopped:
+        trained.attribute(cube=tmp_path / "cube")
+    first, last = stopped.value.result.dataset.attrs["window"]
+    cube = zarr.open_group(tmp_path / "cube", mode="r")
+    assert cube.attrs["attrib_cube"]["complete"] is False
+    index, values = np.asarray(cube["index"]), np.asarray(cube["contribution"])
+    assert (index[:first] == -1).all()
+    for step in range(first, last):
+        ids = index[step][index[step] >= 0]
+        want = whole.sel(step=step, example=ids).values
+        np.testing.assert_allclose(values[:, step, : len(ids)], want, rtol=1e-10, atol=1e-13)
+        assert len(ids) > 0
 
 
 def test_command_saves_what_was_done(

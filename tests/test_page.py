@@ -71,7 +71,7 @@ class Opened:
         return {int(e): v for e, v in self.page.evaluate(read)}
 
     def terms(self) -> dict[str, float]:
-        read = """() => [...document.querySelectorAll('#ledger tbody tr')].map(
+        read = """() => [...document.querySelectorAll('#ledger tbody tr:not(.tag)')].map(
             (r) => [r.querySelector('th').textContent, +r.querySelector('.number').dataset.value])"""
         return dict(self.page.evaluate(read))
 
@@ -113,6 +113,9 @@ def expect_tables(opened: Opened, result: attrib.Result, query: int, first: int,
 
 def test_page_shows_the_ledger_and_the_whole_run(opened: Opened, result: attrib.Result) -> None:
     assert opened.terms() == pytest.approx({k: float(v[0]) for k, v in result.ledger().terms.items()}, rel=1e-12)
+    classes = result.by("example")[0].groupby(result.dataset["example"] % 3).sum()
+    read = "() => [...document.querySelectorAll('#ledger .tag .number')].map((c) => +c.dataset.value)"
+    np.testing.assert_allclose(sorted(opened.page.evaluate(read)), sorted(classes.values), rtol=1e-12)
     expect_tables(opened, result, 0, 0, 30)
     *groups, curve = opened.chart("timeline")
     for trace, values in zip(groups, result.timeline()[0].values.T, strict=True):
@@ -228,6 +231,48 @@ def test_result_without_steps_of_examples_says_which_keep(
     assert opened.wrong == []
 
 
+def test_numbers_that_are_not_finite_are_said(browser: Any, result: attrib.Result, tmp_path: Path) -> None:
+    """log 0 early in training: the rest of the page stands."""
+    dataset = result.dataset.copy(deep=True)
+    dataset["initial"][0], dataset["curve"][0, 0] = -np.inf, -np.inf
+    opened = Opened(browser, write(attrib.Result(dataset), tmp_path / "report.html"))
+    assert "from not finite to" in opened.page.inner_text("#answer")
+    expect_tables(opened, result, 0, 0, 30)
+    opened.page.close()
+    assert opened.wrong == []
+
+
+def test_page_that_cannot_be_shown_says_so(browser: Any, result: attrib.Result, tmp_path: Path) -> None:
+    path = write(result, tmp_path / "report.html")
+    text = path.read_text()
+    path.write_text(re.sub(r'(id="page">)[^<]*<', r"\1AAAA<", text))
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.wait_for_function("document.getElementById('title').textContent.startsWith('This page could not be shown')")
+    page.close()
+
+
+def test_charts_fit_the_paper(opened: Opened) -> None:
+    widths = "() => [...document.querySelectorAll('.chart .main-svg')].map((s) => s.getBoundingClientRect().width)"
+    before = opened.page.evaluate(widths)
+    opened.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert set(opened.page.evaluate(widths)) == {650}
+    opened.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    opened.page.wait_for_function(f"(before) => JSON.stringify(({widths})()) === JSON.stringify(before)", arg=before)
+    assert opened.page.evaluate(widths) == before
+
+
+def test_window_of_a_run_keeps_its_own_steps(browser: Any, trained: Trained, tmp_path: Path) -> None:
+    short = trained.attribute(SETUP.measurement["log_prob"].select([0]), steps=slice(11, 20))
+    opened = Opened(browser, write(short, tmp_path / "report.html"))
+    opened.page.focus("#from")
+    opened.page.keyboard.press("ArrowRight")
+    assert opened.window() == (12, 20)
+    expect_tables(opened, short, 0, 12, 20)
+    opened.page.close()
+    assert opened.wrong == []
+
+
 def test_result_without_examples_is_refused(trained: Trained, tmp_path: Path) -> None:
     short = trained.attribute(keep=("step", "group"))
     with pytest.raises(errors.KeptAxesError, match=r"keep=\('example',\)"):
@@ -251,7 +296,7 @@ def test_thinned_page_says_so_and_its_tables_stay_exact(
     result = trained.attribute(SETUP.measurement["log_prob"].select([0, 1, 2]))
     opened = Opened(browser, write(result, tmp_path / "report.html"))
     notices = opened.page.inner_text("#notices")
-    for said in ("30 steps in bins of at most 3", "Windows begin and end at bins of at most", "Of 40 train examples"):
+    for said in ("30 steps in bins of 3", "Windows are made of bins of", "Of 40 train examples"):
         assert said in notices
     for where in ("timeline", "bars"):
         assert f"5 groups: in the {where}, 1 that move most are apart" in notices
@@ -294,7 +339,14 @@ def test_pictures_stop_where_the_page_would_grow_too_large(
     assert 0 < len(images) < 40
     assert sum(len(s.image) for s in images) <= 1000
     assert all(s.text for s in found["shown"].values())
-    assert any("Pictures of" in n for n in found["notices"])
+    assert any("without their picture" in n for n in found["notices"])
+
+
+def test_page_stays_small_whatever_is_said(monkeypatch: pytest.MonkeyPatch, result: attrib.Result) -> None:
+    monkeypatch.setattr(payload, "TEXTS", 300)
+    found = payload.payload(result, lambda e: "x" * 100, None, None, False)
+    assert len(found["shown"]) == 3
+    assert any("37 examples are shown without" in n for n in found["notices"])
 
 
 def test_file_holds_everything_and_nothing_in_the_clear(result: attrib.Result, tmp_path: Path) -> None:
@@ -327,17 +379,17 @@ def test_images_of_many_kinds_are_shown(value: Any, size: tuple[int, int]) -> No
 
     from PIL import Image
 
-    text, uri = shown.show((value, "a word"))
+    text, uri = shown.show(lambda _: (value, "a word"), 0)
     assert text == "a word"
     picture = Image.open(BytesIO(base64.b64decode(uri.split(",")[1])))
     assert picture.size == size
 
 
 def test_long_text_is_cut_and_what_is_no_description_is_refused() -> None:
-    assert len(shown.show("x" * 1000).text) == 300
-    for value in (None, 3, np.zeros(4), np.zeros((2, 2, 5)), ("a", "b"), [1, 2]):
-        with pytest.raises(TypeError, match="no text and no image"):
-            shown.show(value)
+    assert len(shown.show(lambda _: "x" * 1000, 0).text) == 300
+    for value in (None, 3, np.zeros(4), np.zeros((2, 2, 5)), np.zeros((0, 4)), ("a", "b"), [1, 2]):
+        with pytest.raises(errors.DescriptionError, match=r"no text and no image.*at 17"):
+            shown.show(lambda _, value=value: value, 17)
 
 
 # the file
@@ -352,11 +404,12 @@ def test_report_replaces_a_report_and_nothing_else(result: attrib.Result, tmp_pa
         with pytest.raises(errors.StoreExistsError):
             write(result, place)
     assert (tmp_path / "thesis.html").read_text() == "years of work"
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(NotADirectoryError, match="no such folder"):
         write(result, tmp_path / "nowhere" / "report.html")
 
 
 def test_failing_description_leaves_no_half_page(result: attrib.Result, tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
-        write(result, tmp_path / "report.html", describe=lambda e: str(1 / 0))
+    for option in ("describe", "describe_query", "tag"):
+        with pytest.raises(errors.DescriptionError, match="ZeroDivisionError"):
+            write(result, tmp_path / "report.html", **{option: lambda e: str(1 / 0)})
     assert not list(tmp_path.iterdir())

@@ -78,6 +78,44 @@ def test_saved_result_is_the_same_result(result: attrib.Result, tmp_path: Path) 
     result.save(tmp_path / "result.zarr", overwrite=True)
 
 
+def test_saving_over_itself_keeps_it(result: attrib.Result, tmp_path: Path) -> None:
+    """What is opened lazily is read while it is written."""
+    path = tmp_path / "result.zarr"
+    result.save(path)
+    again = attrib.open_result(path)
+    again.save(path, overwrite=True)
+    xr.testing.assert_identical(attrib.open_result(path).dataset.load(), result.dataset)
+    assert [p.name for p in tmp_path.iterdir()] == ["result.zarr"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="nothing can be written"):
+        result.save(tmp_path / "file" / "result.zarr")
+
+
+def test_number_that_is_not_finite_is_not_summed_away(result: attrib.Result) -> None:
+    dataset = result.dataset.copy(deep=True)
+    dataset["contribution_step_example_group"][0, 2, 3, 1] = np.nan
+    broken = attrib.Result(dataset)
+    assert np.isnan(broken.by()[0])
+    assert np.isnan(broken.by("example")[0, 3])
+    assert "nan" in str(broken.ledger())
+
+
+def test_names_of_queries_come_from_the_measurement_alone(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    x, y = (d[:3] for d in trained.data)
+    named = attrib.measure.log_prob(x, y, ["a", "b", "c"])
+    assert trained.attribute(named).names == ["a", "b", "c"]
+    assert trained.attribute(named.select([2, 0])).names == ["c", "a"]
+
+    def classes(model: torch.nn.Module) -> torch.Tensor:
+        return named(model)
+
+    classes.names = ["airplane", "cat"]  # type: ignore[attr-defined]
+    assert trained.attribute(classes).names == ["0", "1", "2"]
+    with pytest.raises(errors.MeasurementError, match="got 2, expected 3"):
+        attrib.measure.margin(x, y, ["a", "b"])
+
+
 @pytest.mark.parametrize("wrap", [str, LocalStore])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_saving_never_deletes_what_is_no_result(

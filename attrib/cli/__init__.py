@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"attrib: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print(f"attrib: {error or 'interrupted; what was committed can be read'}", file=sys.stderr)
+        print(f"attrib: {str(error) or 'interrupted; what was committed can be read'}", file=sys.stderr)
         return 130
 
 

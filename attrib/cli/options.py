@@ -50,8 +50,14 @@ def size(text: str) -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     try:
         return int(float(text[:-1]) * units[text[-1].upper()]) if text[-1:].upper() in units else int(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"not a number of bytes: got {text!r}, expected such as 2G or 500M") from None
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"not a count: got {text!r}, expected such as 10")
+    return int(text)
 
 
 def axes(text: str) -> tuple[str, ...]:

@@ -1,15 +1,14 @@
 """Commands on results: report, timeline, top, compare, export."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from ..report import compare, export, figures, text, write
+from ..report import compare, export, figures, text, to_json, write
 from ..report.shown import Describe, said
 from ..result import open_result
 from ..setup import load_setup
-from .options import AXES, add_query, add_setup, axes, chosen_queries, command
+from .options import AXES, add_query, add_setup, axes, chosen_queries, command, positive
 
 
 def add(commands: Any) -> None:
@@ -18,19 +17,21 @@ def add(commands: Any) -> None:
     made.add_argument("--title")
     add_setup(made, required=False)
     made = command(commands, "timeline", _timeline, "what each group's updates changed, over the steps", "RESULT")
-    made.add_argument("--bins", type=int, default=12, metavar="N", help="rows of the table (12)")
+    made.add_argument("--bins", type=positive, default=12, metavar="N", help="rows of the table (12)")
     made.add_argument("-o", "--out", type=Path, metavar="FILE", help="draw it as a picture too: .png, .pdf, .svg")
+    made.add_argument("--overwrite", action="store_true", help="replace a picture that is there")
     add_query(made)
     made = command(commands, "top", _top, "the train examples that contributed most", "RESULT")
-    made.add_argument("-n", type=int, default=10, metavar="N", help="so many that raised, and that lowered (10)")
+    made.add_argument("-n", type=positive, default=10, metavar="N", help="so many that raised, and that lowered (10)")
     add_query(made)
     add_setup(made, required=False)
     made = command(commands, "compare", _compare, "two results beside each other")
     made.add_argument("a", metavar="RESULT")
     made.add_argument("b", metavar="RESULT")
-    made.add_argument("-n", type=int, default=10, metavar="N", help="overlap of the N largest contributions (10)")
+    made.add_argument("-n", type=positive, default=10, metavar="N", help="overlap of the N largest contributions (10)")
     made = command(commands, "export", _export, "write contributions as a table", "RESULT")
     made.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help=".csv or .parquet")
+    made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     made.add_argument("--axes", type=axes, default=("example",), metavar="AXES", help=AXES + " (example)")
 
 
@@ -40,7 +41,7 @@ def _report(options: argparse.Namespace) -> int:
     known = {key: getattr(setup, key) for key in ("describe", "describe_query", "tag")} if setup else {}
     path = write(result, options.out, title=options.title, progress=not options.json, **known)
     size = path.stat().st_size
-    print(json.dumps({"report": str(path), "bytes": size}) if options.json else f"{path}: {size / 1e6:.1f} MB")
+    print(to_json({"report": str(path), "bytes": size}) if options.json else f"{path}: {size / 1e6:.1f} MB")
     return 0
 
 
@@ -48,9 +49,11 @@ def _timeline(options: argparse.Namespace) -> int:
     result = open_result(options.result)
     chosen = chosen_queries(result, options.query, every=options.json)
     if options.out is not None:
-        figures.save(options.out, lambda ax: figures.timeline(result, chosen[0], ax))
+        figures.save(options.out, lambda ax: figures.timeline(result, chosen[0], ax), options.overwrite)
     if options.json:
-        print(json.dumps({result.names[q]: text.binned(result, q, options.bins) for q in chosen}))
+        numbers = result.dataset["query"].values
+        rows = [{"query": numbers[q], "name": result.names[q], **text.binned(result, q, options.bins)} for q in chosen]
+        print(to_json(rows))
     else:
         print(_which(result.names, chosen[0]) + text.timeline(result, chosen[0], options.bins))
     return 0
@@ -63,7 +66,7 @@ def _top(options: argparse.Namespace) -> int:
     table = result.select(chosen).top(options.n)
     if options.json:
         rows = table.to_dict("records")
-        print(json.dumps([{**row, "shown": said(describe, row["example"])} for row in rows] if describe else rows))
+        print(to_json([{**row, "shown": said(describe, row["example"])} for row in rows] if describe else rows))
     else:
         print(
             _which(result.names, chosen[0])
@@ -75,19 +78,15 @@ def _top(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     found = compare(open_result(options.a), open_result(options.b), options.n)
     if options.json:
-        print(
-            json.dumps(
-                {name: json.loads(getattr(found, name).to_json(orient="records")) for name in ("queries", "groups")}
-            )
-        )
+        print(to_json({name: getattr(found, name).to_dict("records") for name in ("queries", "groups")}))
     else:
         print(found)
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    rows = export(open_result(options.result), options.out, *options.axes)
-    print(json.dumps({"file": str(options.out), "rows": rows}) if options.json else f"{options.out}: {rows} rows")
+    rows = export(open_result(options.result), options.out, *options.axes, overwrite=options.overwrite)
+    print(to_json({"file": str(options.out), "rows": rows}) if options.json else f"{options.out}: {rows} rows")
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..engine import attribute
 from ..errors import Interrupted
 from ..plan import plan
+from ..report import to_json
 from ..result import Result, check_place
 from ..run import open_run
 from ..setup import load_setup, select
@@ -55,7 +56,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     found = plan(open_run(options.run), options.queries, options.memory)
-    print(json.dumps(asdict(found)) if options.json else found)
+    print(to_json(asdict(found)) if options.json else found)
     return 0
 
 
@@ -64,7 +65,7 @@ def _verify(options: argparse.Namespace) -> int:
     found = verify(run)
     if options.json:
         figures = {name: {"steps": count, "largest": gap} for name, (count, gap) in found.identities.items()}
-        print(json.dumps({"chunks": found.chunks, "identities": figures, "failure": found.failure}))
+        print(to_json({"chunks": found.chunks, "identities": figures, "failure": found.failure}))
     else:
         print(found)
         if run.capture == "replay":
@@ -87,7 +88,7 @@ def _attribute(options: argparse.Namespace) -> int:
     ledger = result.ledger()
     if options.json:
         queries = ledger.to_pandas().reset_index().to_dict("records")
-        print(json.dumps({"result": options.out, "queries": queries, "identities": ledger.identities}))
+        print(to_json({"result": options.out, "queries": queries, "identities": ledger.identities}))
     else:
         print(f"{result!r}\n\nsaved to {options.out}; see it with: attrib report {options.out} -o report.html")
     return 0

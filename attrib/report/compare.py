@@ -32,19 +32,27 @@ def compare(a: Result, b: Result, n: int = 10) -> Comparison:
     Raises:
         ValueError: they have no query in common.
     """
-    common = [name for name in a.names if name in set(b.names)]
+    ours, theirs = _keys(a, b), _keys(b, a)
+    common = [key for key in ours if key in theirs]
     if not common:
         raise ValueError(
             f"the results have no query in common: got {', '.join(a.names[:3])}, ... and {', '.join(b.names[:3])}, ... "
             f"Compare results of the same measurement."
         )
     rows, groups = [], []
-    for name in common:
-        one, two = (r.select([r.names.index(name)]) for r in (a, b))
+    for key in common:
+        one, two, name = a.select([ours[key]]), b.select([theirs[key]]), str(key[0])
         row = {"query": name, "final a": float(one.final[0]), "final b": float(two.final[0])}
         rows.append({**row, **_alike(one, two, n)})
         groups.append(_groups(name, one, two))
     return Comparison(pd.DataFrame(rows), pd.concat(groups, ignore_index=True), n)
+
+
+def _keys(result: Result, other: Result) -> dict[tuple[object, int], int]:
+    """(name or number, which of those called so) -> position."""
+    named = all("query_name" in r.dataset.coords for r in (result, other))
+    called = result.names if named else [int(v) for v in result.dataset["query"].values]
+    return {(name, called[:q].count(name)): q for q, name in enumerate(called)}
 
 
 def _alike(a: Result, b: Result, n: int) -> dict[str, float]:

@@ -1,30 +1,27 @@
 """Results as files that other programs read."""
 
-import os
 from pathlib import Path
 
 from ..result import Result
 from .extras import need
+from .files import check_file, replacing
 
 
-def export(result: Result, path: str | Path, *axes: str) -> int:
+def export(result: Result, path: str | Path, *axes: str, overwrite: bool = False) -> int:
     """Write `result.to_pandas(*axes)` as .csv, or as .parquet (extra `parquet`), and return the number of rows.
 
     One query is held at a time; numbers in .csv are written so that they read back the same.
 
     Raises:
-        ValueError: another ending. KeptAxesError: the axes were not kept. MissingExtraError: no pyarrow.
+        ValueError: another ending. KeptAxesError: the axes were not kept. MissingExtraError: no pyarrow. StoreExistsError:
+        something is there and overwrite is False.
     """
     path = Path(path)
+    check_file(path, overwrite)
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"the format is not known: got {path.name!r}, expected a name that ends in .csv or .parquet.")
-    beside = path.with_name(path.name + ".part")
-    try:
-        rows = (_csv if path.suffix == ".csv" else _parquet)(result, beside, axes)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return rows
+    with replacing(path) as beside:
+        return (_csv if path.suffix == ".csv" else _parquet)(result, beside, axes)
 
 
 def _csv(result: Result, path: Path, axes: tuple[str, ...]) -> int:

@@ -5,12 +5,15 @@ much to draw is binned or folded (`thin`), and the labels say so.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..result import Result
 from .extras import need
+from .files import check_file, replacing
+from .shown import Describe, said, tagged
 from .thin import bin_steps, by_tag, fold_groups
 
 # Okabe and Ito 2008, distinguishable with any colour vision
@@ -18,6 +21,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 DOWN, UP, WHOLE = "#D55E00", "#0072B2", "#555555"
 BINS = 120
 BARS = 24  # groups in a bar chart
+LETTERS = 40  # of a label
 
 
 def timeline(result: Result, query: int = 0, ax: Any = None) -> Any:
@@ -33,22 +37,20 @@ def timeline(result: Result, query: int = 0, ax: Any = None) -> Any:
     above, below = np.zeros(bins.count), np.zeros(bins.count)
     for values, name, colour in zip(sums.T, changes["group"].values, COLOURS, strict=False):
         base = np.where(values >= 0, above, below)
-        ax.bar(edges[:-1], values, np.diff(edges), base, align="edge", color=colour, label=str(name))
+        ax.bar(edges[:-1], values, np.diff(edges), base, align="edge", color=colour, label=_label(name))
         above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
     ax.axhline(0, color="black", linewidth=0.6)
-    ax.set(xlabel="step", ylabel=f"change {_per(bins.widest)} ({result.units})", xlim=(edges[0], edges[-1]))
+    ax.set(xlabel="step", ylabel=f"change {_per(bins.width)}{_units(result)}", xlim=(edges[0], edges[-1]))
     curve = result.curve.isel(query=query)
     other = ax.twinx()
     other.plot(curve["state"].values, curve.values, color="black", linewidth=1.4, label="measurement")
-    other.set_ylabel(f"{_measured(result)} ({result.units})")
+    other.set_ylabel(f"{_measured(result)}{_units(result)}")
     handles = [*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=8)
     return ax
 
 
-def cumulative(
-    result: Result, query: int = 0, n: int = 8, describe: Callable[[int], object] = str, ax: Any = None
-) -> Any:
+def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | None = None, ax: Any = None) -> Any:
     """Running sums, over the steps, of the n examples whose contributions end up largest in size, of all others together,
     and of weight decay: all that the measurement is made of.
 
@@ -70,18 +72,16 @@ def cumulative(
         ax.plot(steps, running, style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})")
     for k, e in enumerate(order[:n]):
         running = np.cumsum(values.values[:, e])
-        label = f"{describe(int(values['example'].values[e]))}  ({final[e]:+.2f})"
+        label = f"{_label(said(describe, int(values['example'].values[e])))}  ({final[e]:+.2f})"
         style = "-" if k < len(COLOURS) else "--"
         ax.plot(steps, running, style, color=COLOURS[k % len(COLOURS)], linewidth=1.2, label=label)
     ax.axhline(0, color="black", linewidth=0.6)
-    ax.set(xlabel="step", ylabel=f"contribution so far ({result.units})", xlim=(steps[0], max(steps[-1], steps[0] + 1)))
+    ax.set(xlabel="step", ylabel=f"contribution so far{_units(result)}", xlim=(steps[0], max(steps[-1], steps[0] + 1)))
     ax.legend(frameon=False, fontsize=8, loc="best")
     return ax
 
 
-def heat_map(
-    result: Result, query: int = 0, n: int = 30, describe: Callable[[int], object] = str, ax: Any = None
-) -> Any:
+def heat_map(result: Result, query: int = 0, n: int = 30, describe: Describe | None = None, ax: Any = None) -> Any:
     """Contributions of the n examples that count most, (example, bin of steps), blue where they raised the measurement.
 
     Raises:
@@ -98,11 +98,11 @@ def heat_map(
     largest = np.abs(sums).max(initial=0.0) or 1.0
     edges = np.arange(len(chosen) + 1) - 0.5
     mesh = ax.pcolormesh(steps[bins.edges], edges, sums, cmap=_diverging(), vmin=-largest, vmax=largest)
-    labels = [str(describe(int(e))) for e in values["example"].values[chosen]]
+    labels = [_label(said(describe, int(e))) for e in values["example"].values[chosen]]
     ax.set_yticks(range(len(chosen)), labels, fontsize=7)
     ax.invert_yaxis()
     ax.set(xlabel="step", ylabel=f"{len(chosen)} of {len(total)} train examples")
-    ax.figure.colorbar(mesh, ax=ax, label=f"contribution {_per(bins.widest)} ({result.units})")
+    ax.figure.colorbar(mesh, ax=ax, label=f"contribution {_per(bins.width)}{_units(result)}")
     return ax
 
 
@@ -119,24 +119,26 @@ def gross_net(result: Result, query: int = 0, ax: Any = None) -> Any:
     places = np.arange(gross.sizes["group"])
     ax.barh(places, gross.values, color="#cccccc", label="gross: sum of |change| of each step")
     ax.barh(places, net.values, height=0.45, color=UP, label="net change")
-    ax.set_yticks(places, [str(g) for g in gross["group"].values], fontsize=8)
+    ax.set_yticks(places, [_label(g) for g in gross["group"].values], fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.6)
-    ax.set_xlabel(f"change of {_measured(result)} ({result.units})")
+    ax.set_xlabel(f"change of {_measured(result)}{_units(result)}")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
     return ax
 
 
-def waterfall(result: Result, query: int = 0, tag: Callable[[int], object] | None = None, ax: Any = None) -> Any:
+def waterfall(result: Result, query: int = 0, tag: Describe | None = None, ax: Any = None) -> Any:
     """The ledger as a way from the initial to the final value, examples apart by `tag` (id -> class, source, ...).
 
     Raises:
         KeptAxesError: with a tag, where the result was not kept along the examples.
     """
     chosen = result.select([query])
-    names, sums = (["examples"], chosen.by().values) if tag is None else by_tag(chosen.by("example")[0], tag)
     terms = chosen.ledger().terms.isel(query=0)
-    moves = [*zip(names, sums.tolist(), strict=True)]
+    moves = [("examples", float(terms["examples"]))]
+    if tag is not None:
+        contributions = chosen.by("example")[0]
+        moves = by_tag(contributions.values, tagged(tag, contributions["example"].values))
     moves += [(name, float(terms[name])) for name in ("decay", "inherited", "residual")]
     ax = _axes(ax)
     level = initial = float(terms["initial"])
@@ -149,16 +151,16 @@ def waterfall(result: Result, query: int = 0, tag: Callable[[int], object] | Non
         ax.barh(k, value, left=base, color=colour)
         ax.annotate(f"{value:+.3g}", (max(base, base + value), k), (3, 0), textcoords="offset points", va="center",
                     fontsize=8)  # fmt: skip
-    ax.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    ax.set_yticks(range(len(bars)), [_label(name) for name, *_ in bars])
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.6)
     ax.use_sticky_edges = False
     ax.margins(x=0.12)
-    ax.set_xlabel(f"{_measured(result)} ({result.units})")
+    ax.set_xlabel(f"{_measured(result)}{_units(result)}")
     return ax
 
 
-def overview(result: Result, query: int, title: str, describe: Callable[[int], object], path: Any) -> None:
+def overview(result: Result, query: int, title: str, describe: Describe, path: Any) -> None:
     """Timeline above, cumulative contributions below, saved to a file."""
     figure = _figure(9, 8)
     top, bottom = figure.subplots(2, 1, height_ratios=(1.2, 1))
@@ -168,11 +170,17 @@ def overview(result: Result, query: int, title: str, describe: Callable[[int], o
     figure.savefig(path, dpi=130)
 
 
-def save(path: Any, draw: Callable[[Any], Any]) -> None:
-    """One figure to a file: `draw` is called with its axes."""
+def save(path: Path, draw: Callable[[Any], Any], overwrite: bool = False) -> None:
+    """One figure to a file: `draw` is called with its axes.
+
+    Raises:
+        StoreExistsError: something is there and overwrite is False.
+    """
+    check_file(path, overwrite)
     figure = _figure(9, 4.8)
     draw(figure.subplots())
-    figure.savefig(path, dpi=130)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=130)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -189,6 +197,16 @@ def _diverging() -> Any:
 
 def _per(steps: int) -> str:
     return "per step" if steps == 1 else f"per {steps} steps"
+
+
+def _label(text: object) -> str:
+    """As it stands: not as mathematics, not hidden from the legend for its underscore, not longer than there is room."""
+    shown = str(text) if len(str(text)) <= LETTERS else str(text)[: LETTERS - 3] + "..."
+    return ("\u200b" if shown.startswith("_") else "") + shown.replace("$", r"\$")
+
+
+def _units(result: Result) -> str:
+    return f" ({result.units})" if result.units else ""
 
 
 def _measured(result: Result) -> str:

@@ -38,10 +38,13 @@ const cut = (text, n = 34) => (text.length > n ? text.slice(0, n - 1) + "…" : 
 const minus = (text) => text.replace("-", "−");
 
 function number(value, signed = true) {
+  if (value === null) return "not finite";
   const size = Math.abs(value);
   const digits = size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : value.toFixed(size < 10 ? 4 : 2);
   return minus((signed && value > 0 ? "+" : "") + digits);
 }
+
+const value = (v, signed = false) => `${number(v, signed)}${page.units ? ` ${page.units}` : ""}`;
 
 function element(name, text = "", kind = "") {
   const made = document.createElement(name);
@@ -59,6 +62,12 @@ function numberCell(value, signed) {
 function row(...cells) {
   const made = document.createElement("tr");
   made.append(...cells);
+  return made;
+}
+
+function head(text, kind = "") {
+  const made = element("th", text, kind);
+  made.scope = "row";
   return made;
 }
 
@@ -83,6 +92,9 @@ const label = (id) => {
 };
 
 // charts
+
+const inUnits = (text) => (page.units ? `${text} (${page.units})` : text);
+const many = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 
 const LAYOUT = {
   font: { family: "system-ui, sans-serif", size: 13, color: "#1b1b1b" }, paper_bgcolor: "#fff", plot_bgcolor: "#fff",
@@ -128,7 +140,7 @@ function drawWaterfall() {
     hovertext: names.map(plain), hovertemplate: "%{hovertext}: %{text}<extra></extra>", connector: { line: { width: 0.5 } },
   }], {
     margin: { l: 20, r: 80, t: 10, b: 45 }, dragmode: false,
-    xaxis: axis(`${page.measurement} (${page.units})`, { range: padded(levels) }),
+    xaxis: axis(inUnits(page.measurement), { range: padded(levels) }),
     yaxis: rows(names.map((n) => cut(n, 20))),
   });
 }
@@ -147,13 +159,15 @@ function drawTimeline() {
     line: { color: "#000", width: 2 }, hovertemplate: "step %{x}: %{y:.5g}", unselected: { marker: { opacity: 1 } },
   }], {
     barmode: "relative", bargap: 0, dragmode: "select", selectdirection: "h", legend: LEGEND,
-    xaxis: axis("step", { range: [edges[0], edges[bins]] }), yaxis: axis(`change per bin (${page.units})`),
-    yaxis2: axis(`${page.measurement} (${page.units})`, {
+    xaxis: axis("step", { range: [edges[0], edges[bins]] }), yaxis: axis(inUnits(binWidth() === 1 ? "change per step" : `change per ${binWidth()} steps`)),
+    yaxis2: axis(inUnits(page.measurement), {
       overlaying: "y", side: "right", showgrid: false, zeroline: false, tickmode: "auto",
     }),
     shapes: shading(), selections: [],
   }, ZOOMED);
 }
+
+const binWidth = () => page.edges[1] - page.edges[0];
 
 function shading() {
   const [low, high] = bounds();
@@ -184,7 +198,7 @@ function drawLayers() {
   const layers = page.layers;
   if (layers === null) {
     $("layers-hint").textContent = "Not kept along step and group: attribute again with keep=[(\"step\", \"group\"), ...].";
-    $("layers").hidden = true;
+    $("layers").hidden = $("layers-numbers").hidden = true;
     return;
   }
   const within = (array, g) => sum(range(now.to - now.from).map((b) => at(array, now.query, now.from + b, g)));
@@ -195,9 +209,11 @@ function drawLayers() {
   });
   grow("layers", 1.5 * places.length);
   const bars = [bar("train examples", layers.examples, UP), bar("weight decay", layers.decay, "#999999")];
+  const [examples, decay] = bars.map((bar) => bar.x);
+  fill("layers-table", layers.groups.map((name, g) => row(head(name), numberCell(examples[g]), numberCell(decay[g]))));
   draw("layers", bars, {
     margin: { l: 20, r: 20, t: 30, b: 45 }, dragmode: false, barmode: "group", legend: LEGEND,
-    xaxis: axis(`contribution in the window (${page.units})`, { range: padded(bars.flatMap((bar) => bar.x)) }),
+    xaxis: axis(inUnits("contribution in the window"), { range: padded(bars.flatMap((bar) => bar.x)) }),
     yaxis: rows(layers.groups.map((n) => cut(n))),
   });
 }
@@ -210,20 +226,24 @@ const tableEdges = () => (page.by_steps ? page.windows.map((b) => page.edges[b])
 
 function showQuestion() {
   const query = page.queries[now.query], terms = query.terms;
-  $("title").textContent = page.title || `Why is ${page.measurement} ${number(terms.final, false)} ${page.units}?`;
+  $("title").textContent = page.title || `Why is ${page.measurement} ${value(terms.final)}?`;
   $("query-shown").replaceChildren(shown(query.shown, `query ${query.name}`));
   const steps = page.edges[page.edges.length - 1] - page.edges[0];
-  $("answer").textContent = `In ${steps} steps, ${page.measurement} went from ${number(terms.initial, false)} to ` +
-    `${number(terms.final, false)} ${page.units}.`;
+  $("answer").textContent =
+    `In ${many(steps, "step")}, ${page.measurement} went from ${number(terms.initial, false)} to ${value(terms.final)}.`;
 }
 
 function showLedger() {
-  const { terms } = page.queries[now.query];
-  fill("ledger", Object.entries(terms).map(([name, value]) => {
-    const made = row(element("th", name), numberCell(value, !["initial", "final"].includes(name)));
-    made.classList.toggle("total", name === "final");
+  const { terms, tags } = page.queries[now.query];
+  const line = (name, value, kind) => {
+    const made = row(head(name), numberCell(value, !["initial", "final"].includes(name)));
+    made.className = kind;
     return made;
-  }));
+  };
+  fill("ledger", Object.entries(terms).flatMap(([name, value]) => [
+    line(name, value, name === "final" ? "total" : "term"),
+    ...(name === "examples" ? tags.map(([tag, sum]) => line(tag, sum, "tag")) : []),
+  ]));
 }
 
 function showExamples() {
@@ -247,7 +267,8 @@ function showExamples() {
   fill("bottom", bottom.map(made));
   const listed = new Set([...top, ...bottom]);
   const others = sum(bins.map((b) => table.others.data[b])) + sum(range(n).filter((k) => !listed.has(k)).map((k) => sums[k]));
-  $("rest").textContent = `All ${n + table.left - listed.size} other examples together: ${number(others)} ${page.units}.`;
+  const left = n + table.left - listed.size;
+  $("rest").textContent = left ? `${many(left, "other example")} together: ${value(others, true)}.` : "";
   $("rest").dataset.value = others;
   drawHeat([...top, ...bottom.slice().reverse()]);
 }
@@ -261,8 +282,8 @@ function showWindow() {
   $("from").setAttribute("aria-valuetext", `step ${low}`);
   $("to").setAttribute("aria-valuetext", `step ${high}`);
   $("window-said").textContent = page.by_steps
-    ? `Contributions of the batches of steps ${low} to ${high - 1}, in ${page.units}.`
-    : `Contributions over all steps, in ${page.units}: they were not kept along the steps.`;
+    ? `Contributions of the batches of ${high - low === 1 ? `step ${low}` : `steps ${low} to ${high - 1}`}.`
+    : "Contributions over all steps: they were not kept along the steps.";
   showExamples();
   drawLayers();
 }
@@ -303,6 +324,12 @@ function listen() {
   });
 }
 
+// paper is narrower than the screen
+const PAPER = 650;
+const charts = () => [...document.querySelectorAll(".chart")].filter((chart) => chart.data);
+addEventListener("beforeprint", () => charts().forEach((c) => Plotly.relayout(c, { width: PAPER, autosize: false })));
+addEventListener("afterprint", () => charts().forEach((c) => Plotly.relayout(c, { width: null, autosize: true })));
+
 async function main() {
   const script = document.createElement("script");
   script.textContent = await unpack("library");
@@ -313,12 +340,15 @@ async function main() {
   $("to").max = page.windows.length - 1;
   $("query").append(...page.queries.map((q, k) => { const o = element("option", q.name); o.value = k; return o; }));
   $("query-choice").hidden = page.queries.length < 2;
-  fill("identities", Object.entries(page.identities).map(([name, gap]) => row(element("th", name), numberCell(gap, false))));
-  fill("facts", page.facts.map(([name, value]) => row(element("th", name), element("td", value))));
+  fill("identities", Object.entries(page.identities).map(([name, gap]) => row(head(name), numberCell(gap, false))));
+  fill("facts", page.facts.map(([name, value]) => row(head(name), element("td", value))));
   $("notices").append(...page.notices.map((text) => element("li", text)));
   showQuery();
   listen();
   document.body.dataset.ready = "yes";
 }
 
-main();
+main().catch((error) => {
+  $("title").textContent = `This page could not be shown: ${error.message}. It needs a browser of 2023 or later.`;
+  throw error;
+});

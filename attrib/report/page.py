@@ -5,17 +5,14 @@ compressed. Nothing from the data is ever parsed as HTML: the page sets it as te
 """
 
 import gzip
-import json
-import os
 from base64 import b64encode
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from ..errors import StoreExistsError
 from ..result import Result
 from .extras import need
+from .files import check_file, replacing, to_json
 from .payload import payload
 from .shown import Describe
 
@@ -49,13 +46,14 @@ def write(
     Raises:
         MissingExtraError: the extra `report` is not installed.
         KeptAxesError: the result was not kept along the examples.
+        DescriptionError: `describe`, `describe_query` or `tag` failed, or returned something that cannot be shown.
         StoreExistsError: there is a file that is no report.
 
     Example:
         >>> attrib.report.write(result, "report.html", describe=lambda i: texts[i])  # doctest: +SKIP
     """
     path = Path(path)
-    _check_place(path)
+    check_file(path, overwrite=_is_report(path))
     library = need("plotly.offline", "report").get_plotlyjs()
     page = payload(result, describe, describe_query, tag, progress)
     page["title"] = title
@@ -65,26 +63,21 @@ def write(
         "style": _part("page.css"),
         "script": _part("page.js"),
         "library": _packed(library),
-        "page": _packed(json.dumps(page, default=_plain)),
+        "page": _packed(to_json(page)),
     }
     text = _part("page.html")
     for name, value in parts.items():
         text = text.replace(f"<!--{name}-->", value, 1)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
     return path
 
 
-def _check_place(path: Path) -> None:
-    if path.is_dir() or (path.exists() and MARK not in path.read_text("utf-8", "replace")[:1000]):
-        raise StoreExistsError(
-            f"something else is there: got {path}, expected nothing or an earlier report. Choose another path."
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"there is no such folder: got {path.parent}, at {path}. Make it, or choose another path."
-        )
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return MARK in file.read(1000)
 
 
 def _part(name: str) -> str:
@@ -94,7 +87,3 @@ def _part(name: str) -> str:
 def _packed(text: str) -> str:
     """Compressed, in base64: a browser unpacks it by itself."""
     return b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
-
-
-def _plain(value: Any) -> Any:
-    return value.item()  # numpy's numbers

@@ -6,7 +6,7 @@
                                along the steps
 
 Windows are runs of the B bins. The n examples of a query are all, or those that are among the `RANKS` largest or smallest of
-*some* window: the tables are then exact for every window that can be chosen. B is halved until that fits.
+*some* window: the tables then rank rightly in every window that can be chosen. B is halved until that fits.
 """
 
 from base64 import b64encode
@@ -19,14 +19,17 @@ from tqdm import tqdm
 
 from ..optim import describe_options
 from ..result import Result
-from .shown import Describe, Shown, show
+from .shown import Describe, Shown, show, tagged
 from .thin import Bins, bin_steps, by_tag, fold_groups
 
 RANKS = 10  # rows of the tables of largest and of smallest contributions
-FINE = 512  # bins of the timeline
-WINDOWS = 128  # bins that windows are made of
+FINE = 512  # bins of the timeline, at most
+WINDOWS = 128  # bins that windows are made of, at most
 NUMBERS = 600_000  # contributions of examples in the page, all queries together
+SUMS = 200_000  # numbers of the timeline, and of the groups' bars, all queries together
 IMAGES = 1 << 20  # bytes of pictures in the page
+TEXTS = 1 << 20  # letters that describe examples
+RANKED = 40_000_000  # sums of windows that are ranked for a query: a second's work
 SERIES, BARS = 8, 24  # groups in the timeline and in the bars
 
 
@@ -42,16 +45,16 @@ def payload(
 ) -> dict[str, Any]:
     """Everything the page shows, as JSON; arrays are float32 in base64."""
     dataset = result.dataset
-    steps, first = dataset.sizes["step"], int(dataset["step"].values[0])
-    table = _table(result, progress)
-    by_steps = any("step" in axes and "example" in axes for axes in result.kept)
-    bins = table.bins if by_steps else bin_steps(steps, WINDOWS)
-    fine = _refine(bins, steps)
+    first = int(dataset["step"].values[0])
     changes = fold_groups(result.timeline(), SERIES)
-    notices = _notices(result, steps, fine, bins, table, by_steps)
+    fine = bin_steps(dataset.sizes["step"], min(FINE, SUMS // (changes.sizes["query"] * changes.sizes["group"])))
+    table = _table(result, fine, progress)
+    by_steps = result.has("step", "example")
+    bins = table.bins if by_steps else fine.merged(_windows(result))
+    notices = _notices(result, fine, bins, table)
     shown, omitted = _descriptions(dataset["example"].values, table, describe)
     if omitted:
-        notices.append(f"Pictures of {omitted} examples are left out: they would make the page too large.")
+        notices.append(f"{omitted} examples are shown without their picture or text, for the size of this file.")
     return {
         "measurement": dataset.attrs.get("measurement", "measurement"),
         "units": result.units,
@@ -60,7 +63,7 @@ def payload(
         "identities": result.ledger().identities,
         "queries": _queries(result, describe_query, tag),
         "edges": (fine.edges + first).tolist(),
-        "windows": np.searchsorted(fine.edges, bins.edges).tolist(),
+        "windows": np.searchsorted(fine.edges, bins.edges).tolist(),  # where among the edges
         "timeline": _floats(fine.sum(changes.values, 1)),
         "timeline_groups": [str(g) for g in changes["group"].values],
         "curve": _floats(result.curve.values[:, fine.edges]),
@@ -78,26 +81,31 @@ def payload(
 # examples
 
 
-def _table(result: Result, progress: bool) -> Chosen:
+def _table(result: Result, fine: Bins, progress: bool) -> Chosen:
     """The finest bins for which the examples fit."""
-    queries, steps = result.dataset.sizes["query"], result.dataset.sizes["step"]
-    if not any("step" in axes and "example" in axes for axes in result.kept):
-        return _coarsen(result, bin_steps(steps, 1), [v[None] for v in result.by("example").values], queries)
-    bins = bin_steps(steps, WINDOWS)
+    queries, count = result.dataset.sizes["query"], result.dataset.sizes["example"]
+    if not result.has("step", "example"):
+        return _coarsen(fine.merged(1), [v[None] for v in result.by("example").values])
+    bins = fine.merged(min(_windows(result), int((2 * RANKED / count) ** 0.5)))
     sums = []
     for q in tqdm(range(queries), desc="report", unit="query", delay=2, disable=not progress):
         values = result.select([q]).by("step", "example").values[0]
         sums.append(bins.sum(values, 0))  # (B, N)
-    return _coarsen(result, bins, sums, queries)
+    return _coarsen(bins, sums)
 
 
-def _coarsen(result: Result, bins: Bins, sums: list[np.ndarray], queries: int) -> Chosen:
-    room = max(NUMBERS // queries, 4 * RANKS)
+def _coarsen(bins: Bins, sums: list[np.ndarray]) -> Chosen:
+    """Half as many bins, until the examples of all queries fit."""
+    room = NUMBERS // len(sums)
     while True:
-        chosen = [_in_some_window(values, room // bins.count) for values in sums]
-        if all(c is not None for c in chosen):  # as it must be with one bin
+        chosen = []
+        for values in sums:
+            chosen.append(_in_some_window(values, room // bins.count))
+            if chosen[-1] is None:
+                break
+        else:
             break
-        bins = Bins(np.append(bins.edges[:-1:2], bins.edges[-1]))
+        bins = Bins(bins.steps, 2 * bins.width)
         sums = [np.add.reduceat(v, np.arange(0, len(v), 2), 0) for v in sums]
     found = zip([c for c in chosen if c is not None], sums, strict=True)
     return Chosen(bins, [(at, values[:, at], values.sum(1) - values[:, at].sum(1)) for at, values in found])
@@ -105,9 +113,9 @@ def _coarsen(result: Result, bins: Bins, sums: list[np.ndarray], queries: int) -
 
 def _in_some_window(values: np.ndarray, most: int) -> np.ndarray | None:
     """(b, N) -> (n,) positions of the examples that some run of bins ranks among its RANKS largest or smallest; all, if
-    they are no more than `most`; None if it would be more."""
+    they are no more than `most`; None if it would be more. Of one bin they are never too many."""
     bins, count = values.shape
-    if count <= max(most, 2 * RANKS):
+    if count <= (max(most, 2 * RANKS) if bins > 1 else 2 * RANKS):
         return np.arange(count)
     running = np.concatenate([np.zeros((1, count)), np.cumsum(values, 0)])
     member = np.zeros(count, dtype=bool)
@@ -121,17 +129,20 @@ def _in_some_window(values: np.ndarray, most: int) -> np.ndarray | None:
 
 
 def _descriptions(ids: np.ndarray, table: Chosen, describe: Describe | None) -> tuple[dict[str, Shown], int]:
-    """id -> what is shown, for every example in the page, the most important first; how many pictures were left out."""
+    """id -> what is shown, the most important examples first, and how many are left out or lack their picture."""
     size: dict[int, float] = {}
     for at, values, _ in table.queries:
         for e, v in zip(at, np.abs(values).sum(0), strict=True):
             size[int(e)] = max(size.get(int(e), 0.0), float(v))
-    shown, room, omitted = {}, IMAGES, 0
-    for e in sorted(size, key=lambda e: -size[e]) if describe is not None else ():
-        assert describe is not None
-        found = show(describe(int(ids[e])))
-        room -= len(found.image)
-        if found.image and room < 0:
+    shown: dict[str, Shown] = {}
+    images, letters, omitted = IMAGES, TEXTS, 0
+    order = sorted(size, key=lambda e: -size[e]) if describe is not None else []
+    for n, e in enumerate(order):
+        found = show(describe, int(ids[e]))
+        images, letters = images - len(found.image), letters - len(found.text)
+        if letters < 0:
+            return shown, omitted + len(order) - n
+        if found.image and images < 0:
             found, omitted = found._replace(image=""), omitted + 1
         shown[str(ids[e])] = found
     return shown, omitted
@@ -140,16 +151,15 @@ def _descriptions(ids: np.ndarray, table: Chosen, describe: Describe | None) -> 
 # steps and groups
 
 
-def _refine(bins: Bins, steps: int) -> Bins:
-    """At most FINE bins of which those given are unions."""
-    each = max(1, FINE // bins.count)
-    edges = [np.linspace(a, b, min(b - a, each) + 1).round() for a, b in zip(bins.edges, bins.edges[1:], strict=False)]
-    return Bins(np.unique(np.concatenate(edges)).astype(np.int64))
+def _windows(result: Result) -> int:
+    """How many bins windows may be made of, so that the groups' bars fit."""
+    sizes = result.dataset.sizes
+    return max(1, min(WINDOWS, SUMS // (2 * sizes["query"] * min(BARS, sizes["group"]))))
 
 
 def _layers(result: Result, bins: Bins) -> dict[str, Any] | None:
     """What the examples' gradients and weight decay contributed in each bin, per group; None where it was not kept."""
-    if not any("step" in axes and "group" in axes for axes in result.kept):
+    if not result.has("step", "group"):
         return None
     size = np.zeros(result.dataset.sizes["group"])
     examples, decay = result.by("step", "group"), result.decay
@@ -167,15 +177,13 @@ def _layers(result: Result, bins: Bins) -> dict[str, Any] | None:
 
 
 def _queries(result: Result, describe_query: Describe | None, tag: Describe | None) -> list[dict[str, Any]]:
-    terms = result.ledger().to_pandas()
+    terms, ids = result.ledger().to_pandas(), result.dataset["example"].values
+    tags = None if tag is None else tagged(tag, ids)
     found = []
     for q, (name, number) in enumerate(zip(result.names, result.dataset["query"].values, strict=True)):
-        tags = []
-        if tag is not None:
-            labels, sums = by_tag(result.select([q]).by("example")[0], tag)
-            tags = [[label, float(value)] for label, value in zip(labels, sums, strict=True)]
-        shown = show(describe_query(int(number))) if describe_query is not None else Shown("")
-        found.append({"name": name, "shown": shown, "terms": terms.iloc[q].to_dict(), "tags": tags})
+        sums = [] if tags is None else by_tag(result.select([q]).by("example").values[0], tags)
+        shown = show(describe_query, int(number))
+        found.append({"name": name, "shown": shown, "terms": terms.iloc[q].to_dict(), "tags": sums})
     return found
 
 
@@ -198,13 +206,13 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows.items() if value]
 
 
-def _notices(result: Result, steps: int, fine: Bins, bins: Bins, table: Chosen, by_steps: bool) -> list[str]:
+def _notices(result: Result, fine: Bins, bins: Bins, table: Chosen) -> list[str]:
     found, sizes = [], result.dataset.sizes
-    if fine.widest > 1:
-        found.append(f"The timeline shows {steps} steps in bins of at most {fine.widest}.")
-    if bins.widest > 1:
-        found.append(f"Windows begin and end at bins of at most {bins.widest} steps.")
-    if not by_steps:
+    if fine.width > 1:
+        found.append(f"The timeline shows {fine.steps} steps in bins of {fine.width}; the last may be shorter.")
+    if bins.width > 1:
+        found.append(f"Windows are made of bins of {bins.width} steps.")
+    if not result.has("step", "example"):
         found.append(
             "Contributions of examples were not kept along the steps: their table is of all steps, whatever the window. "
             'Attribute again with keep=[("step", "example"), ("step", "group")] for tables of windows.'
@@ -213,7 +221,7 @@ def _notices(result: Result, steps: int, fine: Bins, bins: Bins, table: Chosen, 
     if fewest < sizes["example"]:
         found.append(
             f"Of {sizes['example']} train examples at least {fewest} a query stand in this file: all that are among the "
-            f"{RANKS} largest or smallest of a window. The others are one line."
+            f"{RANKS} largest or smallest of some window. The others are one line."
         )
     for most, where in ((SERIES, "timeline"), (BARS, "bars")):
         if sizes["group"] > most:

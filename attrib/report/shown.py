@@ -5,12 +5,13 @@ stretched from their smallest to their largest value; or a pair (image, string).
 """
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..errors import DescriptionError
 from .extras import need
 
 Describe = Callable[[int], Any]
@@ -25,26 +26,48 @@ class Shown(NamedTuple):
     image: str = ""
 
 
-def show(value: Any) -> Shown:
-    """What `describe` returned, ready for a page.
+def show(describe: Describe | None, number: int) -> Shown:
+    """What is shown of an example or query.
 
     Raises:
-        TypeError: neither text nor an image nor a pair of them.
+        DescriptionError: `describe` failed, or returned neither text nor an image nor a pair of them.
     """
-    if isinstance(value, str):
-        return Shown(value if len(value) <= LETTERS else value[: LETTERS - 3] + "...")
+    if describe is None:
+        return Shown("")
+    value = ask(describe, number)
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str):
-        return Shown(show(value[1]).text, _uri(value[0]))
-    return Shown("", _uri(value))
+        return Shown(_cut(value[1]), _uri(_pixels(value[0], number)))
+    return Shown(_cut(value)) if isinstance(value, str) else Shown("", _uri(_pixels(value, number)))
 
 
 def said(describe: Describe | None, number: int) -> str:
     """What is said of an example where there is room for text only."""
-    return (show(describe(number)).text if describe is not None else "") or f"example {number}"
+    value = None if describe is None else ask(describe, number)
+    text = value[1] if isinstance(value, tuple) and len(value) == 2 else value
+    return _cut(" ".join(text.split())) if isinstance(text, str) and text.strip() else f"example {number}"
 
 
-def _uri(image: Any) -> str:
-    pixels = _pixels(image)
+def tagged(tag: Describe, numbers: Iterable[int]) -> list[str]:
+    """The tag of each example."""
+    return [str(ask(tag, int(n))) for n in numbers]
+
+
+def ask(function: Describe, number: int) -> Any:
+    """What the user's function returns; its failure is told with where it was."""
+    try:
+        return function(number)
+    except Exception as error:
+        raise DescriptionError(
+            f"{getattr(function, '__name__', 'describe')} failed: got {type(error).__name__}: {error}, at {number}. It is "
+            f"called with the id of a train example, or the number of a query."
+        ) from error
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."
+
+
+def _uri(pixels: np.ndarray) -> str:
     picture = need("PIL.Image", "report").fromarray(pixels)
     picture.thumbnail((PIXELS, PIXELS))
     file = BytesIO()
@@ -52,18 +75,23 @@ def _uri(image: Any) -> str:
     return "data:image/png;base64," + b64encode(file.getvalue()).decode()
 
 
-def _pixels(image: Any) -> np.ndarray:
+def _pixels(image: Any, number: int) -> np.ndarray:
     """(H, W) or (H, W, 3) uint8."""
     array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    if array.dtype.kind not in "uifb" or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
-        raise TypeError(
+    if (
+        array.dtype.kind not in "uifb"
+        or array.ndim not in (2, 3)
+        or array.size == 0
+        or (array.ndim == 3 and array.shape[2] != 3)
+    ):
+        raise DescriptionError(
             f"a description is no text and no image: got {type(image).__name__} of shape {array.shape} and type "
-            f"{array.dtype}, expected a string, an image (H, W), (H, W, 3) or (3, H, W), or a pair (image, string). "
-            f"Return one of these from describe(id)."
+            f"{array.dtype}, expected a string, an image (H, W), (H, W, 3) or (3, H, W), or a pair (image, string), at "
+            f"{number}. Return one of these from describe."
         )
     if array.dtype == np.uint8:
         return array

@@ -3,7 +3,7 @@
 Sums are kept: whatever is folded together stands there as one entry that says of how many it is made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,18 +12,23 @@ import xarray as xr
 
 @dataclass(frozen=True)
 class Bins:
-    """Consecutive steps in bins: bin b holds the entries edges[b] to edges[b + 1] - 1 of an axis (T,)."""
+    """T consecutive steps in bins of `width`, of which the last may be shorter."""
 
-    edges: np.ndarray
+    steps: int
+    width: int
+
+    @property
+    def edges(self) -> np.ndarray:
+        """(B + 1,): bin b holds the entries edges[b] to edges[b + 1] - 1 of an axis (T,)."""
+        return np.append(np.arange(0, self.steps, self.width), self.steps)
 
     @property
     def count(self) -> int:
-        return len(self.edges) - 1
+        return -(-self.steps // self.width)
 
-    @property
-    def widest(self) -> int:
-        """Steps of the largest bin."""
-        return int(np.diff(self.edges).max())
+    def merged(self, most: int) -> "Bins":
+        """At most so many bins, each of several of these."""
+        return Bins(self.steps, self.width * -(-self.count // max(1, most)))
 
     def sum(self, values: np.ndarray, axis: int) -> np.ndarray:
         """(..., T, ...) -> (..., B, ...): summed over the steps of each bin."""
@@ -31,8 +36,8 @@ class Bins:
 
 
 def bin_steps(steps: int, most: int) -> Bins:
-    """At most so many bins of a length, or of two lengths that differ by one."""
-    return Bins(np.linspace(0, steps, min(steps, most) + 1).round().astype(np.int64))
+    """At most so many bins."""
+    return Bins(steps, 1).merged(most)
 
 
 def fold_groups(values: xr.DataArray, most: int, size: np.ndarray | None = None) -> xr.DataArray:
@@ -51,23 +56,13 @@ def fold_groups(values: xr.DataArray, most: int, size: np.ndarray | None = None)
     return xr.concat([values.isel(group=largest), other], "group", coords="minimal", compat="override")
 
 
-def by_tag(
-    contributions: xr.DataArray, tag: Callable[[int], object] | None, most: int = 12
-) -> tuple[Sequence[str], np.ndarray]:
-    """Contributions (..., example) summed over the examples with one tag: names (K,), sums (..., K).
-
-    The tags with the largest sums come first; beyond `most`, the others are one entry.
-    """
-    values = contributions.transpose(..., "example").values
-    if tag is None:
-        return ["examples"], values.sum(-1, keepdims=True)
-    tags = [str(tag(int(e))) for e in contributions["example"].values]
-    names, member = np.unique(tags, return_inverse=True)
-    sums = np.stack([values[..., member == k].sum(-1) for k in range(len(names))], -1)
-    size = np.abs(sums).reshape(-1, len(names)).max(0)
-    order = np.argsort(-size, kind="stable")
-    if len(names) <= most:
-        return [str(n) for n in names[order]], sums[..., order]
-    kept, rest = order[: most - 1], order[most - 1 :]
-    labels = [*(str(n) for n in names[kept]), f"other {len(rest)} tags"]
-    return labels, np.concatenate([sums[..., kept], sums[..., rest].sum(-1, keepdims=True)], -1)
+def by_tag(contributions: np.ndarray, tags: Sequence[str], most: int = 12) -> list[tuple[str, float]]:
+    """Contributions (N,) summed over the examples with one tag, N of them: the largest sums first; beyond `most`, the
+    others are one entry."""
+    names, member = np.unique(np.asarray(tags, dtype=object).astype(str), return_inverse=True)
+    sums = np.bincount(member, contributions, len(names))
+    order = np.argsort(-np.abs(sums), kind="stable")
+    kept = order if len(names) <= most else order[: most - 1]
+    found = [(str(names[k]), float(sums[k])) for k in kept]
+    rest = order[len(kept) :]
+    return [*found, (f"other {len(rest)} tags", float(sums[rest].sum()))] if len(rest) else found

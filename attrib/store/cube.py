@@ -1,6 +1,7 @@
 """All contributions of a sweep on disk: (query, step, slot, group), for what is larger than memory.
 
-Written backwards, as the sweep goes, in chunks of several steps; `index` (step, slot) holds the example ids.
+Written backwards, as the sweep goes, in chunks of several steps; `index` (step, slot) holds the example ids, -1 where there
+is none.
 """
 
 from typing import Any
@@ -44,16 +45,19 @@ class CubeWriter:
         if step % self._steps == 0:
             self._write(step)
 
-    def close(self) -> None:
+    def close(self, complete: bool = True) -> None:
+        """After the last step, or where the sweep was interrupted: what is left is written, the rest has no ids."""
+        if self._waiting:
+            self._write(min(self._waiting))
         attrs: Any = self._group.attrs["attrib_cube"]
-        self._group.attrs["attrib_cube"] = {**attrs, "complete": True}
+        self._group.attrs["attrib_cube"] = {**attrs, "complete": complete}
 
     def _create(self, slots: int) -> None:
         q, t, g = self._shape
         self._steps = max(1, min(t, CHUNK_BYTES // max(1, 8 * q * slots * g)))
         dims = ("query", "step", "slot", "group")
         self._cube = create(self._group, "contribution", (q, t, slots, g), (q, self._steps, slots, g), np.float64, dims)
-        self._index = create(self._group, "index", (t, slots), (self._steps, slots), np.int64, ("step", "slot"))
+        self._index = create(self._group, "index", (t, slots), (self._steps, slots), np.int64, ("step", "slot"), -1)
 
     def _write(self, first: int) -> None:
         assert self._cube is not None
