@@ -180,7 +180,7 @@ def test_top_lists_what_the_result_lists(store: str, capsys: pytest.CaptureFixtu
     pd.testing.assert_frame_equal(pd.DataFrame(rows), result.top(2))
     (shown, *_) = said(capsys, "top", store, "-n", "2", "--query", "4", "--setup", "setups:full")
     assert shown["query"] == 4
-    assert shown["shown"] == f"<script>alert({shown['example']})</script>"
+    assert shown["shown"] == f"{shown['example']}: <script>alert({shown['example']})</script>"
     capsys.readouterr()
     assert main(["top", store, "-n", "2"]) == 0
     text = capsys.readouterr().out

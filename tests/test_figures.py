@@ -112,9 +112,9 @@ def test_cumulative_ends_at_the_contributions(real: attrib.Result) -> None:
     by_example = real.by("example")[1].to_series()
     largest = by_example.abs().nlargest(3).index
     ends = {line.get_label().split("  (")[0]: line.get_ydata()[-1] for line in ax.lines[:-1]}
-    assert set(ends) == {"all 9 other examples", "weight decay", *(f"nr {e}" for e in largest)}
+    assert set(ends) == {"all 9 other examples", "weight decay", *(f"{e}: nr {e}" for e in largest)}
     for e in largest:
-        np.testing.assert_allclose(ends[f"nr {e}"], by_example[e])
+        np.testing.assert_allclose(ends[f"{e}: nr {e}"], by_example[e])
     # everything but what was inherited and the residual
     change = real.final - real.initial - real.inherited.sum("group") - real.residual
     np.testing.assert_allclose(sum(ends.values()), change[1], rtol=1e-12)

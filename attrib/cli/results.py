@@ -68,10 +68,7 @@ def _top(options: argparse.Namespace) -> int:
         rows = table.to_dict("records")
         print(to_json([{**row, "shown": said(describe, row["example"])} for row in rows] if describe else rows))
     else:
-        print(
-            _which(result.names, chosen[0])
-            + text.bars(table, lambda e: f"{e}: {said(describe, e)}" if describe else said(None, e))
-        )
+        print(_which(result.names, chosen[0]) + text.bars(table, lambda e: said(describe, e)))
     return 0
 
 

@@ -51,7 +51,7 @@ def compare(a: Result, b: Result, n: int = 10) -> Comparison:
 def _keys(result: Result, other: Result) -> dict[tuple[object, int], int]:
     """(name or number, which of those called so) -> position."""
     named = all("query_name" in r.dataset.coords for r in (result, other))
-    called = result.names if named else [int(v) for v in result.dataset["query"].values]
+    called: list[object] = [*(result.names if named else result.dataset["query"].values.tolist())]
     return {(name, called[:q].count(name)): q for q, name in enumerate(called)}
 
 
