@@ -248,7 +248,8 @@ def test_page_that_cannot_be_shown_says_so(browser: Any, result: attrib.Result, 
     path.write_text(re.sub(r'(id="page">)[^<]*<', r"\1AAAA<", text))
     page = browser.new_page()
     page.goto(path.as_uri())
-    page.wait_for_function("document.getElementById('title').textContent.startsWith('This page could not be shown')")
+    page.wait_for_function("document.getElementById('title').textContent !== ''")
+    assert page.inner_text("#title").startswith("This page could not be shown")
     page.close()
 
 
