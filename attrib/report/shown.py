@@ -44,8 +44,8 @@ def said(describe: Describe | None, number: int) -> str:
     """What is said of an example where there is room for text only: "17: a cat", or "example 17"."""
     value = None if describe is None else ask(describe, number)
     text = value[1] if isinstance(value, tuple) and len(value) == 2 else value
-    known = isinstance(text, str) and text.strip()
-    return f"{number}: {_cut(' '.join(text.split()))}" if known else f"example {number}"
+    words = " ".join(text.split()) if isinstance(text, str) else ""
+    return f"{number}: {_cut(words)}" if words else f"example {number}"
 
 
 def tagged(tag: Describe, numbers: Iterable[int]) -> list[str]:
