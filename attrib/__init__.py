@@ -18,6 +18,7 @@ if not (Path(__file__).parent / "kernels").exists():
 
 from . import errors, measure, report
 from .engine import attribute
+from .intervention import replay
 from .path import GaussLegendre, Midpoint, Secant
 from .plan import Plan, plan
 from .recorder import Recorder, record
@@ -42,6 +43,7 @@ __all__ = [
     "open_run",
     "plan",
     "record",
+    "replay",
     "report",
     "verify",
 ]

@@ -65,6 +65,10 @@ class KeptAxesError(AttribError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class ReplayError(AttribError, ValueError):
+    """A run cannot be trained again as asked."""
+
+
 class SetupError(AttribError, ValueError):
     """A user's setup function cannot be used."""
 

@@ -163,6 +163,10 @@ class Recorder(torch.optim.Optimizer):
     def __deepcopy__(self, memo: Any) -> "Recorder":
         raise AttribError("a recorder cannot be copied: it writes one run. Copy the model or the optimizer instead.")
 
+    def describe(self, **facts: Any) -> None:
+        """Facts to stand in the run's header, JSON."""
+        self._writer.update_header(**facts)
+
     def __repr__(self) -> str:
         return f"Recorder({type(self.optimizer).__name__}, capture={self.capture!r}, steps={self._writer.steps})"
 

@@ -15,7 +15,7 @@ from .functional import constants_of
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
-from .optim import Parts, Replay, Rule, describe_options, rule_by_name
+from .optim import Parts, Replay, Rule, describe_options, rule_by_name, set_options
 from .store import Reader
 from .trajectory import Trajectory
 
@@ -180,6 +180,16 @@ class Run:
         with torch.no_grad():
             for name, value in values.items():
                 own[name].copy_(value)
+
+    def optimizer(self, model: nn.Module, step: int) -> torch.optim.Optimizer:
+        """Torch's optimizer over the parameters of a model as it was before a step, 0 .. T - 1: accumulators and options
+        bit for bit, a group per parameter tensor."""
+        own = dict(model.named_parameters())
+        return self._trajectory.optimizer(self._step(step), [own[name] for name in self.groups])
+
+    def set_options(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """The options that a step had, for an optimizer that `optimizer` gave."""
+        set_options(optimizer, self.rule, self.reader.read("hyper", self._step(step)))
 
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, by name."""

@@ -5,14 +5,14 @@ between is torch's own optimizer run on from the key frame before it, bit for bi
 compared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import StoreError
 from .layout import Layout
-from .optim import Rerun, Rule, kind_by_name
+from .optim import Rerun, Rule, kind_by_name, resume
 from .store import Reader
 
 KEPT = 16  # states between two key frames that are kept to run on from, at most
@@ -55,6 +55,16 @@ class Trajectory:
         if self._every == 1:
             return self._stored(first)
         return self._start(first)[1]
+
+    def optimizer(self, step: int, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """Torch's optimizer over `parameters` as it was before a step, 0 .. T."""
+        begin = min(step, self._reader.steps - 1) // self._block * self._block
+        rerun = self._rerun(begin, self._start(begin))
+        for _ in self._steps(rerun, begin, step):
+            pass
+        kind = kind_by_name(self._reader.header["optimizer"])
+        hyper = self._reader.read("hyper", min(step, self._reader.steps - 1))
+        return resume(kind, self._rule, self._layout, parameters, rerun.state(), hyper)
 
     def _start(self, first: int) -> Start:
         """Of a block, from the nearest state that is kept."""

@@ -8,7 +8,7 @@ import torch
 from ..errors import UnsupportedOptimizerError
 from .adam import ADAM
 from .replay import Parts, Replay, decay_rates, pullback, read_hyper, read_state
-from .rerun import Rerun
+from .rerun import Rerun, resume, set_options
 from .rule import Rule, describe_options
 from .sgd import SGD
 
@@ -24,8 +24,10 @@ __all__ = [
     "pullback",
     "read_hyper",
     "read_state",
+    "resume",
     "rule_by_name",
     "rule_of",
+    "set_options",
 ]
 
 RULES: dict[type, Rule] = {torch.optim.SGD: SGD, torch.optim.Adam: ADAM, torch.optim.AdamW: ADAM}

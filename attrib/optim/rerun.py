@@ -3,6 +3,8 @@
 `replay` gives the coefficients of a step, equal to torch's arithmetic up to rounding; this gives what torch itself computes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,22 +33,12 @@ class Rerun:
     ) -> None:
         self._rule, self._layout = rule, layout
         self.parameters = [t.clone() for t in layout.unflatten(theta).values()]
-        groups = [
-            {"params": [p], **rule.options(self._named(row))} for p, row in zip(self.parameters, hyper, strict=True)
-        ]
-        self._optimizer = kind(groups)
-        accumulators = {key: layout.unflatten(value) for key, value in state.items()}
-        for name, p, row in zip(layout.names, self.parameters, hyper, strict=True):
-            own = {key: value[name].clone() for key, value in accumulators.items()}
-            found = rule.resume(self._named(row), own)
-            if found:
-                self._optimizer.state[p] = found
+        self._optimizer = resume(kind, rule, layout, self.parameters, state, hyper)
 
     def step(self, hyper: np.ndarray, gradient: Tensor) -> Tensor:
         """(K, H + 1), (P,) -> the parameters after the step, (P,)."""
-        rows = zip(self._optimizer.param_groups, self.parameters, self._layout.slices(), hyper, strict=True)
-        for group, p, (_, part), row in rows:
-            group.update(self._rule.options(self._named(row)))
+        set_options(self._optimizer, self._rule, hyper)
+        for p, (_, part), row in zip(self.parameters, self._layout.slices(), hyper, strict=True):
             p.grad = gradient[part].view_as(p).clone() if row[-1] else None
         self._optimizer.step()
         return self._layout.flatten(self.parameters)
@@ -62,5 +54,32 @@ class Rerun:
             for key in self._rule.state
         }
 
-    def _named(self, row: np.ndarray) -> dict[str, float]:
-        return dict(zip(self._rule.hyper, row.tolist(), strict=False))
+
+def resume(
+    kind: type[torch.optim.Optimizer],
+    rule: Rule,
+    layout: Layout,
+    parameters: Sequence[Tensor],
+    state: dict[str, Tensor],
+    hyper: np.ndarray,
+) -> torch.optim.Optimizer:
+    """Torch's optimizer over `parameters`, in the layout's order, a group each, as it was before the next step: with the
+    accumulators `state` (P,) and the numbers `hyper` (K, H + 1)."""
+    groups = [{"params": [p], **rule.options(_named(rule, row))} for p, row in zip(parameters, hyper, strict=True)]
+    optimizer = kind(groups)
+    accumulators = {key: layout.unflatten(value) for key, value in state.items()}
+    for name, p, row in zip(layout.names, parameters, hyper, strict=True):
+        own = {key: value[name].clone() for key, value in accumulators.items()}
+        if found := rule.resume(_named(rule, row), own):
+            optimizer.state[p] = found
+    return optimizer
+
+
+def set_options(optimizer: torch.optim.Optimizer, rule: Rule, hyper: np.ndarray) -> None:
+    """The options of the next step, (K, H + 1), for an optimizer made by `resume`."""
+    for group, row in zip(optimizer.param_groups, hyper, strict=True):
+        group.update(rule.options(_named(rule, row)))
+
+
+def _named(rule: Rule, row: np.ndarray) -> dict[str, float]:
+    return dict(zip(rule.hyper, row.tolist(), strict=False))
