@@ -16,9 +16,9 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-from . import errors, measure, report
+from . import errors, intervention, measure, report
 from .engine import attribute
-from .intervention import replay
+from .intervention import replay, retrain
 from .path import GaussLegendre, Midpoint, Secant
 from .plan import Plan, plan
 from .recorder import Recorder, record
@@ -38,6 +38,7 @@ __all__ = [
     "Setup",
     "attribute",
     "errors",
+    "intervention",
     "measure",
     "open_result",
     "open_run",
@@ -45,5 +46,6 @@ __all__ = [
     "record",
     "replay",
     "report",
+    "retrain",
     "verify",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import RandomWatch, Reduction, batch_identity, share_bound
-from .errors import BatchError, BatchIdentityError
+from .errors import BatchError, BatchIdentityError, LossError
 from .functional import random_state
 from .gradients import Shares, Watch, describe, to_tensors
 from .kernels import factors
@@ -44,11 +44,13 @@ class Capture:
         layout: Layout,
         parameters: list[Tensor],
         check_every: int,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
     ) -> None:
         self.kind = kind
         self.described: dict[str, Any] | None = None if kind != "factors" else {}
         self._layout, self._parameters, self._check_every = layout, parameters, check_every
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._model, self._penalty = model, penalty
         self._shares = Shares(loss, model, layout, parameters[0].dtype)
         self._scale = Reduction(parameters)
         self._random = RandomWatch(model)
@@ -73,10 +75,31 @@ class Capture:
             if hooked is not None:
                 hooked.remove()
 
+    def penalty(self) -> Tensor | None:
+        """(P,): what of p.grad is the penalty's, clipped as p.grad was; None where the loop has none.
+
+        Raises:
+            LossError: it is not a finite scalar.
+        """
+        if self._penalty is None:
+            return None
+        with self._quiet(), torch.enable_grad():
+            value = self._penalty(self._model)
+            if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
+                raise LossError(f"the penalty is not a number: got {value!r}, expected a finite scalar tensor.")
+            moved = [p for p in self._parameters if p.grad is not None]
+            empty: list[Tensor | None] = [None] * len(moved)
+            pulled = torch.autograd.grad(value, moved, allow_unused=True) if value.requires_grad and moved else empty
+        found = dict(zip(map(id, moved), pulled, strict=True))
+        gradients = (found.get(id(p)) for p in self._parameters)
+        filled = (torch.zeros_like(p) if g is None else g for g, p in zip(gradients, self._parameters, strict=True))
+        return self._layout.flatten(filled) * self._scale.clipping()
+
     def take(
         self, theta: Tensor, gradient: Tensor, batch: tuple[Tensor, ...], number: int, facts: dict[str, float]
     ) -> tuple[float, Arrays]:
-        """The scale of the shares, and what is stored of them. Facts about the step are added to `facts`.
+        """The scale of the shares, and what is stored of them; `gradient` (P,) is the examples' part of p.grad. Facts about
+        the step are added to `facts`.
 
         Raises:
             BatchIdentityError, CoupledExamplesError, LossError, ChangedOutsideError.

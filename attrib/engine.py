@@ -4,7 +4,7 @@
         Gbar_s                       path gradient: <Gbar_s, Delta_s> = m(theta_{s+1}) - m(theta_s)
         U_s, carry                   the update pulled back: sensitivity of m(theta_T) to the gradient of step s
         <U_s, g_{s,i}>               contribution of example i at step s, per group
-        decay, timeline              what weight decay did; what the step's update did
+        decay, timeline              what weight decay and a penalty did; what the step's update did
     what is left of the carry, times the momentum before the first step: inherited
 
 State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
@@ -179,7 +179,7 @@ def _trace_back(
     `carry` is moved to before the steps."""
     vectors = path.gradient.double()
     replayed = torch.stack([delta for _, delta in block.updates[steps]]).to(theta.device)
-    recorded = block.gradient[steps].to(theta.device)
+    recorded = [block.examples[steps], *([] if block.penalty is None else [block.penalty[steps]])]
     leverage = torch.zeros_like(path.start, dtype=torch.float64)
     by_path, by_step = [], []
     for _, part in run.layout.slices():
@@ -190,12 +190,12 @@ def _trace_back(
     for n in reversed(range(steps.start, steps.stop)):
         pullback(_to(block.updates[n][0], carry.device), carry, vectors[n - steps.start])
     for _, part in run.layout.slices():
-        along = [recorded[:, part].double(), theta[:-1, part].double()]
+        along = [theta[:-1, part].double(), *(g[:, part].to(theta.device).double() for g in recorded)]
         by_step.append(vectors[..., part] @ torch.stack(along, 2))
     moved, real, along_theta = torch.stack(by_path, 2).cpu().numpy().transpose(3, 0, 1, 2)
-    gradient, coupled = torch.stack(by_step, 2).cpu().numpy().transpose(3, 0, 1, 2)
+    coupled, gradient, *penalty = torch.stack(by_step, 2).cpu().numpy().transpose(3, 0, 1, 2)
     rates = np.stack([decay_rates(parts, len(run.layout.names)) for parts, _ in block.updates[steps]])
-    decay = rates[:, None, 0] * coupled - rates[:, None, 1] * along_theta
+    decay = sum(penalty, rates[:, None, 0] * coupled - rates[:, None, 1] * along_theta)
     ends = (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
     return [decay, moved, real, gradient, *ends], vectors
 

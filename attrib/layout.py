@@ -6,6 +6,7 @@ works on whole slices.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -49,6 +50,26 @@ class Layout:
         }
 
 
+def match_names(names: Sequence[str], patterns: str | Sequence[str], where: str) -> list[str]:
+    """The names, in their order, that some of the patterns (`*`, `?`) match.
+
+    Raises:
+        ValueError: a pattern matches none; the nearest names are offered.
+    """
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = [n for n in names if n == pattern or fnmatchcase(n, pattern)]
+        if not found:
+            near = get_close_matches(pattern, names, 3, 0.5)
+            hint = f"Did you mean {' or '.join(near)}? " if near else ""
+            raise ValueError(
+                f"a pattern names no parameter: got {pattern!r}, at {where}, expected one that matches some of "
+                f"{', '.join(names)}. {hint}Use the names of model.named_parameters()."
+            )
+        chosen.update(found)
+    return [n for n in names if n in chosen]
+
+
 def group_tensors(
     names: Sequence[str], groups: Mapping[str, Sequence[str]] | None
 ) -> tuple[tuple[str, ...], np.ndarray]:
@@ -61,19 +82,12 @@ def group_tensors(
         return tuple(names), np.eye(len(names))
     owner: dict[str, str] = {}
     for group, patterns in groups.items():
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = [n for n in names if n == pattern or fnmatchcase(n, pattern)]
-            if not found:
+        for name in match_names(names, patterns, f"group {group!r}"):
+            if owner.setdefault(name, group) != group:
                 raise ValueError(
-                    f"a pattern names no parameter: got {pattern!r}, at group {group!r}, expected one that "
-                    f"matches some of {', '.join(names)}. Use the names of model.named_parameters()."
+                    f"a parameter stands in two groups: got {owner[name]!r} and {group!r}, expected one, "
+                    f"at {name!r}. Groups must not overlap, or contributions would be counted twice."
                 )
-            for name in found:
-                if owner.setdefault(name, group) != group:
-                    raise ValueError(
-                        f"a parameter stands in two groups: got {owner[name]!r} and {group!r}, expected one, "
-                        f"at {name!r}. Groups must not overlap, or contributions would be counted twice."
-                    )
     labels = list(groups)
     if len(owner) < len(names):
         labels.append("other")

@@ -43,6 +43,7 @@ def record(
     check_every: int = CHECK_EVERY,
     block: int | None = None,
     states_every: int = 1,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
@@ -60,6 +61,8 @@ def record(
         block: steps written and committed together; None chooses by size.
         states_every: store the parameters of every so many steps only, rounded up to whole blocks. Those in between are made
             again when read, bit for bit, by torch's optimizer from the stored gradients, with the same version of torch.
+        penalty: `penalty(model) -> scalar`, what the loop adds to the reduced loss that is no example's. Its gradient is
+            stored, and its contribution stands with weight decay in the ledger. It must draw no random numbers.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
@@ -75,7 +78,7 @@ def record(
         ...     recorder.step(index, x, y)
         >>> recorder.close()  # doctest: +SKIP
     """
-    return Recorder(optimizer, model, loss, store, capture, overwrite, check_every, block, states_every)
+    return Recorder(optimizer, model, loss, store, capture, overwrite, check_every, block, states_every, penalty)
 
 
 class Recorder(torch.optim.Optimizer):
@@ -92,6 +95,7 @@ class Recorder(torch.optim.Optimizer):
         check_every: int,
         block: int | None,
         states_every: int,
+        penalty: Callable[[nn.Module], Tensor] | None,
     ) -> None:
         # Optimizer.__init__ would make parameter groups of its own; everything it sets up is delegated.
         self.optimizer, self.model = optimizer, model
@@ -110,7 +114,7 @@ class Recorder(torch.optim.Optimizer):
         self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
         check_target(store, overwrite)
-        self._capture = Capture(capture, loss, model, self._layout, self._parameters, check_every)
+        self._capture = Capture(capture, loss, model, self._layout, self._parameters, check_every, penalty)
         self._writer = Writer(store, self._header(), constants, overwrite, block, states_every)
 
     @property
@@ -196,7 +200,9 @@ class Recorder(torch.optim.Optimizer):
             raise ChangedOutsideError(_NO_TENSORS.format(name=name, at=f", step {number}. The step was refused"))
         gradient = check_gradient(self._layout, self._parameters, number)
         facts: dict[str, float] = {}
-        scale, shares = self._capture.take(theta, gradient, batch, number, facts)
+        penalty = self._capture.penalty()
+        examples = gradient if penalty is None else gradient - penalty
+        scale, shares = self._capture.take(theta, examples, batch, number, facts)
         if number == 0:
             self._writer.update_header(training=self._guard.training(), factors=self._capture.described)
         state = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else None
@@ -218,6 +224,7 @@ class Recorder(torch.optim.Optimizer):
                 random=self._capture.random,
                 log=facts,
                 shares=shares,
+                penalty=None if penalty is None else _array(penalty),
             )
             self._capture.clear()
             if state is not None and (number == 0 or number >= self._inspected + self._check_every):

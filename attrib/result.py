@@ -67,7 +67,7 @@ class Result:
 
     @property
     def decay(self) -> xr.DataArray:
-        """(query, step, group): weight decay, which is no example's; zeros where there was none."""
+        """(query, step, group): weight decay and a penalty in the loss, no example's; zeros where there was none."""
         return self.dataset["decay"]
 
     @property

@@ -15,7 +15,7 @@ from .functional import constants_of
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
-from .optim import Parts, Replay, Rule, describe_options, rule_by_name, set_options
+from .optim import Parts, Replay, Rule, describe_options, rule_by_name
 from .store import Reader
 from .trajectory import Trajectory
 
@@ -26,11 +26,11 @@ _UNFINISHED = "not closed, or interrupted: read up to its last committed block"
 class Block:
     """Consecutive steps start .. start + n - 1, read together.
 
-    theta (n + 1, P), gradient (n, P) as recorded; updates: of each step its frozen coefficients and the replayed update;
-    momentum (P,): the accumulator before the first step; state, state_after: all accumulators as stored for the block
-    and as replayed after its last step; index, rows: of each step (B,), the examples and where in the table `kind` (n,)
-    their inputs stand; scale (n,); random: of each step the generator's state, or None; active: the parameters that had
-    a gradient.
+    theta (n + 1, P), gradient (n, P) as recorded, and `penalty` (n, P), what of it was no example's, or None; updates: of
+    each step its frozen coefficients and the replayed update; momentum (P,): the accumulator before the first step; state,
+    state_after: all accumulators as stored for the block and as replayed after its last step; index, rows: of each step
+    (B,), the examples and where in the table `kind` (n,) their inputs stand; scale (n,); random: of each step the
+    generator's state, or None; active: the parameters that had a gradient.
     """
 
     start: int
@@ -46,6 +46,12 @@ class Block:
     scale: np.ndarray
     random: list[Tensor | None]
     active: list[frozenset[str]]
+    penalty: Tensor | None
+
+    @property
+    def examples(self) -> Tensor:
+        """(n, P): what of the gradient is the examples'."""
+        return self.gradient if self.penalty is None else self.gradient - self.penalty
 
     @property
     def steps(self) -> range:
@@ -182,14 +188,12 @@ class Run:
                 own[name].copy_(value)
 
     def optimizer(self, model: nn.Module, step: int) -> torch.optim.Optimizer:
-        """Torch's optimizer over the parameters of a model as it was before a step, 0 .. T - 1: accumulators and options
-        bit for bit, a group per parameter tensor."""
+        """Torch's optimizer over the parameters of a model as it was at a state, 0 .. T: accumulators and options bit for
+        bit, a group per parameter tensor; at T with the options of the last step."""
+        if not 0 <= step <= self.steps:
+            raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
         own = dict(model.named_parameters())
-        return self._trajectory.optimizer(self._step(step), [own[name] for name in self.groups])
-
-    def set_options(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """The options that a step had, for an optimizer that `optimizer` gave."""
-        set_options(optimizer, self.rule, self.reader.read("hyper", self._step(step)))
+        return self._trajectory.optimizer(step, [own[name] for name in self.groups])
 
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, by name."""
@@ -239,6 +243,7 @@ class Run:
             kind=kind,
             scale=scale,
             random=random,
+            penalty=torch.from_numpy(self.reader.read("penalty", steps)) if "penalty" in self.reader else None,
             active=[frozenset(n for n, on in zip(self.groups, row[:, -1], strict=True) if on) for row in hyper[skip:]],
         )
         return block, theta[0].clone()

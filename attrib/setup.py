@@ -63,21 +63,30 @@ class Setup:
         return self.measurement[name]
 
 
+def call(where: str) -> Any:
+    """What `module:function` or `path/to/script.py:function` returns.
+
+    Raises:
+        SetupError: it cannot be imported or called.
+    """
+    place, _, name = where.rpartition(":")
+    if not place or not name:
+        raise SetupError(f"the setup is not named: got {where!r}, expected module:function, such as my_script:setup.")
+    try:
+        return getattr(_module(place), name)()
+    except Exception as error:
+        raise SetupError(
+            f"the setup failed: got {type(error).__name__}: {error}, at {where}. Call it in Python to see where."
+        ) from error
+
+
 def load_setup(where: str) -> Setup:
     """Call `module:function` or `path/to/script.py:function`; modules are looked for in the working directory too.
 
     Raises:
         SetupError: it cannot be imported or called, or returns something else than a `Setup` or (model, loss, measurement).
     """
-    place, _, name = where.rpartition(":")
-    if not place or not name:
-        raise SetupError(f"the setup is not named: got {where!r}, expected module:function, such as my_script:setup.")
-    try:
-        found = getattr(_module(place), name)()
-    except Exception as error:
-        raise SetupError(
-            f"the setup failed: got {type(error).__name__}: {error}, at {where}. Call it in Python to see where."
-        ) from error
+    found = call(where)
     if isinstance(found, tuple) and len(found) == 3:
         found = Setup(*found)
     if not isinstance(found, Setup) or not isinstance(found.model, nn.Module):

@@ -63,7 +63,7 @@ class Trajectory:
         for _ in self._steps(rerun, begin, step):
             pass
         kind = kind_by_name(self._reader.header["optimizer"])
-        hyper = self._reader.read("hyper", min(step, self._reader.steps - 1))
+        hyper = self._reader.read("hyper", step) if step < self._reader.steps else rerun.hyper()
         return resume(kind, self._rule, self._layout, parameters, rerun.state(), hyper)
 
     def _start(self, first: int) -> Start:

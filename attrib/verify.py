@@ -51,7 +51,7 @@ def verify(run: Run, progress: bool = True) -> Verification:
                     theta, end = block.theta[n], block.theta[n + 1]
                     found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step))
                     if run.capture != "replay":
-                        found.note("batch", batch_identity(run.layout, block.gradient[n], _total(run, step), step))
+                        found.note("batch", batch_identity(run.layout, block.examples[n], _total(run, step), step))
                     bar.update()
                 after = block.state_after
         if run.capture == "replay":

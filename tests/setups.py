@@ -52,3 +52,7 @@ def wrong() -> str:
 
 def failing() -> None:
     raise RuntimeError("no data\nhere")
+
+
+def changes() -> attrib.intervention.Penalty:
+    return attrib.intervention.Penalty(lambda m: m.hidden.weight.square().sum() + m.output.bias.abs().sum(), 0.01)

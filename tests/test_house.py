@@ -19,7 +19,7 @@ FLOORS = [
     {"recorder", "run"},
     {"plan", "sink", "source"},
     {"engine", "verify"},
-    {"intervention", "report", "scale", "setup"},
+    {"intervention", "phases", "report", "scale", "setup"},
     {"studies"},
     {"cli", "__main__"},
 ]

@@ -58,7 +58,7 @@ def test_dropout_batches_and_schedules_are_drawn_again(kind: str, states_every: 
         again = attrib.replay(run, start, model=model, loss=loss, store=tmp_path / f"again{start}", progress=False)
         for step in range(start, 12):
             assert torch.equal(again.vector(step - start), run.vector(step)), (start, step)
-        assert again.header["replay"] == {"run": str(tmp_path / "run"), "start": start}
+        assert again.header["replay"] == {"run": str(tmp_path / "run"), "start": start, "interventions": []}
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     part = attrib.replay(run, 2, model=model, loss=loss, store=tmp_path / "part", until=7)
@@ -73,6 +73,13 @@ def test_clipping_is_the_users_to_say(tmp_path: Path) -> None:
     with pytest.raises(errors.ReplayError, match="Pass backward="):
         attrib.replay(trained.run, 1, store=tmp_path / "again", **arguments)
     assert not (tmp_path / "again").exists()
+
+    def clipped(losses: torch.Tensor, model: nn.Module) -> None:
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    again = attrib.replay(trained.run, 1, store=tmp_path / "again", backward=clipped, **arguments)
+    assert torch.equal(again.vector(5), trained.run.vector(6))
 
 
 @pytest.mark.parametrize(("start", "until"), [(-1, 3), (6, 6), (4, 2), (0, 7)])

@@ -1,6 +1,7 @@
 """The command `attrib`. Errors are one line on stderr, the exit status is 0 only if all is well.
 
 - `runs`: demo, info, plan, verify, attribute
+- `replays`: replay
 - `results`: report, timeline, top, compare, export
 - `options`: what several commands take
 """
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import AttribError
-from . import results, runs
+from . import replays, results, runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,5 +36,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is decided on the way")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs.add(commands)
+    replays.add(commands)
     results.add(commands)
     return parser

@@ -60,6 +60,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"not a step: got {text!r}, expected such as 0 or 500")
+    return int(text)
+
+
 def axes(text: str) -> tuple[str, ...]:
     """step,example."""
     return tuple(part for part in text.split(",") if part)

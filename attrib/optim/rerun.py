@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
+from .replay import read_hyper
 from .rule import Rule
 
 
@@ -42,6 +43,10 @@ class Rerun:
             p.grad = gradient[part].view_as(p).clone() if row[-1] else None
         self._optimizer.step()
         return self._layout.flatten(self.parameters)
+
+    def hyper(self) -> np.ndarray:
+        """(K, H + 1), the numbers of the next step where its options are those of the last."""
+        return read_hyper(self._rule, self._optimizer)
 
     def state(self) -> dict[str, Tensor]:
         """The accumulators before the next step, (P,) each; zeros where torch has made none yet."""

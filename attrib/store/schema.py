@@ -3,6 +3,7 @@
     theta        [state, parameter]            parameters that step s started from; row T: the final ones. Bits preserved.
                                                With states_every=k: those of every k-th step, and the final ones
     gradient     [step, parameter]             p.grad as the optimizer saw it
+    penalty      [step, parameter]             what of it was a penalty's and no example's, where the loop had one
     state/*      [frame, parameter]            the optimizer's accumulators before the first step of each block, or before
                                                every k-th step
     hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
@@ -39,6 +40,7 @@ LOGS = ("loss", "batch_identity", "step_identity", "seconds")
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "theta": ("state", "parameter"),
     "gradient": ("step", "parameter"),
+    "penalty": ("step", "parameter"),
     "hyper": ("step", "tensor", "hyper"),
     "index": ("step", "slot"),
     "row": ("step", "slot"),

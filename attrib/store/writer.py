@@ -34,6 +34,7 @@ class StepRecord(NamedTuple):
     random: np.ndarray | None  # (bytes,) uint8
     log: dict[str, float]  # some of LOGS
     shares: dict[str, np.ndarray]  # (B, ...) by name, with capture="gradients" or "factors"
+    penalty: np.ndarray | None = None  # (P,), of the gradient
 
 
 class Steps(NamedTuple):
@@ -181,6 +182,8 @@ class Writer:
         if states:
             self._put("theta", start // self._every, self._stacked("theta", states))
         self._put("gradient", start, self._stacked("gradient", [r.gradient for r in records]))
+        if records[0].penalty is not None:
+            self._put("penalty", start, np.stack([r.penalty for r in records if r.penalty is not None]))
         self._put("hyper", start, np.stack([r.hyper for r in records]))
         self._put("scale", start, np.array([r.scale for r in records]))
         self._put("index", start, _padded([r.ids for r in records], width, PADDING["index"]))
@@ -233,7 +236,8 @@ class Writer:
             create(self._group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
         self._shares = tuple(first.shares)
         theta = [first.gradient] if self._every == 1 else []  # of the same size
-        stored = [*theta, first.gradient, *first.batch, *first.shares.values()]
+        vectors = [first.gradient] if first.penalty is None else [first.gradient, first.penalty]
+        stored = [*theta, *vectors, *first.batch, *first.shares.values()]
         n = self._set_lengths(sum(a.nbytes for a in stored))
         size, slots, kind = len(first.gradient), len(first.ids), first.gradient.dtype
         self._header["arity"] = len(first.batch)
@@ -242,7 +246,8 @@ class Writer:
             self._add("theta", (size,), (n, entries), kind, steps=True)
         else:
             self._add("theta", (size,), (1, min(size, STATE_BYTES // kind.itemsize)), kind)
-        self._add("gradient", (size,), (n, entries), kind)
+        for name in ("gradient", "penalty")[: len(vectors)]:
+            self._add(name, (size,), (n, entries), kind)
         self._add("hyper", first.hyper.shape, (n, *first.hyper.shape), np.float64)
         self._add("index", (slots,), (n, slots), np.int64)
         self._add("row", (slots,), (n, slots), np.int64)

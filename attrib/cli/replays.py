@@ -1,0 +1,112 @@
+"""The command replay: train on from a step of a recorded run, as it was or changed."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import SetupError
+from ..intervention import Drop, Freeze, Intervention, Options, Redraw, Reweight, Transplant, replay
+from ..report import to_json
+from ..run import open_run
+from ..setup import call, load_setup
+from .options import add_setup, command, count, numbers, window
+
+EXAMPLES = """Groups are names or patterns of parameters, separated by commas; windows are steps of RUN. Several of an option
+and several options compose, in the order of this list:
+  --transplant 'hidden.*'=other.zarr@1400   --redraw 'output.*'   --freeze 'embedding.*'@500:700
+  --drop 3,17,20:30@500:   --reweight 3,17=0.5   --option lr=0.001@500:600   --intervene my_script.py:changes"""
+
+
+def add(commands: Any) -> None:
+    made = command(commands, "replay", _replay, "train on from a step of a stored run, as it was or changed", "RUN")
+    made.formatter_class, made.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLES
+    add_setup(made, required=True)
+    made.add_argument("-o", "--out", default="replay.zarr", metavar="STORE", help="the new run (replay.zarr)")
+    made.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+    made.add_argument("--start", type=count, default=0, metavar="STEP", help="the state to begin with (0)")
+    made.add_argument("--until", type=count, metavar="STEP", help="the step to end before; by default where RUN ends")
+    made.add_argument("--state", choices=("kept", "reset", "taken"), default="reset",
+                      help="optimizer state of transplanted and redrawn groups (reset)")  # fmt: skip
+    made.add_argument("--seed", type=int, default=0, help="of groups drawn anew (0)")
+    for name, read, meta, what in (
+        ("transplant", _transplant, "GROUPS=RUN@STEP", "parameters from a state of a run"),
+        ("redraw", str, "GROUPS", "parameters drawn anew, as their modules do"),
+        ("freeze", _with_window(str), "GROUPS[@A:B]", "parameters that do not move"),
+        ("drop", _with_window(numbers), "IDS[@A:B]", "train examples left out"),
+        ("reweight", _with_window(_weights), "IDS=WEIGHT[@A:B]", "losses of train examples times a weight"),
+        ("option", _with_window(_option), "NAME=VALUE[@A:B]", "another value of an option of the optimizer"),
+        ("intervene", str, "MODULE:FUNCTION", "function that returns interventions"),
+    ):
+        made.add_argument(f"--{name}", type=read, action="append", default=[], metavar=meta, help=what)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    setup = load_setup(options.setup)
+    if setup.loss is None:
+        raise SetupError(f"a replay needs the loss: got None, expected the recorded loss, at {options.setup}.")
+    made = replay(
+        open_run(options.run),
+        options.start,
+        _interventions(options),
+        model=setup.model,
+        loss=setup.loss,
+        store=options.out,
+        until=options.until,
+        progress=not options.json,
+        overwrite=options.overwrite,
+    )
+    facts = {"run": options.out, "steps": made.steps, **made.header["replay"]}
+    print(to_json(facts) if options.json else f"{made}\n\nsaved to {options.out}")
+    return 0
+
+
+def _interventions(options: argparse.Namespace) -> list[Intervention]:
+    made: list[Intervention] = []
+    for groups, place, step in options.transplant:
+        made.append(Transplant(groups, open_run(place), step, options.state))
+    for groups in options.redraw:
+        made.append(Redraw(groups.split(","), None, options.seed, options.state))
+    made += [Freeze(groups.split(","), steps) for groups, steps in options.freeze]
+    made += [Drop(ids, steps) for ids, steps in options.drop]
+    made += [Reweight(weights, steps) for weights, steps in options.reweight]
+    made += [Options(values, steps) for values, steps in options.option]
+    for where in options.intervene:
+        found = call(where)
+        made += [found] if isinstance(found, Intervention) else list(found)
+    return made
+
+
+def _transplant(text: str) -> tuple[list[str], str, int]:
+    """hidden.*=other.zarr@1400."""
+    groups, _, source = text.partition("=")
+    place, _, step = source.rpartition("@")
+    if not groups or not place or not step.isdecimal():
+        raise argparse.ArgumentTypeError(f"not a transplant: got {text!r}, expected such as hidden.*=other.zarr@1400")
+    return groups.split(","), place, int(step)
+
+
+def _with_window(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, slice | None]]:
+    def reads(text: str) -> tuple[Any, slice | None]:
+        what, at, steps = text.partition("@")
+        return read(what), window(steps) if at else None
+
+    return reads
+
+
+def _weights(text: str) -> dict[int, float]:
+    """3,17=0.5."""
+    ids, _, weight = text.partition("=")
+    try:
+        return dict.fromkeys(numbers(ids), float(weight))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not weights: got {text!r}, expected such as 3,17=0.5") from None
+
+
+def _option(text: str) -> dict[str, Any]:
+    """lr=0.1, or betas=0.9,0.98."""
+    name, _, value = text.partition("=")
+    try:
+        found = [float(part) for part in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not an option: got {text!r}, expected such as lr=0.1") from None
+    return {name: found[0] if len(found) == 1 else tuple(found)}

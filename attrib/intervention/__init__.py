@@ -1,0 +1,28 @@
+"""Go back to a step of a recorded run, change something, and train on.
+
+    changed = attrib.replay(run, 500, [Transplant("hidden.*", other, 1400), Freeze("embedding.*", slice(500, 700))], ...)
+
+An intervention is a small object. `Transplant`, `Redraw` and `Permute` change the state that the replay starts from;
+`Freeze`, `Drop`, `Reweight`, `Options` and `Penalty` act during a window of steps, counted as in the run. They compose in
+the order given. For a change of state in mid-replay, replay up to there, and replay the new run from there.
+"""
+
+from .base import Intervention
+from .during import Drop, Freeze, Options, Penalty, Reweight, weighted
+from .replay import replay, retrain
+from .state import Permute, Redraw, Transplant
+
+__all__ = [
+    "Drop",
+    "Freeze",
+    "Intervention",
+    "Options",
+    "Penalty",
+    "Permute",
+    "Redraw",
+    "Reweight",
+    "Transplant",
+    "replay",
+    "retrain",
+    "weighted",
+]

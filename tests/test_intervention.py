@@ -1,0 +1,416 @@
+"""A changed replay is what a plain loop with the same change does, and its record is complete."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from cases import MODELS, OPTIMIZERS
+from torch import Tensor, nn
+from training import Trained, flat, train
+
+import attrib
+from attrib import errors
+from attrib.cli import main
+from attrib.intervention import Drop, Freeze, Options, Penalty, Permute, Redraw, Reweight, Transplant, weighted
+from attrib.intervention.state import STATES
+
+START, STEPS = 2, 6
+KINDS = ("sgd momentum", "adamw", "adam amsgrad")
+
+
+def pull(model: nn.Module) -> Tensor:
+    return model.hidden.weight.square().sum() + model.output.bias.abs().sum()
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
+class Hand(NamedTuple):
+    """The change by hand, in a plain loop."""
+
+    begin: Callable[[nn.Module, torch.optim.Optimizer], None] = lambda model, optimizer: None
+    batch: Callable[[int, list[Tensor]], list[Tensor]] = lambda step, batch: batch
+    losses: Callable[[int, nn.Module, Tensor, Tensor], Tensor] = lambda step, model, index, losses: losses.mean()
+    step: Callable[[int, nn.Module, torch.optim.Optimizer], None] = lambda step, model, optimizer: None
+
+
+def by_hand(trained: Trained, kind: str, hand: Hand) -> list[np.ndarray]:
+    """States START .. STEPS of a plain loop that repeats the run and makes the change."""
+    torch.manual_seed(0)
+    model = trained.case.build().to(trained.run.dtype)
+    optimizer = OPTIMIZERS[kind](list(model.parameters()))
+    states = []
+    for step, (index, x, y) in enumerate(trained.batches):
+        if step == START:
+            hand.begin(model, optimizer)
+            states.append(flat(model))
+        batch = [index, x, y] if step < START else hand.batch(step, [index, x, y])
+        optimizer.zero_grad()
+        losses = trained.case.loss(model, *batch[1:])
+        (losses.mean() if step < START else hand.losses(step, model, batch[0], losses)).backward()
+        if step >= START:
+            hand.step(step, model, optimizer)
+        optimizer.step()
+        if step >= START:
+            states.append(flat(model))
+    return states
+
+
+def set_to(names: list[str], values: dict[str, Tensor], forget: bool) -> Callable[..., None]:
+    def begin(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for name in names:
+            with torch.no_grad():
+                named(model)[name].copy_(values[name])
+            if forget:
+                optimizer.state.pop(named(model)[name], None)
+
+    return begin
+
+
+def drop(step: int, batch: list[Tensor]) -> list[Tensor]:
+    keep = ~torch.isin(batch[0], torch.tensor([0, 1, 2, 3]))
+    return [b[keep] for b in batch] if 3 <= step < 5 else batch
+
+
+def reweigh(step: int, model: nn.Module, index: Tensor, losses: Tensor) -> Tensor:
+    weights = torch.where(index == 5, 3.0, torch.where(index == 1, -0.5, 1.0)).to(losses.dtype)
+    return (weights * losses).mean()
+
+
+def freeze(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if step >= 4:
+        named(model)["embedding.weight"].grad = None
+
+
+def double(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group.setdefault("first", group["lr"])
+        group["lr"] = group["first"] * (2 if 3 <= step < 5 else 1)
+
+
+def changes(trained: Trained) -> dict[str, tuple[Any, Hand]]:
+    """Each intervention, and the same by hand."""
+    last = trained.run.parameters(STEPS)
+    ones = {name: torch.full_like(value, 0.25) for name, value in last.items()}
+    hidden, output = ["hidden.weight", "hidden.bias"], ["output.weight", "output.bias"]
+    return {
+        "transplant, kept": (Transplant("hidden.*", trained.run, STEPS, "kept"), Hand(set_to(hidden, last, False))),
+        "transplant, reset": (Transplant("hidden.*", trained.run, STEPS), Hand(set_to(hidden, last, True))),
+        "redraw": (Redraw("output.*", lambda t: t.fill_(0.25)), Hand(set_to(output, ones, True))),
+        "redraw, kept": (Redraw(output, lambda t: t.fill_(0.25), 0, "kept"), Hand(set_to(output, ones, False))),
+        "freeze": (Freeze("embedding.weight", slice(4, None)), Hand(step=freeze)),
+        "drop": (Drop([0, 1, 2, 3], slice(3, 5)), Hand(batch=drop)),
+        "reweight": (Reweight({5: 3.0, 1: -0.5}), Hand(losses=reweigh)),
+        "options": (Options({"lr": lambda step, lr: 2 * lr}, slice(3, 5)), Hand(step=double)),
+        "penalty": (
+            Penalty(pull, 0.1, slice(3, None)),
+            Hand(losses=lambda step, model, index, losses: losses.mean() + (0.1 * pull(model) if step >= 3 else 0)),
+        ),
+    }
+
+
+NAMES = (
+    *("transplant, kept", "transplant, reset", "redraw", "redraw, kept"),
+    *("freeze", "drop", "reweight", "options", "penalty"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_changed_replay_is_the_plain_loop_with_the_change_and_complete(name: str, kind: str, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS[kind], steps=STEPS)
+    change, hand = changes(trained)[name]
+    arguments = {"model": trained.model, "loss": trained.case.loss}
+    again = attrib.replay(trained.run, START, change, store=tmp_path / "again", progress=False, **arguments)
+    expected = by_hand(trained, kind, hand)
+    # the same operations in the same order, but for a penalty's gradient, which is added before instead of after, and the
+    # parameter groups, which torch's loops over tensors do not see: a few eps a step
+    for step, state in enumerate(expected):
+        np.testing.assert_allclose(again.vector(step), state, rtol=1e-12, atol=1e-13)
+    assert not np.allclose(expected[-1], trained.thetas[-1], atol=1e-4)  # it did something
+    loss = weighted(trained.case.loss) if name == "reweight" else trained.case.loss
+    result = attrib.attribute(again, trained.model, trained.measurement(), loss=loss, progress=False)
+    ledger = result.check(1e-12)  # rounding of float64 over six steps
+    assert max(ledger.identities.values()) < 1e-10
+    assert attrib.verify(again, progress=False).failure is None
+    if name == "penalty":
+        assert float(abs(result.decay.sel(step=slice(1, None))).max()) > 1e-4
+    (described,) = again.header["replay"]["interventions"]
+    assert described["kind"] == type(change).__name__
+    json.dumps(described)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimizer_state_is_kept_reset_or_taken_along(kind: str, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS[kind], steps=STEPS, block=2)
+    for state in STATES:
+        change = Transplant("hidden.*", trained.run, STEPS, state)
+        store = tmp_path / state
+        again = attrib.replay(trained.run, START, change, model=trained.model, loss=trained.case.loss, store=store)
+        momentum = next(again.blocks(0, 1)).momentum
+        for name, part in again.layout.slices():
+            moved = name.startswith("hidden.")
+            own = next(trained.run.blocks(START, START + 1)).momentum[part]
+            other = trained.run.optimizer(trained.model, STEPS).state[named(trained.model)[name]]
+            taken = other[trained.run.rule.momentum].reshape(-1)
+            if moved and state == "reset":
+                assert not momentum[part].any()
+            else:
+                torch.testing.assert_close(momentum[part], taken if moved and state == "taken" else own, rtol=0, atol=0)
+        ages = again.reader.read("hyper", 0)[:, again.rule.hyper.index("age")]
+        moved_age = {"kept": START, "reset": 0, "taken": STEPS}[state]
+        expected = [moved_age if n.startswith("hidden.") else START for n in again.groups]
+        np.testing.assert_array_equal(ages, np.minimum(expected, 1) if "sgd" in kind else expected)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_part_of_the_entries_can_be_transplanted(state: str, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=STEPS, block=2)
+    change = Transplant("*", trained.run, STEPS, state, share=0.25)
+    again = attrib.replay(
+        trained.run, START, change, model=trained.model, loss=trained.case.loss, store=tmp_path / "again"
+    )
+    came = again.vector(0) == trained.run.vector(STEPS)
+    stayed = again.vector(0) == trained.run.vector(START)
+    assert bool((came ^ stayed).all())
+    for _, part in again.layout.slices():
+        assert int(came[part].sum()) == round(0.25 * len(came[part]))
+    momentum, own = next(again.blocks(0, 1)).momentum, next(trained.run.blocks(START, START + 1)).momentum
+    assert torch.equal(momentum[stayed], own[stayed])
+    if state == "reset":
+        assert not momentum[came].any()
+    elif state == "kept":
+        assert torch.equal(momentum[came], own[came])
+    else:
+        assert not torch.isin(momentum[came & (momentum != 0)], own).any()
+
+
+def test_penalty_on_the_square_of_the_weights_is_coupled_weight_decay(tmp_path: Path) -> None:
+    """SGD adds weight_decay * theta to the gradient: the gradient of weight_decay / 2 |theta|^2."""
+
+    def half_square(model: nn.Module) -> Tensor:
+        return sum(p.square().sum() for p in model.parameters()) / 2
+
+    def plain(p: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(p, lr=0.1, momentum=0.9)
+
+    decayed = train(tmp_path / "run", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.2))
+    for capture in ("replay", "gradients", "factors"):
+        trained = train(tmp_path / f"plain {capture}", plain)
+        arguments = {"model": trained.model, "loss": trained.case.loss}
+        penalty = Penalty(half_square, 0.2)
+        again = attrib.replay(trained.run, 0, penalty, store=tmp_path / capture, capture=capture, **arguments)
+        np.testing.assert_allclose(again.vector(6), decayed.run.vector(6), rtol=1e-12, atol=1e-13)
+        results = [
+            attrib.attribute(r, trained.model, trained.measurement(), loss=trained.case.loss, progress=False)
+            for r in (again, decayed.run)
+        ]
+        for name in ("decay", "timeline"):
+            ours, theirs = (getattr(r.dataset, name).values for r in results)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_permuting_both_sides_of_a_layer_changes_nothing_but_the_order(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=STEPS)
+    arguments = {"model": trained.model, "loss": trained.case.loss}
+    both = {"hidden.weight": 0, "hidden.bias": 0, "output.weight": 1}
+    again = attrib.replay(trained.run, START, Permute(both, seed=3), store=tmp_path / "both", **arguments)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
+    last = trained.run.parameters(STEPS)
+    last["hidden.weight"], last["hidden.bias"] = last["hidden.weight"][order], last["hidden.bias"][order]
+    last["output.weight"] = last["output.weight"][:, order]
+    # sums over neurons in another order: rounding, over four steps
+    np.testing.assert_allclose(again.vector(STEPS - START), again.layout.flatten(last.values()), rtol=1e-9, atol=1e-12)
+    one = attrib.replay(trained.run, START, Permute({"hidden.weight": 0}), store=tmp_path / "one", **arguments)
+    assert not np.allclose(one.vector(STEPS - START), again.vector(STEPS - START), atol=1e-3)
+
+
+def test_modules_draw_their_own_parameters_anew(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    state = torch.get_rng_state()
+    states = [
+        next(attrib.retrain(trained.run, 3, Redraw("hidden.*", seed=s), model=trained.model, loss=trained.case.loss))[1]
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(torch.get_rng_state(), state)
+    first, same, other = (flat(m) for m in states)
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, other)
+    kept = named(states[0])["output.weight"].detach()
+    assert torch.equal(kept, trained.run.parameters(3)["output.weight"])
+    bound = 12**-0.5  # torch's own init of a linear layer of 12 inputs
+    drawn = named(states[0])["hidden.weight"].detach()
+    assert bound / 2 < float(drawn.abs().max()) <= bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("states_every", [1, 2])
+def test_replay_goes_on_beyond_the_record(kind: str, states_every: int, tmp_path: Path) -> None:
+    whole = {"batch": 12, "examples": 12, "states_every": states_every, "block": 2}
+    short, long = tmp_path / "short", tmp_path / "long"
+    torch.manual_seed(1)
+    run = _full(short, kind, 4, whole)[0]
+    model, reference = _full(long, kind, 9, whole)[1:]
+    loss = MODELS["mlp"].loss
+    for start in (1, 4):
+        again = attrib.replay(run, start, model=model, loss=loss, store=tmp_path / f"again{start}", until=9)
+        for step in range(start, 10):
+            np.testing.assert_array_equal(again.vector(step - start), reference[step], str((start, step)))
+    seen = [flat(m) for _, m in attrib.retrain(run, 3, model=model, loss=loss, until=9)]
+    np.testing.assert_array_equal(np.stack(seen), np.stack(reference[3:]))
+
+
+def _full(store: Path, kind: str, steps: int, whole: dict[str, Any]) -> tuple[attrib.Run, nn.Module, list[np.ndarray]]:
+    """Full batches in one order."""
+    torch.manual_seed(0)
+    case = MODELS["mlp"]
+    model = case.build()
+    x, y = case.data(12)
+    states = [flat(model)]
+    with attrib.record(
+        OPTIMIZERS[kind](list(model.parameters())), model, case.loss, store,
+        **{k: v for k, v in whole.items() if k in ("block", "states_every")},
+    ) as recorder:  # fmt: skip
+        for _ in range(steps):
+            recorder.zero_grad()
+            case.loss(model, x, y).mean().backward()
+            recorder.step(torch.arange(12), x, y)
+            states.append(flat(model))
+    return attrib.open_run(store), model, states
+
+
+def test_batches_beyond_the_record_are_asked_for(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd momentum"])
+    arguments = {"model": trained.model, "loss": trained.case.loss, "until": 8}
+    with pytest.raises(errors.ReplayError, match="Pass batches="):
+        attrib.replay(trained.run, 3, store=tmp_path / "again", **arguments)
+    assert not (tmp_path / "again").exists()
+    x, y = trained.data
+    again = attrib.replay(
+        trained.run,
+        3,
+        store=tmp_path / "again",
+        batches=lambda step: (torch.arange(step), x[:step], y[:step]),
+        **arguments,
+    )
+    assert [len(again.index(step)) for step in range(5)] == [4, 5, 4, 6, 7]
+
+
+WRONG = {
+    "unknown group": (lambda r: Transplant("hiden.weight", r, 3), "Did you mean hidden.weight"),
+    "no such state": (lambda r: Transplant("hidden.*", r, 99), "got step 99"),
+    "state": (lambda r: Transplant("hidden.*", r, 3, "moved"), "got 'moved'"),
+    "share": (lambda r: Transplant("hidden.*", r, 3, share=0.0), "expected 0 < share"),
+    "redraw taken": (lambda r: Redraw("hidden.*", state="taken"), "kept, reset"),
+    "freeze all": (lambda r: Freeze("*"), "nothing would train"),
+    "freeze unknown": (lambda r: Freeze("embeding.weight"), "Did you mean embedding.weight"),
+    "window": (lambda r: Freeze("hidden.*", slice(0, 2)), "overlaps the steps 2 to 6"),
+    "stride": (lambda r: Freeze("hidden.*", slice(2, 6, 2)), "overlaps the steps"),
+    "examples": (lambda r: Drop([3, 777]), r"got \[777\]"),
+    "no examples": (lambda r: Drop([]), "none at all"),
+    "weights": (lambda r: Reweight({888: 1.0}), r"got \[888\]"),
+    "not finite": (lambda r: Reweight({1: float("nan")}), "not finite"),
+    "option": (lambda r: Options({"learning_rate": 1.0}), "expected one of lr"),
+    "axis": (lambda r: Permute({"hidden.weight": 2}), "no such axis"),
+    "lengths": (lambda r: Permute({"hidden.weight": 0, "output.weight": 0}), "differ in length"),
+    "no intervention": (lambda r: "freeze", "no intervention"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_refused_and_nothing_written(name: str, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    make, message = WRONG[name]
+    with pytest.raises(errors.ReplayError, match=message):
+        attrib.replay(
+            trained.run,
+            START,
+            [make(trained.run)],
+            model=trained.model,
+            loss=trained.case.loss,
+            store=tmp_path / "again",
+        )
+    assert not (tmp_path / "again").exists()
+
+
+def test_runs_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    arguments = {"model": trained.model, "loss": trained.case.loss, "store": tmp_path / "again"}
+    other = train(tmp_path / "cnn", OPTIMIZERS["adamw"], model="cnn")
+    with pytest.raises(errors.ReplayError, match="do not fit"):
+        attrib.replay(trained.run, 2, Transplant("output.*", other.run, 1), **arguments)
+    single = train(tmp_path / "single", OPTIMIZERS["adamw"], dtype=torch.float32)
+    with pytest.raises(errors.ReplayError, match="differ in type"):
+        attrib.replay(trained.run, 2, Transplant("output.*", single.run, 1), **arguments)
+    sgd = train(tmp_path / "sgd", OPTIMIZERS["sgd"])
+    with pytest.raises(errors.ReplayError, match='Choose state="reset"'):
+        attrib.replay(trained.run, 2, Transplant("output.*", sgd.run, 1, "taken"), **arguments)
+    assert not (tmp_path / "again").exists()
+    assert attrib.replay(trained.run, 2, Transplant("output.*", sgd.run, 1), **arguments).steps == 4
+
+
+def test_batch_must_not_lose_all_its_examples(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    everyone = Drop(range(12))
+    with pytest.raises(errors.ReplayError, match="no example is left"):
+        attrib.replay(trained.run, 2, everyone, model=trained.model, loss=trained.case.loss, store=tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_penalty_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    with pytest.raises((errors.LossError, RuntimeError)):
+        attrib.replay(
+            trained.run, 2, Penalty(lambda m: m.output.bias), model=trained.model, loss=trained.case.loss,
+            store=tmp_path / "again",
+        )  # fmt: skip
+    assert not (tmp_path / "again").exists()
+
+
+def test_penalty_that_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    arguments = {"model": trained.model, "loss": trained.case.loss}
+    changed = attrib.replay(trained.run, 2, Penalty(pull), store=tmp_path / "changed", **arguments)
+    again = attrib.replay(changed, 1, Penalty(pull), store=tmp_path / "again", **arguments)
+    assert torch.equal(again.vector(3), changed.vector(4))
+    assert "without a Penalty" not in caplog.text
+    attrib.replay(changed, 1, store=tmp_path / "without", **arguments)
+    assert "without a Penalty" in caplog.text
+
+
+def test_replay_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    run, setup = str(tmp_path / "run"), f"{Path(__file__).parent}/setups.py:plain"
+    out = str(tmp_path / "again")
+    changes = ["--transplant", f"hidden.*={run}@6", "--freeze", "embedding.*,output.bias@3:5", "--drop", "0,2:4@4:"]
+    changes += ["--reweight", "5=2", "--option", "betas=0.8,0.9", "--redraw", "output.weight", "--state", "kept"]
+    changes += ["--intervene", f"{Path(__file__).parent}/setups.py:changes"]
+    assert main(["replay", run, "--setup", setup, "--start", "2", "-o", out, "--json", *changes]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["steps"], facts["start"]) == (4, 2)
+    kinds = [change["kind"] for change in facts["interventions"]]
+    assert kinds == ["Transplant", "Redraw", "Freeze", "Drop", "Reweight", "Options", "Penalty"]
+    expected = attrib.replay(
+        trained.run, 2,
+        [Transplant("hidden.*", trained.run, 6, "kept"), Redraw("output.weight", state="kept"),
+         Freeze(["embedding.*", "output.bias"], slice(3, 5)), Drop([0, 2, 3], slice(4, None)), Reweight({5: 2.0}),
+         Options({"betas": (0.8, 0.9)}), Penalty(pull, 0.01)],
+        model=trained.model, loss=trained.case.loss, store=tmp_path / "expected",
+    )  # fmt: skip
+    assert torch.equal(attrib.open_run(out).vector(4), expected.vector(4))
+    assert main(["replay", run, "--setup", setup, "-o", out]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["replay", run, "--setup", setup, "-o", str(tmp_path / "b"), "--freeze", "hiden.weight"]) == 1
+    assert "Did you mean hidden.weight" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert main(["replay", run, "--setup", setup, "-o", str(tmp_path / "b")]) == 0
+    assert "saved to" in capsys.readouterr().out
+    assert torch.equal(attrib.open_run(tmp_path / "b").vector(6), trained.run.vector(6))
+    for bad in (["--transplant", "x"], ["--drop", "a"], ["--option", "lr"], ["--reweight", "3"], ["--start", "-1"]):
+        with pytest.raises(SystemExit):
+            main(["replay", run, "--setup", setup, *bad])
