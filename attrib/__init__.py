@@ -20,6 +20,7 @@ from . import errors, intervention, measure, report
 from .engine import attribute
 from .intervention import replay, retrain
 from .path import GaussLegendre, Midpoint, Secant
+from .phases import Phases, onset, phases
 from .plan import Plan, plan
 from .recorder import Recorder, record
 from .result import Result, open_result
@@ -30,6 +31,7 @@ from .verify import verify
 __all__ = [
     "GaussLegendre",
     "Midpoint",
+    "Phases",
     "Plan",
     "Recorder",
     "Result",
@@ -40,8 +42,10 @@ __all__ = [
     "errors",
     "intervention",
     "measure",
+    "onset",
     "open_result",
     "open_run",
+    "phases",
     "plan",
     "record",
     "replay",

@@ -2,6 +2,7 @@
 
 - `runs`: demo, info, plan, verify, attribute
 - `replays`: replay
+- `studies`: study
 - `results`: report, timeline, top, compare, export
 - `options`: what several commands take
 """
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import AttribError
-from . import replays, results, runs
+from . import replays, results, runs, studies
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,5 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs.add(commands)
     replays.add(commands)
+    studies.add(commands)
     results.add(commands)
     return parser

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from ..result import Result
 from .extras import need
@@ -30,20 +31,8 @@ def timeline(result: Result, query: int = 0, ax: Any = None) -> Any:
     Groups beyond eight are folded into one.
     """
     ax = _axes(ax)
-    changes = fold_groups(result.timeline().isel(query=query), len(COLOURS))
-    steps = np.append(changes["update_step"].values, changes["update_step"].values[-1] + 1)
-    bins = bin_steps(len(steps) - 1, BINS)
-    edges, sums = steps[bins.edges], bins.sum(changes.values, 0)  # (B + 1,), (B, G)
-    above, below = np.zeros(bins.count), np.zeros(bins.count)
-    for values, name, colour in zip(sums.T, changes["group"].values, COLOURS, strict=False):
-        base = np.where(values >= 0, above, below)
-        ax.bar(edges[:-1], values, np.diff(edges), base, align="edge", color=colour, label=_label(name))
-        above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
-    ax.axhline(0, color="black", linewidth=0.6)
-    ax.set(xlabel="step", ylabel=f"change {_per(bins.width)}{_units(result)}", xlim=(edges[0], edges[-1]))
-    curve = result.curve.isel(query=query)
-    other = ax.twinx()
-    other.plot(curve["state"].values, curve.values, color="black", linewidth=1.4, label="measurement")
+    other = stacked(ax, result.timeline().isel(query=query), result.curve.isel(query=query).rename("measurement"))
+    ax.set_ylabel(f"{ax.get_ylabel()}{_units(result)}")
     other.set_ylabel(f"{_measured(result)}{_units(result)}")
     handles = [*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=8)
@@ -72,7 +61,7 @@ def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | 
         ax.plot(steps, running, style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})")
     for k, e in enumerate(order[:n]):
         running = np.cumsum(values.values[:, e])
-        label = f"{_label(said(describe, int(values['example'].values[e])))}  ({final[e]:+.2f})"
+        label = f"{shortened(said(describe, int(values['example'].values[e])))}  ({final[e]:+.2f})"
         style = "-" if k < len(COLOURS) else "--"
         ax.plot(steps, running, style, color=COLOURS[k % len(COLOURS)], linewidth=1.2, label=label)
     ax.axhline(0, color="black", linewidth=0.6)
@@ -97,12 +86,12 @@ def heat_map(result: Result, query: int = 0, n: int = 30, describe: Describe | N
     steps = np.append(values["step"].values, values["step"].values[-1] + 1)
     largest = np.abs(sums).max(initial=0.0) or 1.0
     edges = np.arange(len(chosen) + 1) - 0.5
-    mesh = ax.pcolormesh(steps[bins.edges], edges, sums, cmap=_diverging(), vmin=-largest, vmax=largest)
-    labels = [_label(said(describe, int(e))) for e in values["example"].values[chosen]]
+    mesh = ax.pcolormesh(steps[bins.edges], edges, sums, cmap=diverging(), vmin=-largest, vmax=largest)
+    labels = [shortened(said(describe, int(e))) for e in values["example"].values[chosen]]
     ax.set_yticks(range(len(chosen)), labels, fontsize=7)
     ax.invert_yaxis()
     ax.set(xlabel="step", ylabel=f"{len(chosen)} of {len(total)} train examples")
-    ax.figure.colorbar(mesh, ax=ax, label=f"contribution {_per(bins.width)}{_units(result)}")
+    ax.figure.colorbar(mesh, ax=ax, label=f"contribution {per(bins.width)}{_units(result)}")
     return ax
 
 
@@ -119,7 +108,7 @@ def gross_net(result: Result, query: int = 0, ax: Any = None) -> Any:
     places = np.arange(gross.sizes["group"])
     ax.barh(places, gross.values, color="#cccccc", label="gross: sum of |change| of each step")
     ax.barh(places, net.values, height=0.45, color=UP, label="net change")
-    ax.set_yticks(places, [_label(g) for g in gross["group"].values], fontsize=8)
+    ax.set_yticks(places, [shortened(g) for g in gross["group"].values], fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.6)
     ax.set_xlabel(f"change of {_measured(result)}{_units(result)}")
@@ -151,7 +140,7 @@ def waterfall(result: Result, query: int = 0, tag: Describe | None = None, ax: A
         ax.barh(k, value, left=base, color=colour)
         ax.annotate(f"{value:+.3g}", (max(base, base + value), k), (3, 0), textcoords="offset points", va="center",
                     fontsize=8)  # fmt: skip
-    ax.set_yticks(range(len(bars)), [_label(name) for name, *_ in bars])
+    ax.set_yticks(range(len(bars)), [shortened(name) for name, *_ in bars])
     ax.invert_yaxis()
     ax.axvline(0, color="black", linewidth=0.6)
     ax.use_sticky_edges = False
@@ -183,6 +172,53 @@ def save(path: Path, draw: Callable[[Any], Any], overwrite: bool = False) -> Non
         figure.savefig(beside, dpi=130)
 
 
+def stacked(ax: Any, data: xr.DataArray, curve: xr.DataArray | None = None) -> Any:
+    """Changes (step, group), stacked and signed, in bins of steps, on `ax`; over them the curve (step,) that they change, on
+    axes of its own, which are returned, or None without a curve.
+
+    Raises:
+        ValueError: other dimensions, or values that are not finite.
+    """
+    expect(data, "stacked bars", ("a step", "group"))
+    if not np.isfinite(data.values).all():
+        raise ValueError(
+            f"changes cannot be stacked: got {(~np.isfinite(data.values)).sum()} that are not finite, expected none, "
+            f"at {data.name or 'an array without a name'}. Leave out the steps from which the run had diverged."
+        )
+    changes = fold_groups(data.transpose(..., "group"), len(COLOURS))
+    at = changes[changes.dims[0]].values
+    steps = np.append(at, at[-1] + 1)
+    bins = bin_steps(len(at), BINS)
+    edges, sums = steps[bins.edges], bins.sum(changes.values, 0)  # (B + 1,), (B, G)
+    above, below = np.zeros(bins.count), np.zeros(bins.count)
+    for values, name, colour in zip(sums.T, changes["group"].values, COLOURS, strict=False):
+        base = np.where(values >= 0, above, below)
+        ax.bar(edges[:-1], values, np.diff(edges), base, align="edge", color=colour, label=shortened(name))
+        above, below = above + np.maximum(values, 0), below + np.minimum(values, 0)
+    ax.axhline(0, color="black", linewidth=0.6)
+    ax.set(xlabel="step", ylabel=f"change {per(bins.width)}", xlim=(edges[0], edges[-1]))
+    if curve is None:
+        return None
+    expect(curve, "the curve", ("a step",))
+    other = ax.twinx()
+    other.spines["right"].set_visible(True)
+    name = str(curve.name or "measurement").replace("_", " ")
+    other.plot(curve[curve.dims[0]].values, curve.values, color="black", linewidth=1.4, label=name)
+    other.set_ylabel(name)
+    return other
+
+
+def expect(data: xr.DataArray, what: str, dims: tuple[str, ...]) -> None:
+    """These dimensions, in any order, one such as "a step" of any name; nothing of size zero."""
+    named = {d for d in dims if not d.startswith("a ")}
+    if data.ndim != len(dims) or not named <= set(data.dims) or not data.size:
+        raise ValueError(
+            f"{what} cannot be drawn of these data: got dimensions {data.dims} of sizes {data.shape}, "
+            f"expected ({', '.join(dims)}), none empty, at {data.name or 'an array without a name'}. "
+            f"Select from or average over the others, or rename."
+        )
+
+
 def _figure(width: float, height: float) -> Any:
     return need("matplotlib.figure", "plot").Figure(figsize=(width, height), layout="constrained")
 
@@ -191,15 +227,15 @@ def _axes(ax: Any) -> Any:
     return need("matplotlib.pyplot", "plot").subplots(layout="constrained")[1] if ax is None else ax
 
 
-def _diverging() -> Any:
+def diverging() -> Any:
     return need("matplotlib.colors", "plot").LinearSegmentedColormap.from_list("contribution", [DOWN, "white", UP])
 
 
-def _per(steps: int) -> str:
+def per(steps: int) -> str:
     return "per step" if steps == 1 else f"per {steps} steps"
 
 
-def _label(text: object) -> str:
+def shortened(text: object) -> str:
     """As it stands: not as mathematics, not hidden from the legend for its underscore, not longer than there is room."""
     shown = str(text) if len(str(text)) <= LETTERS else str(text)[: LETTERS - 3] + "..."
     return ("\u200b" if shown.startswith("_") else "") + shown.replace("$", r"\$")

@@ -53,7 +53,7 @@ def write(
         >>> attrib.report.write(result, "report.html", describe=lambda i: texts[i])  # doctest: +SKIP
     """
     path = Path(path)
-    check_file(path, overwrite=_is_report(path))
+    check_file(path, overwrite=is_report(path))
     library = need("plotly.offline", "report").get_plotlyjs()
     page = payload(result, describe, describe_query, tag, progress)
     page["title"] = title
@@ -73,7 +73,7 @@ def write(
     return path
 
 
-def _is_report(path: Path) -> bool:
+def is_report(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -8,7 +8,7 @@ from .. import measure
 from ..engine import attribute
 from ..report import figures, text, write
 from ..run import open_run
-from .modular import ordered_pairs, train_until_generalised
+from .modular import GENERALISED, ordered_pairs, train_until_generalised
 from .recipe import cross_entropy
 
 GROUPS = {"embedding": ["embedding.*"], "hidden": ["hidden.*"], "output": ["output.*"]}
@@ -23,8 +23,8 @@ def demo(folder: Path, seed: int = 0, say: Callable[[str], None] = print) -> Non
     say(f"1. Train a ReLU MLP on {len(pairs.train)} of the {len(pairs.x)} sums a + b modulo 31, recording every step.")
     start = time.perf_counter()
     model, curve = train_until_generalised(pairs, folder / "run.zarr", seed=seed, overwrite=True)
-    steps, _, test = curve[-1]
-    memorised = next((s for s, a, _ in curve if a >= 0.995), None)
+    steps, test = curve[-1].step, curve[-1].test
+    memorised = next((seen.step for seen in curve if seen.train >= GENERALISED), None)
     say(
         f"   {steps} steps in {time.perf_counter() - start:.1f} s: the training pairs were memorised by step {memorised},"
     )

@@ -1,0 +1,109 @@
+"""Everything that is done with one seed: train, recorded; look, explain, exchange. Each part once, kept in the folder."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...phases import onset
+from ...result import Result, open_result
+from ...run import Run, open_run
+from ..modular import GENERALISED, train_until_generalised
+from ..parts import Parts
+from .account import account, by_residue, found_phases, some
+from .fourier import everywhere, frequencies, key_frequencies, progress
+from .grafts import Grafts
+from .pruning import importance, pruned, within_layers
+from .setting import Setting
+
+STATES = 40  # at which the network is looked into
+TOLERANCE = 1e-5  # float32 replay of float32 training, of the gross size
+
+
+def study_seed(setting: Setting, seed: int, parts: Parts, say: Callable[[str], None]) -> dict[str, Any]:
+    """All parts of a seed, JSON, and its result under "result". Of a run that did not generalise the training alone."""
+    where, pairs = f"seed{seed}", setting.pairs(seed)
+    folder = parts.folder / where
+
+    def done(name: str, what: str, compute: Callable[[], Any]) -> Any:
+        if not (folder / f"{name}.json").exists():
+            say(f"   seed {seed}: {what}")
+        return parts.part(f"{where}/{name}", compute)
+
+    found: dict[str, Any] = {"seed": seed}
+    found["training"] = done("training", "train, recorded", lambda: _train(setting, seed, parts))
+    if found["training"]["generalised"] is None:
+        return found
+    run = open_run(folder / "run.zarr")
+    found["steps"] = run.steps
+    found["progress"] = done("progress", "restricted and excluded loss", lambda: _progress(setting, seed, run))
+    found["account"] = done("account", "explain", lambda: _account(setting, seed, run, parts))
+    result = open_result(folder / "result.zarr")
+    found["phases"] = done("phases", "find phases", lambda: found_phases(result, seed))
+    found["result"] = Result(result.dataset.load())
+    grafts = Grafts(setting, run, pairs, parts, seed, found["training"]["generalised"])
+    found["swaps"] = done(
+        "swaps", "swap layers", lambda: grafts.swaps(np.linspace(0, run.steps, 25).astype(int).tolist())
+    )
+    found["pruning"] = done("pruning", "prune", lambda: _pruning(setting, seed, run))
+    say(f"   seed {seed}: transplants")
+    found["transplants"] = grafts.transplants()
+    say(f"   seed {seed}: re-insertions")
+    found["reinsertions"] = grafts.reinsertions()
+    say(f"   seed {seed}: controls")
+    found["controls"] = grafts.controls()
+    return found
+
+
+def _train(setting: Setting, seed: int, parts: Parts) -> dict[str, Any]:
+    _, seen = train_until_generalised(
+        setting.pairs(seed), parts.folder / f"seed{seed}" / "run.zarr", setting.limit, seed,
+        build=setting.build, lr=setting.lr, weight_decay=setting.weight_decay, every=setting.every,
+        beyond=setting.beyond, overwrite=True, **setting.record,
+    )  # fmt: skip
+    first = {
+        name: next((look.step for look in seen if getattr(look, column) >= GENERALISED), None)
+        for name, column in (("memorised", "train"), ("generalised", "test"))
+    }
+    steps = np.array([look.step for look in seen])
+    breaks = {
+        f"{name} onset": int(steps[onset(np.array([getattr(look, column) for look in seen]), max(1, len(seen) // 20))])
+        for name, column in (("memorisation", "train"), ("generalisation", "test"))
+        if len(seen) > 2
+    }
+    return {"curve": [list(look) for look in seen], **first, **breaks}
+
+
+def _progress(setting: Setting, seed: int, run: Run) -> dict[str, Any]:
+    pairs, model = setting.pairs(seed), setting.build(setting.p)
+    run.load(model, run.steps)
+    keys = key_frequencies(frequencies(everywhere(setting, model).neurons))
+    rows = []
+    for state in np.unique(np.linspace(0, run.steps, STATES).astype(int)).tolist():
+        run.load(model, state)
+        rows.append({"step": state, **progress(setting, model, pairs, keys)})
+    return {"keys": keys, "rows": rows}
+
+
+def _account(setting: Setting, seed: int, run: Run, parts: Parts) -> dict[str, Any]:
+    pairs, model = setting.pairs(seed), setting.build(setting.p)
+    run.load(model, run.steps)
+    result = account(setting, run, model, pairs, progress=True)
+    ledger = result.check(TOLERANCE)
+    result.save(parts.folder / f"seed{seed}" / "result.zarr", overwrite=True)
+    gross = result.dataset["gross"].values
+    queries = some(pairs.test, setting.queries).tolist()
+    return {
+        "ledger": str(ledger),
+        "residual": float(np.abs(result.residual.values).max()),
+        "relative": float(np.abs(result.residual.values / gross).max()),
+        "queries": [pairs.describe(q) for q in queries],
+        "residues": by_residue(pairs, result, queries),
+    }
+
+
+def _pruning(setting: Setting, seed: int, run: Run) -> Any:
+    pairs, model = setting.pairs(seed), setting.build(setting.p)
+    scores = {"contribution": importance(setting, run, model, pairs), "magnitude": run.vector(run.steps).abs()}
+    layered = {f"{name}, in each tensor": within_layers(run, score) for name, score in scores.items()}
+    return pruned(run, model, pairs, {**scores, **layered})
