@@ -273,6 +273,9 @@ class Run:
             "written with": ", ".join(f"{name} {v}" for name, v in h["versions"].items()),
             "recorded": h["recorded"],
         }
+        if again := h.get("replay"):
+            kinds = ", ".join(change["kind"] for change in again["interventions"]) or "unchanged"
+            rows["replay"] = f"of {again['run']} from step {again['start']}: {kinds}"
         return "\n".join(f"{name:16s}{value}" for name, value in rows.items())
 
     def _repr_html_(self) -> str:

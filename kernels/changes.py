@@ -10,8 +10,8 @@ taken out, until none is left; what remains gets a bootstrap interval.
 
 The noise baseline. Neighbouring rows of a training run are alike, so shuffling rows as they are would call noise a change.
 What is left around the means of the segments is prewhitened, e_t = r_t - phi r_{t-1}, the e are shuffled (rows whole:
-columns move together), and coloured again. phi is judged after the segments are taken off, as jumps and trends would otherwise pass
-for persistence and hide every change; `persistence` corrects for what taking them off costs.
+columns move together), and coloured again. phi is judged after the segments are taken off, as jumps and trends would
+otherwise pass for persistence and hide every change; `persistence` corrects for what taking them off costs.
 
 Exactness: series of AR(1) noise of T = 100 with a false alarm, in %, at level 0.01 (at 0.05), of 200 each:
     phi             0            0.3          0.5          0.7          0.9

@@ -517,3 +517,13 @@ def test_page_opens_without_a_word_and_does_not_scroll_sideways(tmp_path: Path, 
         assert page.evaluate("document.querySelector(':target').textContent") == "Setup"
         browser.close()
     assert wrong == []
+
+
+def test_ratios_are_coloured_by_their_logarithm() -> None:
+    data = xr.DataArray([[0.5, 1.0], [2.0, np.nan]], dims=("down", "across"))
+    ax = axes()
+    panels.grid(ax, data, "{:.1f}", ratio=True)
+    mesh = ax.collections[0]
+    np.testing.assert_allclose(np.ma.filled(mesh.get_array(), np.nan), np.log(data.values))
+    assert mesh.get_clim() == pytest.approx((-np.log(2), np.log(2)))
+    assert [t.get_text() for t in ax.texts] == ["0.5", "1.0", "2.0", "–"]

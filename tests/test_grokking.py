@@ -109,7 +109,8 @@ def test_verdicts_and_spans_count_what_was_not_reached() -> None:
     assert span([3, 1, 2]) == "2 (1 to 3)"
     assert span([3, 1, float("nan")]) == "3 (1 to 3, 1 of 3 not reached)"
     assert span([1, float("nan"), float("nan")]) == "not reached (1 to 1, 2 of 3 not reached)"
-    assert span([float("nan")]) == "none of 1"
+    assert span([float("nan")]) == "not reached"
+    assert span([float("nan")] * 2) == "not reached in any of 2"
     assert span([7.25], 1) == "7.2"
 
 

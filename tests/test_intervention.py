@@ -394,6 +394,7 @@ def test_replay_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     facts = json.loads(capsys.readouterr().out)
     assert (facts["steps"], facts["start"]) == (4, 2)
     kinds = [change["kind"] for change in facts["interventions"]]
+    assert f"replay          of {run} from step 2: Transplant, Redraw, Freeze" in str(attrib.open_run(out))
     assert kinds == ["Transplant", "Redraw", "Freeze", "Drop", "Reweight", "Options", "Penalty"]
     expected = attrib.replay(
         trained.run, 2,

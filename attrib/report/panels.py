@@ -80,7 +80,13 @@ def stack(ax: Any, data: xr.DataArray, curve: xr.DataArray | None = None) -> Any
 
 
 def grid(
-    ax: Any, data: xr.DataArray, fmt: str = "{:.0f}", centre: float | None = None, label: str = "", bar: bool = True
+    ax: Any,
+    data: xr.DataArray,
+    fmt: str = "{:.0f}",
+    centre: float | None = None,
+    label: str = "",
+    bar: bool = True,
+    ratio: bool = False,
 ) -> Any:
     """A heat map with its numbers in the cells.
 
@@ -90,14 +96,16 @@ def grid(
         centre: a value that is white, lower ones orange and higher ones blue; without it, the greater the darker.
         label: of the colours.
         bar: the scale of the colours beside the map.
+        ratio: positive values, with colours by their logarithm, around 1; for these there is no scale.
 
     Raises:
         ValueError: other than two dimensions.
     """
     expect(data, "a grid", ("a row", "a column"))
     values = data.values.astype(float)
-    mesh = ax.pcolormesh(np.ma.masked_invalid(values), cmap=_colours(centre), edgecolors="white", linewidth=1.5)
-    mesh.set_clim(*_limits(values, centre))
+    centre, shade, bar = (0.0, np.log(values), False) if ratio else (centre, values, bar)
+    mesh = ax.pcolormesh(np.ma.masked_invalid(shade), cmap=_colours(centre), edgecolors="white", linewidth=1.5)
+    mesh.set_clim(*_limits(shade, centre))
     texts = [["–" if np.isnan(v) else fmt.format(v) for v in row] for row in values]
     widest = max((len(t) for row in texts for t in row), default=1)
     size = float(np.clip(_width(ax) / max(1, values.shape[1]) / (widest + 0.5) / LETTER, 6, SMALL + 1))
@@ -106,7 +114,7 @@ def grid(
         lost = not np.isfinite(value)
         if lost:
             ax.add_patch(patch((j, i), 1, 1, facecolor="#ececec", edgecolor="white", hatch="////", linewidth=1.5))
-        colour = DARK if lost else _readable(mesh.cmap(mesh.norm(value)))
+        colour = DARK if lost else _readable(mesh.cmap(mesh.norm(shade[i, j])))
         ax.text(j + 0.5, i + 0.5, texts[i][j], ha="center", va="center", color=colour, fontsize=size)
     down, across = (str(d) for d in data.dims)
     ax.set_yticks(np.arange(values.shape[0]) + 0.5, [shortened(_named(v)) for v in data[down].values])

@@ -35,6 +35,7 @@ class Grafts:
         self.setting, self.run, self.pairs, self.parts = setting, run, pairs, parts
         self.seed, self.generalised = seed, generalised
         self.model = setting.build(setting.p)
+        self._sides = {"inner": setting.inner, "outer": setting.outer}
 
     # without training
 
@@ -46,7 +47,7 @@ class Grafts:
         rows = []
         for state in states:
             here, row = self.run.parameters(state), {"step": float(state)}
-            for side, groups in (("inner", self.setting.inner), ("outer", self.setting.outer)):
+            for side, groups in self._sides.items():
                 taken = self._names(groups)
                 mixed = {name: here[name] if name in taken else value for name, value in last.items()}
                 outputs = self._outputs(mixed)
@@ -67,40 +68,26 @@ class Grafts:
 
     def transplants(self) -> dict[str, list[Any]]:
         """Some layers of the last state, the rest drawn anew, trained from the start: condition -> a trial per draw."""
-        found = {}
+        found: dict[str, list[Any]] = {}
         for init in self.setting.inits:
-            for name, groups in self._conditions().items():
-                found[f"{name} [{init}]"] = [
-                    self._trial(
-                        f"transplant {name} {init} {draw}{self._sources(groups)}",
-                        0,
-                        self._redrawn(init, draw, groups),
-                        self._given,
-                    )
-                    for draw in range(self.setting.draws if name in MAIN else 1)
-                ]
+            for name, grafted in self._conditions().items():
+                trials = found.setdefault(f"{name} [{init}]", [])
+                for draw in range(self.setting.draws if name in MAIN else 1):
+                    fresh = Redraw("*", INITS[init], 1000 + 100 * self.seed + draw)
+                    key = f"transplant {name} {init} {draw}{self._sources(grafted)}"
+                    trials.append(self._trial(key, 0, self.setting.retrain, [fresh, *grafted]))
         return found
-
-    def _redrawn(self, init: str, draw: int, grafted: list[Intervention]) -> list[Intervention]:
-        return [Redraw("*", INITS[init], 1000 + 100 * self.seed + draw), *grafted]
-
-    def _given(self, start: int) -> int:
-        return start + self.setting.retrain
 
     def _conditions(self) -> dict[str, list[Intervention]]:
         """What is put in, for the two directions and the controls."""
-        kept = {"inner": self.setting.inner, "outer": self.setting.outer}
-        found = {f"{side} kept": [self._graft(groups, self.run.steps)] for side, groups in kept.items()}
-        for side, groups in kept.items():
-            found.update(
-                {
-                    f"{side}: {name}": changes
-                    for name, changes in self._controls(side, groups, self.run.steps, "reset").items()
-                }
-            )
-        found["embedding alone"] = [self._graft(("embedding",), self.run.steps)]
-        found["nothing kept"] = []
-        return found
+        last = self.run.steps
+        found: dict[str, list[Intervention]] = {
+            f"{side} kept": [self._graft(groups, last, "reset")] for side, groups in self._sides.items()
+        }
+        for side, groups in self._sides.items():
+            for name, changes in self._controls(side, groups, last, "reset").items():
+                found[f"{side}: {name}"] = changes
+        return {**found, "embedding alone": [self._graft(("embedding",), last, "reset")], "nothing kept": []}
 
     def _controls(
         self, side: str, groups: Sequence[str], step: int, state: str, earliest: int = 0
@@ -112,7 +99,7 @@ class Grafts:
         sizes = {name: value.numel() for name, value in self.run.parameters(0).items()}
         share = sum(sizes[name] for name in self._names(groups)) / sum(sizes.values())
         found: dict[str, list[Intervention]] = {
-            "permuted neurons": [whole, Permute(axes, self.seed, "kept")],
+            "permuted neurons": [whole, Permute(axes, self.seed)],
             "equal size": [Transplant("*", self.run, step, state, share, self.seed)],
         }
         before = round(EARLY * self.generalised)
@@ -142,7 +129,7 @@ class Grafts:
             conditions: dict[str, list[Intervention]] = {
                 "embedding alone": [self._graft(("embedding",), self.generalised, "taken")]
             }
-            for side, groups in (("inner", self.setting.inner), ("outer", self.setting.outer)):
+            for side, groups in self._sides.items():
                 for state in ("kept", "reset"):
                     conditions[f"{side}, optimizer state {state}"] = [self._graft(groups, self.generalised, state)]
                 for name, changes in self._controls(side, groups, self.generalised, "taken", start).items():
@@ -159,25 +146,20 @@ class Grafts:
         return "".join(f" from {c.step}" for c in changes if isinstance(c, Transplant) and c.step not in usual)
 
     def _reinsert(self, key: str, start: int, changes: list[Intervention]) -> Any:
-        return self._trial(f"reinsert {key}", start, changes, self._until)
-
-    def _until(self, start: int) -> int:
         longest = max(1, round(self.setting.longest * (self.generalised - start)))
-        return start + min(longest, self.setting.at_most)
+        return self._trial(f"reinsert {key}", start, min(longest, self.setting.at_most), changes)
 
-    def _graft(self, groups: Sequence[str], step: int, state: str = "reset") -> Transplant:
+    def _graft(self, groups: Sequence[str], step: int, state: str) -> Transplant:
         return Transplant(self.setting.patterns(tuple(groups)), self.run, step, state)
 
-    def _trial(self, key: str, start: int, changes: list[Intervention], until: Callable[[int], int]) -> Any:
+    def _trial(self, key: str, start: int, given: int, changes: list[Intervention]) -> Any:
         """{"memorised", "generalised": steps it took, None where not reached; "curve": step, train, held-out accuracy}."""
 
         def train() -> dict[str, Any]:
-            every, curve = self.setting.every, []
-            steps = retrain(
-                self.run, start, changes, model=self.model, loss=cross_entropy, until=max(until(start), start + 1)
-            )
-            for state, model in steps:
-                if (state - start) % every == 0:
+            curve: list[list[float]] = []
+            states = retrain(self.run, start, changes, model=self.model, loss=cross_entropy, until=start + given)
+            for state, model in states:
+                if (state - start) % self.setting.every == 0:
                     curve.append([state - start, *_accuracies(model, self.pairs)])
                     if curve[-1][2] >= GENERALISED:
                         break
@@ -185,7 +167,7 @@ class Grafts:
                 name: next((row[0] for row in curve if row[column] >= GENERALISED), None)
                 for name, column in (("memorised", 1), ("generalised", 2))
             }
-            return {**reached, "given": until(start) - start, "curve": curve}
+            return {**reached, "given": given, "curve": curve}
 
         return self.parts.trial(f"seed{self.seed}/trials", key, train)
 

@@ -264,13 +264,11 @@ class Page:
         t, page = self.t, self.article
         page.section(
             "Re-insertion",
-            "Layers of a later step of the run, with their optimizer state, put into an earlier one, from "
-            "where the same run goes on "
-            "with its own data. Steps are shares of the step at which the untouched run generalises. "
-            "Speed-up: steps that the "
-            "untouched run still needed, over those that the changed one took; 1 is no gain. A dash: not "
-            "reached in half of the "
-            "seeds or more, or no such cell.",
+            "Layers of a later step of the run, with their optimizer state, put into an earlier one, from where the same "
+            "run goes on with its own data. Steps are shares of the step at which the untouched run generalises. "
+            "Speed-up: steps that the untouched run still needed, over those that the changed one took; 1 is no gain. Each "
+            f"was given {self.setting.longest:g} times the steps that were still needed, {self.setting.at_most} at most. A "
+            "dash: not reached in half of the seeds or more, or no such cell.",
         )
         data = self.keep("reinsertions", t.reinsertions)
         middle = median(data)
@@ -279,7 +277,7 @@ class Page:
         def draw(figure: Any) -> None:
             axes = np.atleast_1d(figure.subplots(rows, min(3, len(self.setting.sets)), sharey=True)).ravel()
             for ax, name in zip(axes, self.setting.sets, strict=False):
-                grid(ax, middle.sel(layers=name).drop_vars("layers"), "{:.1f}", 1.0, bar=False)
+                grid(ax, middle.sel(layers=name).drop_vars("layers"), "{:.1f}", ratio=True)
                 ax.set_title(name, fontsize=9)
             for ax in axes[len(self.setting.sets) :]:
                 ax.remove()
@@ -319,7 +317,7 @@ class Page:
         data = self.keep("controls", t.controls)
         shown = median(data)
         page.figure(
-            lambda figure: grid(figure.subplots(), shown, "{:.2f}", 1.0, "speed-up"),
+            lambda figure: grid(figure.subplots(), shown, "{:.1f}", ratio=True),
             "Speed-up, median over seeds; columns: the step that they are put into.", 9, 0.8 + 0.3 * data.sizes["condition"],
         )  # fmt: skip
         table = pd.DataFrame(

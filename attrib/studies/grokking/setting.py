@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Setting:
     targets: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     compared: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     pruned: tuple[int, bool] = (16, True)
-    record: Mapping[str, int] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def patterns(self, groups: tuple[str, ...]) -> list[str]:
         """Parameter patterns of some of the layers."""
