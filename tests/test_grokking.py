@@ -177,7 +177,7 @@ def _check_data(data: dict[str, xr.DataArray], folder: Path) -> None:
     np.testing.assert_allclose(float(cell), expected)
     np.testing.assert_array_equal(data["controls"].sel(condition="inner", seed=0).values, [expected])
     assert bool(np.isfinite(data["reinsertions"]).any())
-    pruning = data["pruning"]
+    pruning = data["pruning accuracy"]
     assert pruning.dims == ("score", "weights kept", "seed")
     assert float(pruning.sel(score="magnitude").max()) > float(pruning.sel(score="magnitude").min())
 

@@ -145,6 +145,19 @@ def test_changed_replay_is_the_plain_loop_with_the_change_and_complete(name: str
     json.dumps(described)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 2e-15), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_transplanted_runs_are_as_complete_as_any(kind: str, dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
+    """Residual over the largest term: ten times what was measured over all optimizers, some eps of float64 and float32."""
+    trained = train(tmp_path / "run", OPTIMIZERS[kind], dtype=dtype, steps=STEPS)
+    graft = Transplant("hidden.*", trained.run, STEPS, "taken")
+    again = attrib.replay(trained.run, 1, graft, model=trained.model, loss=trained.case.loss, store=tmp_path / "again")
+    result = attrib.attribute(again, trained.model, trained.measurement(), loss=trained.case.loss, progress=False)
+    terms = result.ledger().terms
+    largest = np.abs(np.stack([terms[n].values for n in ("initial", "examples", "decay", "inherited", "final")])).max(0)
+    assert (np.abs(result.residual.values) / largest).max() < bound
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimizer_state_is_kept_reset_or_taken_along(kind: str, tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS[kind], steps=STEPS, block=2)

@@ -31,7 +31,7 @@ def answer(t: Tables) -> list[str]:
         for init in t.setting.inits:
             trials = t.trials(f"{side} kept [{init}]")
             speed = [t.speed_up(run, 0.0, trial) for run, trial in trials]
-            said.append(f"{layers} kept and the rest drawn anew ({init}): {span(speed, 1)} times as fast")
+            said.append(f"{layers} kept and the rest drawn anew ({init}): {span(speed, 1)}")
     cells = _cells(t)
     values = np.array([float(median(t.reinsertions).sel(_at(key))) for key in cells])
     faster = {
@@ -47,9 +47,9 @@ def answer(t: Tables) -> list[str]:
         for target in t.setting.compared
     }
     return [
-        "Transplanted into a fresh network and retrained, as times of the untouched run: " + "; ".join(said) + ".",
+        "Transplanted into a fresh network and retrained, speed-up over the untouched run: " + "; ".join(said) + ".",
         f"Re-inserted into the same run: {_of(values > 1, 'cells of the grid')} generalise sooner than untouched in the "
-        f"median over seeds. Best: {_cell(best, t)}. Worst: {_cell(worst, t)}. Share of cells that gain, by the step that "
+        f"median over seeds. Best speed-up: {_cell(best, t)}. Worst: {_cell(worst, t)}. Share of cells that gain, by the step that "
         "the layers are put into: " + ", ".join(f"{name} {share:.0%}" for name, share in faster.items()) + ".",
         "Speed-up of a re-insertion from the step of generalisation beside that of controls, the embedding alone and as "
         "many entries drawn from all layers: " + "; ".join(f"{into}: {said}" for into, said in controls.items()) + ".",
@@ -167,7 +167,7 @@ def _reinsertion(t: Tables) -> Claim:
         "A grokked representation put into an earlier step of the same run makes it generalise sooner than untouched.",
         "this study",
         verdict(values > 1),
-        f"{_of(values > 1, 'cells of the grid')} are faster in the median; best {_cell(best, t)}, worst {_cell(worst, t)}",
+        f"{_of(values > 1, 'cells of the grid')} are faster in the median; best speed-up {_cell(best, t)}; worst {_cell(worst, t)}",
     )
 
 
@@ -191,7 +191,7 @@ def _ends(cells: Sequence[Cell], values: np.ndarray) -> tuple[Cell, Cell]:
 
 def _cell(key: Cell, t: Tables) -> str:
     name, source, target = key
-    return f"{name} from {source:g} into {target:g}: {span(t.reinsertions.sel(_at(key)).values, 1)} times as fast"
+    return f"{name} from {source:g} into {target:g}, {span(t.reinsertions.sel(_at(key)).values, 1)}"
 
 
 def _controls(t: Tables) -> Claim:
@@ -301,7 +301,7 @@ def _cyclic(t: Tables) -> Claim:
 
 
 def _pruning(t: Tables) -> Claim:
-    published = t.pruning.sel({"weights kept": slice(0, 0.3)}).mean("weights kept")
+    published = t.pruning("accuracy", "held-out accuracy").sel({"weights kept": slice(0, 0.3)}).mean("weights kept")
     ours, size = (published.sel(score=name).values for name in ("contribution", "magnitude"))
     yes = ours > size
     return Claim(

@@ -149,9 +149,8 @@ class Page:
             "accuracy), generalising (to 99.5 % of the held-out pairs), after",
         )
         page.text(
-            "Phases found rather than eyeballed: change points of the layers' timelines, each tested against "
-            "shuffled blocks of "
-            "the same series (attrib.phases)."
+            "Phases found rather than eyeballed: change points of the layers' timelines, each tested against shuffled noise that "
+            "is as persistent as the run's own (attrib.phases)."
         )
         for run in t.runs:
             page.lines(f"seed {run['seed']}\n{run['phases']['text']}")
@@ -229,11 +228,17 @@ class Page:
             f"({', '.join(self.setting.outer)}) of the "
             f"last step, and the other way round.",
         )
-        data = self.keep("swaps", self.t.swaps)
-        self.article.figure(
-            lambda figure: curves(figure.subplots(), data, "share of the steps", "layers", "seed"),
-            "Held-out accuracy of the mixed network, against the step that a part of it is from.", 9, 3,
-        )  # fmt: skip
+        names = {"accuracy": "held-out accuracy", "kl": "KL (nats)"}
+        data = {key: self.keep(f"swaps {key}", self.t.swaps(key, name)) for key, name in names.items()}
+
+        def draw(figure: Any) -> None:
+            left, right = figure.subplots(1, 2)
+            curves(left, data["accuracy"], "share of the steps", "layers", "seed", legend=False)
+            curves(right, data["kl"], "share of the steps", "layers", "seed", legend=False)
+            left.legend(frameon=False, fontsize=8, loc="upper left")
+
+        self.article.figure(draw, "Held-out accuracy of the mixed network, and KL(last || mixed) on the held-out pairs, "
+                            "against the step that a part of it is from.", 9, 3)  # fmt: skip
 
     def transplants(self) -> None:
         t, page = self.t, self.article
@@ -328,17 +333,22 @@ class Page:
         page.table(table, "Speed-up: median, least and greatest seed")
 
     def pruning(self) -> None:
-        data = self.keep("pruning", self.t.pruning)
+        names = {"accuracy": "held-out accuracy", "agreement": "agreement", "kl": "KL (nats)"}
+        data = {key: self.keep(f"pruning {key}", self.t.pruning(key, name)) for key, name in names.items()}
         self.article.section(
             "Pruning",
-            "Weights of the largest score kept, the others zero. Contribution of a weight: what its updates "
-            "did to the outputs of "
+            "Weights of the largest score kept, the others zero; of all weights together, or of each tensor the same share. "
+            "Contribution of a weight: what its updates did to the outputs of "
             f"{self.setting.pruned[0]} held-out pairs, in size, summed over the outputs.",
         )
-        self.article.figure(
-            lambda figure: curves(figure.subplots(), data, "weights kept", "score", "seed"),
-            "Held-out accuracy of the pruned network, by the share of the weights kept.", 9, 3,
-        )  # fmt: skip
+
+        def draw(figure: Any) -> None:
+            axes = figure.subplots(1, 3)
+            for ax, values in zip(axes, data.values(), strict=True):
+                curves(ax, values, "weights kept", "score", "seed", legend=ax is axes[-1])
+
+        self.article.figure(draw, "Accuracy, agreement with the whole network and KL(whole || pruned) on the held-out "
+                            "pairs, by the share of the weights kept.", 10.5, 2.8)  # fmt: skip
 
     def ledgers(self) -> None:
         self.article.section(

@@ -66,21 +66,17 @@ class Tables:
         ]
         return self.along("loss", curves, "loss (nats)")
 
-    @cached_property
-    def swaps(self) -> xr.DataArray:
-        """(layers, seed, share of the steps): held-out accuracy."""
-        names = {
-            "inner of the step, outer of the last": "inner accuracy",
-            "outer of the step, inner of the last": "outer accuracy",
-        }
+    def swaps(self, measure: str, name: str) -> xr.DataArray:
+        """(layers, seed, share of the steps): "accuracy" or "kl" of the mixed network."""
+        sides = {"inner of the step, outer of the last": "inner", "outer of the step, inner of the last": "outer"}
         curves = [
             (
                 np.array([row["step"] for row in run["swaps"]]),
-                {n: np.array([row[k] for row in run["swaps"]]) for n, k in names.items()},
+                {label: np.array([row[f"{side} {measure}"] for row in run["swaps"]]) for label, side in sides.items()},
             )
             for run in self.runs
         ]
-        return self.along("layers", curves, "held-out accuracy")
+        return self.along("layers", curves, name)
 
     def frequencies(self, run: Run) -> xr.DataArray:
         """(frequency,): F_k of the last state."""
@@ -205,16 +201,13 @@ class Tables:
         took = trial["generalised"]
         return float("nan") if took is None else (whole - round(target * whole)) / max(took, self.setting.every)
 
-    @cached_property
-    def pruning(self) -> xr.DataArray:
-        """(score, kept, seed): held-out accuracy of what is left."""
+    def pruning(self, measure: str, name: str) -> xr.DataArray:
+        """(score, weights kept, seed): "accuracy", "agreement" with the whole network, or "kl" from it."""
         rows = [run["pruning"] for run in self.runs]
         scores = list(dict.fromkeys(row["score"] for row in rows[0]))
         kept = list(dict.fromkeys(row["kept"] for row in rows[0]))
-        values = np.array([[row["accuracy"] for row in seed] for seed in rows]).T.reshape(len(scores), len(kept), -1)
-        return xr.DataArray(
-            values, {"score": scores, "weights kept": kept, "seed": self.seeds}, name="held-out accuracy"
-        )
+        values = np.array([[row[measure] for row in seed] for seed in rows]).T.reshape(len(scores), len(kept), -1)
+        return xr.DataArray(values, {"score": scores, "weights kept": kept, "seed": self.seeds}, name=name)
 
 
 def median(data: xr.DataArray, over: str = "seed") -> xr.DataArray:
