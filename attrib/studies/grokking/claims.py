@@ -49,8 +49,10 @@ def answer(t: Tables) -> list[str]:
     return [
         "Transplanted into a fresh network and retrained, speed-up over the untouched run: " + "; ".join(said) + ".",
         f"Re-inserted into the same run: {_of(values > 1, 'cells of the grid')} generalise sooner than untouched in the "
-        f"median over seeds. Best speed-up: {_cell(best, t)}. Worst: {_cell(worst, t)}. Share of cells that gain, by the step that "
-        "the layers are put into: " + ", ".join(f"{name} {share:.0%}" for name, share in faster.items()) + ".",
+        f"median over seeds. Best speed-up: {_cell(best, t)}. Worst: {_cell(worst, t)}. Share of cells that gain, by the "
+        "step that the layers are put into: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in faster.items())
+        + ".",
         "Speed-up of a re-insertion from the step of generalisation beside that of controls, the embedding alone and as "
         "many entries drawn from all layers: " + "; ".join(f"{into}: {said}" for into, said in controls.items()) + ".",
     ]
@@ -167,7 +169,8 @@ def _reinsertion(t: Tables) -> Claim:
         "A grokked representation put into an earlier step of the same run makes it generalise sooner than untouched.",
         "this study",
         verdict(values > 1),
-        f"{_of(values > 1, 'cells of the grid')} are faster in the median; best speed-up {_cell(best, t)}; worst {_cell(worst, t)}",
+        f"{_of(values > 1, 'cells of the grid')} are faster in the median; best speed-up {_cell(best, t)}; worst "
+        f"{_cell(worst, t)}",
     )
 
 

@@ -149,8 +149,8 @@ class Page:
             "accuracy), generalising (to 99.5 % of the held-out pairs), after",
         )
         page.text(
-            "Phases found rather than eyeballed: change points of the layers' timelines, each tested against shuffled noise that "
-            "is as persistent as the run's own (attrib.phases)."
+            "Phases found rather than eyeballed: change points of the layers' timelines, each tested against shuffled noise "
+            "that is as persistent as the run's own (attrib.phases)."
         )
         for run in t.runs:
             page.lines(f"seed {run['seed']}\n{run['phases']['text']}")
