@@ -5,7 +5,8 @@
 
 - `setting`: the networks, and how much is done with each
 - `seed`: everything done with one seed; `account`, `fourier`, `grafts`, `pruning` are its parts
-- `tables`: the seeds beside each other, as labelled arrays; `claims`: what they say about the paper; `page`: to look at
+- `tables`: the seeds beside each other, as labelled arrays; `claims`: what they say about the papers
+- `page`: to look at; its sections are in `watched` and `moved`
 """
 
 import time

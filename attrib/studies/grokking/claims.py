@@ -48,9 +48,9 @@ def answer(t: Tables) -> list[str]:
     }
     return [
         "Transplanted into a fresh network and retrained, speed-up over the untouched run: " + "; ".join(said) + ".",
-        f"Re-inserted into the same run: {_of(values > 1, 'cells of the grid')} generalise sooner than untouched in the "
-        f"median over seeds. Best speed-up: {_cell(best, t)}. Worst: {_cell(worst, t)}. Share of cells that gain, by the "
-        "step that the layers are put into: "
+        f"Re-inserted into the same run: {_of(values > 1, 'cells of the grid')} generalise sooner than untouched in "
+        f"the median over seeds. Best speed-up: {_cell(best, t)}. Worst: {_cell(worst, t)}. Share of cells that gain, "
+        "by the step that the layers are put into: "
         + ", ".join(f"{name} {share:.0%}" for name, share in faster.items())
         + ".",
         "Speed-up of a re-insertion from the step of generalisation beside that of controls, the embedding alone and as "
@@ -85,8 +85,8 @@ def _memorise_first(t: Tables) -> Claim:
     memorised, generalised = t.steps("memorised"), t.steps("generalised")
     yes = generalised >= 5 * memorised
     return Claim(
-        "The training pairs are memorised first, and the held-out pairs right only much later (five times as "
-        "many steps).",
+        "The training pairs are memorised first, and the held-out pairs right only much later (five times as many "
+        "steps).",
         EXPLAIND,
         verdict(yes),
         f"{_of(yes)}: memorised by {span(memorised)}, generalised by {span(generalised)}; breaks at "
@@ -113,8 +113,9 @@ def _alternate(t: Tables) -> Claim:
     inner, ends = ([float(f.sel(group=names).mean()) for f in found] for names in (middle, [first, last]))
     yes = [a > b and a >= 0.25 for a, b in zip(inner, ends, strict=True)]
     return Claim(
-        "While circuits form, the middle layers alternate: the sign of what they change for the held-out pairs flips more "
-        "often than that of the first and the last layer, and from one bin to the next in a quarter of the cases at least.",
+        "While circuits form, the middle layers alternate: the sign of what they change for the held-out pairs flips "
+        "more often than that of the first and the last layer, and from one bin to the next in a quarter of the "
+        "cases at least.",
         EXPLAIND,
         verdict(yes),
         f"{_of(yes)}; share of flips {span(inner, 2)} against {span(ends, 2)}",
@@ -149,13 +150,12 @@ def _transplants(t: Tables) -> list[Claim]:
             plateau = whole - np.array([run["training"]["memorised"] for run, _ in trials])
             yes = (took <= 200) & (took * 5 <= whole) & (np.array(gaps) <= 0.2 * plateau)
             made.append(Claim(
-                f"With {layers} of the grokked run kept and {drawn} drawn anew ({init}), it generalises "
-                "within some 200 steps, "
-                f"about ten times faster (five at least), without a plateau of memorisation.",
+                f"With {layers} of the grokked run kept and {drawn} drawn anew ({init}), it generalises within some "
+                "200 steps, about ten times faster (five at least), without a plateau of memorisation.",
                 EXPLAIND,
                 verdict(yes),
-                f"{_of(yes, 'trials')}: steps {span(took)} against {span(np.unique(whole))} of the whole run, speed-up "
-                f"{span(whole / took, 1)}; from memorised to generalised {span(gaps)} steps against "
+                f"{_of(yes, 'trials')}: steps {span(took)} against {span(np.unique(whole))} of the whole run, "
+                f"speed-up {span(whole / took, 1)}; from memorised to generalised {span(gaps)} steps against "
                 f"{span(np.unique(plateau))}",
             ))  # fmt: skip
     return made
@@ -209,9 +209,8 @@ def _controls(t: Tables) -> Claim:
                 yes += better.tolist()
                 said.append(f"{label} {better.sum()}/{better.size}")
     return Claim(
-        "It is the grokked representation that counts: the same layers from before grokking, with permuted "
-        "neurons, or as many "
-        "entries of all layers do less (a tenth at least).",
+        "It is the grokked representation that counts: the same layers from before grokking, with permuted neurons, "
+        "or as many entries of all layers do less (a tenth at least).",
         OURS,
         verdict(yes),
         f"{_of(yes, 'comparisons')}; re-insertion beats " + ", ".join(said),
@@ -223,8 +222,8 @@ def _embedding(t: Tables) -> Claim:
     alone = t.controls.sel(condition="embedding alone").fillna(0)
     yes = (sides > 1.1 * alone).values.ravel()
     return Claim(
-        "More than the embedding is needed: the better of the two sets beats the embedding alone (by a tenth "
-        "at least).",
+        "More than the embedding is needed: the better of the two sets beats the embedding alone (by a tenth at "
+        "least).",
         OURS,
         verdict(yes),
         f"{_of(yes, 'comparisons')}; speed-up {span(sides.values.ravel(), 2)} against {span(alone.values.ravel(), 2)}",
@@ -237,8 +236,8 @@ def _restricted(t: Tables) -> Claim:
     halved = _first(loss <= 0.5 * loss[:, 0])
     yes = halved < onset
     return Claim(
-        "The general solution grows before it shows: the restricted loss has halved before the held-out "
-        "pairs break through.",
+        "The general solution grows before it shows: the restricted loss has halved before the held-out pairs break "
+        "through.",
         NANDA,
         verdict(yes),
         f"{_of(yes)}; halved at {span(halved, 2)} of the steps to generalise, break at {span(onset, 2)}",
@@ -251,8 +250,8 @@ def _excluded(t: Tables) -> Claim:
     end = loss[:, -1].values
     yes = end > 2 * low
     return Claim(
-        "Memorised solutions are given up: without the key frequencies the training pairs are worse at the "
-        "end than before.",
+        "Memorised solutions are given up: without the key frequencies the training pairs are worse at the end than "
+        "before.",
         NANDA,
         verdict(yes),
         f"{_of(yes)}; excluded loss {span(low, 2)} nats at its least, {span(end, 2)} at the end",
@@ -265,8 +264,8 @@ def _few_frequencies(t: Tables) -> Claim:
     joint = [float(s[s >= KEY].sum()) for s in shares]
     yes = [c <= max(5, len(s) // 5) and j >= 0.5 for c, j, s in zip(counts, joint, shares, strict=True)]
     return Claim(
-        "A few key frequencies make up the neurons: at most five (or a fifth of all), with half of the "
-        "variance or more.",
+        "A few key frequencies make up the neurons: at most five (or a fifth of all), with half of the variance or "
+        "more.",
         NANDA,
         verdict(yes),
         f"{_of(yes)}; {span(counts)} of {len(shares[0])} frequencies with {KEY:.0%} or more each, together "
@@ -281,9 +280,8 @@ def _same_sum(t: Tables) -> Claim:
         "A held-out pair is carried by training pairs of the same sum.",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}; mean contribution of a pair of the same sum {span([r['same'] for r in found], 2)} nats, "
-        "of another "
-        f"{span([r['others'] for r in found], 2)}; spread where sums are shuffled "
+        f"{_of(yes)}; mean contribution of a pair of the same sum {span([r['same'] for r in found], 2)} nats, of "
+        f"another {span([r['others'] for r in found], 2)}; spread where sums are shuffled "
         f"{span([r['spread'] for r in found], 2)}",
     )
 
@@ -318,12 +316,12 @@ def _pruning(t: Tables) -> Claim:
 def _exact(t: Tables) -> Claim:
     relative = [run["account"]["relative"] for run in t.runs]
     return Claim(
-        "A run can be rebuilt from its contributions (the reference needs 100 gradients a step for agreement "
-        "1; one here).",
+        "A run can be rebuilt from its contributions (the reference needs 100 gradients a step for agreement 1; one "
+        "here).",
         EXPLAIND,
         verdict([r <= 1e-5 for r in relative]),
-        f"largest residual {max(run['account']['residual'] for run in t.runs):.1e} nats, {max(relative):.1e} "
-        "of the gross size",
+        f"largest residual {max(run['account']['residual'] for run in t.runs):.1e} nats, {max(relative):.1e} of the "
+        "gross size",
     )
 
 

@@ -6,11 +6,15 @@ where the changed one did not generalise in the steps it was given.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from ...report import to_json
+from ...report.article import Article
+from ...report.files import replacing
 from .account import HELD_OUT, TRAINED
 from .setting import Setting
 
@@ -208,6 +212,20 @@ class Tables:
         kept = list(dict.fromkeys(row["kept"] for row in rows[0]))
         values = np.array([[row[measure] for row in seed] for seed in rows]).T.reshape(len(scores), len(kept), -1)
         return xr.DataArray(values, {"score": scores, "weights kept": kept, "seed": self.seeds}, name=name)
+
+
+class Page:
+    """The tables, the article that is written of them, and the data of its figures: `keep` saves them under a name."""
+
+    def __init__(self, tables: Tables, folder: Path, lead: str) -> None:
+        self.t, self.setting, self.folder = tables, tables.setting, folder / "data"
+        self.folder.mkdir(exist_ok=True)
+        self.article = Article(f"Grokking: {tables.setting.name}", lead)
+
+    def keep(self, name: str, data: xr.DataArray) -> xr.DataArray:
+        with replacing(self.folder / f"{name}.json") as beside:
+            beside.write_text(to_json(data.drop_attrs().to_dict()))
+        return data
 
 
 def median(data: xr.DataArray, over: str = "seed") -> xr.DataArray:
