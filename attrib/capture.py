@@ -51,6 +51,7 @@ class Capture:
         self._layout, self._parameters, self._check_every = layout, parameters, check_every
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._model, self._penalty = model, penalty
+        self._taken: Tensor | None = None  # the penalty's gradient of the step
         self._shares = Shares(loss, model, layout, parameters[0].dtype)
         self._scale = Reduction(parameters)
         self._random = RandomWatch(model)
@@ -93,7 +94,8 @@ class Capture:
         found = dict(zip(map(id, moved), pulled, strict=True))
         gradients = (found.get(id(p)) for p in self._parameters)
         filled = (torch.zeros_like(p) if g is None else g for g, p in zip(gradients, self._parameters, strict=True))
-        return self._layout.flatten(filled) * self._scale.clipping()
+        self._taken = self._layout.flatten(filled) * self._scale.clipping()
+        return self._taken
 
     def take(
         self, theta: Tensor, gradient: Tensor, batch: tuple[Tensor, ...], number: int, facts: dict[str, float]
@@ -166,7 +168,7 @@ class Capture:
             with random_state(before):
                 self._shares.check_split(theta, batch)
         facts["loss"] = float(losses.double().mean())
-        within = share_bound(gradient, lambda: clip * self._gross(theta, batch, before))
+        within = share_bound(gradient, lambda: clip * self._gross(theta, batch, before), self._taken)
         scale = self._scale.fit(gradient, total, len(batch[0]), clip, within)
         try:
             facts["batch_identity"] = batch_identity(self._layout, gradient, scale * total, number, within)
@@ -187,7 +189,7 @@ class Capture:
         def gross() -> float:
             return scale * sum(float(factors.rows(f).double().norm(dim=1).sum()) for s in found.values() for f in s)
 
-        batch_identity(self._layout, gradient, scale * sums, number, share_bound(gradient, gross))
+        batch_identity(self._layout, gradient, scale * sums, number, share_bound(gradient, gross, self._taken))
 
     def _gross(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> float:
         """sum_i |g_i|, unscaled by the reduction: no larger than what the optimizer's gradient may have cancelled from."""

@@ -1,6 +1,7 @@
 """Phases of a training run, found and not eyeballed: change points of what its layer groups did, and the onset rule.
 
-    x_b,g = mean over the steps t of bin b of timeline_t,g      (B bins, each group in units of its standard deviation)
+    r_b,g = mean over the steps t of bin b of timeline_t,g      B bins
+    x_b,g = asinh(r_b,g / median_b |r_b,g|)                     phases differ by orders of magnitude
 
 The means of x change at the points that `kernels.changes` accepts: each with the p value of a permutation test and an
 interval of where it is. The sums of the phases over groups add up to the change of the measurement in the window, exactly.

@@ -187,12 +187,12 @@ class Run:
             for name, value in values.items():
                 own[name].copy_(value)
 
-    def optimizer(self, model: nn.Module, step: int) -> torch.optim.Optimizer:
-        """Torch's optimizer over the parameters of a model as it was at a state, 0 .. T: accumulators and options bit for
-        bit, a group per parameter tensor; at T with the options of the last step."""
+    def optimizer(self, model: nn.Module | dict[str, Tensor], step: int) -> torch.optim.Optimizer:
+        """Torch's optimizer over the parameters of a model, or over tensors by name, as it was at a state, 0 .. T:
+        accumulators and options bit for bit, a group per parameter tensor; at T with the options of the last step."""
         if not 0 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
-        own = dict(model.named_parameters())
+        own = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
         return self._trajectory.optimizer(step, [own[name] for name in self.groups])
 
     def constants(self) -> dict[str, Tensor]:

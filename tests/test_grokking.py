@@ -15,8 +15,9 @@ from attrib import errors
 from attrib.cli import main
 from attrib.studies import grokking, modular
 from attrib.studies.grokking import fourier, grafts, seed
-from attrib.studies.grokking.claims import span, verdict
+from attrib.studies.grokking.claims import verdict
 from attrib.studies.grokking.setting import QUICK, SETTINGS, TOY
+from attrib.studies.grokking.speeds import beats, by_seed, span, times
 from attrib.studies.parts import Parts
 
 P = 11
@@ -46,7 +47,10 @@ def test_frequencies_are_shares_of_the_neurons_variance() -> None:
     )  # fmt: skip
     # variances 1/2, 4/2 and 1/4; the last mixes two frequencies and belongs to none
     np.testing.assert_allclose(fourier.frequencies(neurons), np.array([0, 0.5, 0, 2, 0]) / 2.75, atol=1e-12)
-    assert fourier.key_frequencies(np.array([0.02, 0.3, 0.06, 0.5, 0.04])) == [4, 2, 3]
+    many = np.full(50, 0.01)
+    many[[1, 2, 3]] = 0.3, 0.06, 0.5
+    assert fourier.key_frequencies(many) == [4, 2, 3]  # a twentieth or more
+    assert fourier.key_frequencies(np.array([0.02, 0.3, 0.06, 0.5, 0.04])) == [4]  # twice an even share
     assert fourier.key_frequencies(np.array([0.01, 0.02])) == [2]
 
 
@@ -112,6 +116,26 @@ def test_verdicts_and_spans_count_what_was_not_reached() -> None:
     assert span([float("nan")]) == "not reached"
     assert span([float("nan")] * 2) == "not reached in any of 2"
     assert span([7.25], 1) == "7.2"
+    assert times([1.1, 1.2, 3, float("nan"), float("nan")]) == "1.1 (1.1 to 3.0, 2 of 5 not reached)"
+    assert verdict([True, True, None]) == verdict([False, False, None]) == "depends"
+
+
+class Compared:
+    """Speed-ups of two conditions into one step, over six seeds: bounds of 0.5 where not reached, none without a trial."""
+
+    nan = float("nan")
+    controls = xr.Dataset(
+        {"speed_up": (("condition", "put into", "seed"), [[[2, 2, nan, nan, 2, 2.0]], [[1, nan, 2, nan, nan, 1.9]]]),
+         "bound": (("condition", "put into", "seed"), [[[0.5] * 6], [[0.5, 0.5, 0.5, 0.5, nan, 0.5]]])},
+        {"condition": ["own", "other"], "put into": [0.25]},
+    )  # fmt: skip
+
+
+def test_comparisons_know_what_was_not_reached_from_what_was_not_tried() -> None:
+    found = beats(Compared(), "own", "other", [0.25])  # type: ignore[arg-type]
+    # faster; faster than the bound; slower; undecided; no trial; not by a tenth
+    np.testing.assert_array_equal(found, [[1, 1, 0, np.nan, np.nan, 0]])
+    assert by_seed([found]) == [True, True, False, False]
 
 
 @pytest.mark.slow

@@ -329,6 +329,12 @@ WRONG = {
     "weights": (lambda r: Reweight({888: 1.0}), r"got \[888\]"),
     "not finite": (lambda r: Reweight({1: float("nan")}), "not finite"),
     "option": (lambda r: Options({"learning_rate": 1.0}), "expected one of lr"),
+    "option without state": (lambda r: Options({"amsgrad": True}), "no such option to change"),
+    "no number": (lambda r: Options({"lr": "high"}), "no number"),
+    "no option": (lambda r: Options({}), "no option is named"),
+    "nothing": (lambda r: Transplant([], r, 3), "nothing is named"),
+    "pattern": (lambda r: Permute({"hidden.*": 0}), "not a pattern"),
+    "empty batch": (lambda r: Drop(set(range(12)), slice(4, 5)), "at step 4"),
     "axis": (lambda r: Permute({"hidden.weight": 2}), "no such axis"),
     "lengths": (lambda r: Permute({"hidden.weight": 0, "output.weight": 0}), "differ in length"),
     "no intervention": (lambda r: "freeze", "no intervention"),
@@ -367,12 +373,75 @@ def test_runs_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
     assert attrib.replay(trained.run, 2, Transplant("output.*", sgd.run, 1), **arguments).steps == 4
 
 
-def test_batch_must_not_lose_all_its_examples(tmp_path: Path) -> None:
+def test_all_frozen_by_parts_is_said(tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
-    everyone = Drop(range(12))
-    with pytest.raises(errors.ReplayError, match="no example is left"):
-        attrib.replay(trained.run, 2, everyone, model=trained.model, loss=trained.case.loss, store=tmp_path / "again")
+    parts = [Freeze(["embedding.*", "hidden.*"]), Freeze("output.*")]
+    with pytest.raises(errors.ReplayError, match="all parameters frozen"):
+        list(attrib.retrain(trained.run, 2, parts, model=trained.model, loss=trained.case.loss))
+
+
+def test_frozen_parameters_are_recorded_for_replay_only(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=STEPS)
+    arguments = {"model": trained.model, "loss": trained.case.loss, "store": tmp_path / "again"}
+    with pytest.raises(errors.ReplayError, match="capture='factors'"):
+        attrib.replay(trained.run, START, Freeze("hidden.*"), capture="factors", **arguments)
     assert not (tmp_path / "again").exists()
+
+
+def test_penalty_may_outweigh_the_examples(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], dtype=torch.float32)
+    arguments = {"model": trained.model, "loss": trained.case.loss}
+    heavy = Penalty(pull, 1e6)  # the examples' part is what is left of a difference
+    again = attrib.replay(trained.run, 2, heavy, store=tmp_path / "again", check_every=1, **arguments)
+    assert again.steps == 4
+
+
+def test_hooks_of_interventions_of_ones_own_are_called(tmp_path: Path) -> None:
+    class Pull(attrib.intervention.Intervention):
+        def penalty(self, step: int, model: nn.Module) -> Tensor:
+            return 0.1 * pull(model)
+
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd momentum"])
+    ends = [
+        flat(list(attrib.retrain(trained.run, 2, change, model=trained.model, loss=trained.case.loss))[-1][1])
+        for change in (Pull(), Penalty(pull, 0.1))
+    ]
+    np.testing.assert_array_equal(*ends)
+
+
+def test_only_the_places_of_other_runs_are_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    other = train(tmp_path / "other", OPTIMIZERS["sgd"])
+    monkeypatch.chdir(tmp_path)
+    arguments = {"model": trained.model, "loss": trained.case.loss, "overwrite": True}
+    for store in ("./run", "other", tmp_path / "other/../run"):
+        with pytest.raises(errors.ReplayError, match="into itself"):
+            attrib.replay(trained.run, 2, Transplant("hidden.*", other.run, 3), store=store, **arguments)
+    assert attrib.open_run("run").steps == attrib.open_run("other").steps == 6
+
+
+def test_numbers_and_arrays_of_numpy_do_as_well(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    x, y = trained.data
+    again = attrib.replay(
+        *(trained.run, np.int64(2), [Freeze("hidden.*", slice(np.int64(3), np.int64(5))), Drop(np.array([1]))]),
+        model=trained.model, loss=trained.case.loss, store=tmp_path / "again", until=np.int64(7),
+        batches=lambda step: (np.arange(4), x[:4].numpy(), y[:4].numpy()),
+    )  # fmt: skip
+    assert again.steps == 5
+    assert again.header["replay"]["interventions"][0]["steps"] == [3, 5]
+    np.testing.assert_array_equal(again.index(4), [0, 2, 3])
+
+
+def test_donors_may_have_more_than_is_taken(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    donor = train(tmp_path / "cnn", OPTIMIZERS["adamw"], model="cnn")
+    shape = {n: tuple(p.shape) for n, p in donor.model.named_parameters()}["output.bias"]
+    assert shape != tuple(trained.run.parameters(0)["output.bias"].shape)
+    amsgrad = train(tmp_path / "amsgrad", OPTIMIZERS["adamw amsgrad"])
+    with pytest.raises(errors.ReplayError, match="amsgrad"):
+        list(attrib.retrain(trained.run, 2, Transplant("hidden.*", amsgrad.run, 3, "taken"), model=trained.model,
+                            loss=trained.case.loss))  # fmt: skip
 
 
 def test_penalty_that_is_no_number_is_refused(tmp_path: Path) -> None:
@@ -405,13 +474,13 @@ def test_replay_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     changes += ["--intervene", f"{Path(__file__).parent}/setups.py:changes"]
     assert main(["replay", run, "--setup", setup, "--start", "2", "-o", out, "--json", *changes]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["steps"], facts["start"]) == (4, 2)
+    assert (facts["store"], facts["run"], facts["steps"], facts["start"]) == (out, run, 4, 2)
     kinds = [change["kind"] for change in facts["interventions"]]
-    assert f"replay          of {run} from step 2: Transplant, Redraw, Freeze" in str(attrib.open_run(out))
-    assert kinds == ["Transplant", "Redraw", "Freeze", "Drop", "Reweight", "Options", "Penalty"]
+    assert f"replay          of {run} from step 2: Redraw, Transplant, Freeze" in str(attrib.open_run(out))
+    assert kinds == ["Redraw", "Transplant", "Freeze", "Drop", "Reweight", "Options", "Penalty"]
     expected = attrib.replay(
         trained.run, 2,
-        [Transplant("hidden.*", trained.run, 6, "kept"), Redraw("output.weight", state="kept"),
+        [Redraw("output.weight", state="kept"), Transplant("hidden.*", trained.run, 6, "kept"),
          Freeze(["embedding.*", "output.bias"], slice(3, 5)), Drop([0, 2, 3], slice(4, None)), Reweight({5: 2.0}),
          Options({"betas": (0.8, 0.9)}), Penalty(pull, 0.01)],
         model=trained.model, loss=trained.case.loss, store=tmp_path / "expected",

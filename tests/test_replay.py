@@ -67,6 +67,28 @@ def test_dropout_batches_and_schedules_are_drawn_again(kind: str, states_every: 
     result.check(1e-5)
 
 
+def test_random_numbers_beyond_the_record_are_the_runs_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, y = Dropped(), torch.randn(8, 4), torch.randint(0, 3, (8,))
+    loss = MODELS["mlp"].loss
+    with attrib.record(OPTIMIZERS["adamw"](list(model.parameters())), model, loss, tmp_path / "run") as recorder:
+        for _ in range(3):
+            recorder.zero_grad()
+            loss(model, x, y).mean().backward()
+            recorder.step(torch.arange(8), x, y)
+    run, ends = attrib.open_run(tmp_path / "run"), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        for _, trained in attrib.retrain(run, 3, model=model, loss=loss, until=6):
+            trained.eval()  # looking on does not change what is trained
+        ends.append([p.detach().clone() for p in trained.parameters()])
+        assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+    drawn = attrib.replay(run, 3, model=model, loss=loss, until=6, store=tmp_path / "again").vector(3)
+    assert torch.equal(drawn, torch.cat([p.reshape(-1) for p in ends[0]]))
+
+
 def test_clipping_is_the_users_to_say(tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS["adamw"], clip=0.1)
     arguments = {"model": trained.model, "loss": trained.case.loss}

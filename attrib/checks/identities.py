@@ -15,16 +15,18 @@ def _root(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.5)
 
 
-def share_bound(gradient: Tensor, gross: Callable[[], float]) -> Callable[[float], bool]:
-    """Whether a gap between p.grad and the sum of shares is no more than rounding.
+def share_bound(gradient: Tensor, gross: Callable[[], float], penalty: Tensor | None = None) -> Callable[[float], bool]:
+    """Whether a gap between p.grad and the sum of shares is no more than rounding, that of a penalty which was in p.grad
+    and is taken off included.
 
     At an optimum p.grad cancels to rounding itself; what the rounding is of is the gross size, sum_i |g_i|, which is
     asked for only where the cheap bound does not settle it.
     """
     norm, eps = float(gradient.double().norm()), float(torch.finfo(gradient.dtype).eps)
+    taken = 0.0 if penalty is None else 16 * eps * float(penalty.double().norm())
 
     def within(gap: float) -> bool:
-        return gap <= eps**0.5 * norm or gap <= 16 * eps * gross()
+        return gap <= eps**0.5 * norm + taken or gap <= 16 * eps * gross() + taken
 
     return within
 

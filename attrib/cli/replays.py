@@ -13,8 +13,9 @@ from .options import add_setup, command, count, numbers, window
 
 EXAMPLES = """Groups are names or patterns of parameters, separated by commas; windows are steps of RUN. Several of an option
 and several options compose, in the order of this list:
-  --transplant 'hidden.*'=other.zarr@1400   --redraw 'output.*'   --freeze 'embedding.*'@500:700
-  --drop 3,17,20:30@500:   --reweight 3,17=0.5   --option lr=0.001@500:600   --intervene my_script.py:changes"""
+  --redraw '*'   --transplant 'hidden.*'=other.zarr@1400   --freeze 'embedding.*'@500:700
+  --drop 3,17,20:30@500:   --reweight 3,17=0.5   --option lr=0.001@500:600   --intervene my_script.py:changes
+A loop that did more than the mean or the sum, such as clipping, is replayed in Python, with backward=."""
 
 
 def add(commands: Any) -> None:
@@ -26,11 +27,11 @@ def add(commands: Any) -> None:
     made.add_argument("--start", type=count, default=0, metavar="STEP", help="the state to begin with (0)")
     made.add_argument("--until", type=count, metavar="STEP", help="the step to end before; by default where RUN ends")
     made.add_argument("--state", choices=("kept", "reset", "taken"), default="reset",
-                      help="optimizer state of transplanted and redrawn groups (reset)")  # fmt: skip
+                      help="optimizer state of transplanted groups; of redrawn ones, kept or reset (reset)")  # fmt: skip
     made.add_argument("--seed", type=int, default=0, help="of groups drawn anew (0)")
     for name, read, meta, what in (
-        ("transplant", _transplant, "GROUPS=RUN@STEP", "parameters from a state of a run"),
         ("redraw", str, "GROUPS", "parameters drawn anew, as their modules do"),
+        ("transplant", _transplant, "GROUPS=RUN@STEP", "parameters from a state of a run"),
         ("freeze", _with_window(str), "GROUPS[@A:B]", "parameters that do not move"),
         ("drop", _with_window(numbers), "IDS[@A:B]", "train examples left out"),
         ("reweight", _with_window(_weights), "IDS=WEIGHT[@A:B]", "losses of train examples times a weight"),
@@ -55,17 +56,18 @@ def _replay(options: argparse.Namespace) -> int:
         progress=not options.json,
         overwrite=options.overwrite,
     )
-    facts = {"run": options.out, "steps": made.steps, **made.header["replay"]}
+    facts = {"store": options.out, "steps": made.steps, **made.header["replay"]}
     print(to_json(facts) if options.json else f"{made}\n\nsaved to {options.out}")
     return 0
 
 
 def _interventions(options: argparse.Namespace) -> list[Intervention]:
     made: list[Intervention] = []
+    for groups in options.redraw:
+        kept = "kept" if options.state == "kept" else "reset"
+        made.append(Redraw(groups.split(","), None, options.seed, kept))
     for groups, place, step in options.transplant:
         made.append(Transplant(groups, open_run(place), step, options.state))
-    for groups in options.redraw:
-        made.append(Redraw(groups.split(","), None, options.seed, options.state))
     made += [Freeze(groups.split(","), steps) for groups, steps in options.freeze]
     made += [Drop(ids, steps) for ids, steps in options.drop]
     made += [Reweight(weights, steps) for weights, steps in options.reweight]

@@ -4,7 +4,8 @@
 
 An intervention is a small object. `Transplant`, `Redraw` and `Permute` change the state that the replay starts from;
 `Freeze`, `Drop`, `Reweight`, `Options` and `Penalty` act during a window of steps, counted as in the run. They compose in
-the order given. For a change of state in mid-replay, replay up to there, and replay the new run from there.
+the order given. For a change of state in mid-replay, replay to the end, and replay the new run from its middle (its steps
+count from its own start).
 """
 
 from .base import Intervention

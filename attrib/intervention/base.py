@@ -72,16 +72,19 @@ def chosen(run: Run, groups: Groups, where: str) -> list[str]:
         ReplayError: a pattern names none; the nearest names are offered.
     """
     try:
-        return match_names(run.layout.names, groups, where)
+        found = match_names(run.layout.names, groups, where)
     except ValueError as error:
         raise ReplayError(str(error)) from None
+    if not found:
+        raise ReplayError(f"nothing is named: got {groups!r}, expected names or patterns of parameters, at {where}.")
+    return found
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Run):
         return str(value.reader.target)
     if isinstance(value, slice):
-        return [value.start, value.stop]
+        return [_plain(value.start), _plain(value.stop)]
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | range):

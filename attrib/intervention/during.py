@@ -1,7 +1,8 @@
 """Interventions while training goes on, each during a window of steps: `steps`, a slice of the run's, None for all."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from ..errors import ReplayError
 from ..run import Run
 from .base import Batch, Groups, Window, chosen
+
+_NONE_LEFT = "no example is left in a batch: got all dropped, expected some to remain, at step {step}, Drop."
+_FLAGS = ("amsgrad", "foreach", "fused")  # of what state there is, and of who computes
 
 
 @dataclass(frozen=True)
@@ -36,24 +40,31 @@ class Freeze(Window):
 
 @dataclass(frozen=True)
 class Drop(Window):
-    """Examples left out of their batches; a mean is over those that remain."""
+    """Examples left out of their batches; a mean is over those that remain. Where the loss draws random numbers, those that
+    remain draw others than before: `Reweight` with 0 keeps them."""
 
-    examples: Sequence[int]
+    examples: Collection[int]
     steps: slice | None = None
 
     def check(self, run: Run, start: int, until: int) -> None:
         super().check(run, start, until)
         _check_examples(run, self.examples, "Drop")
+        first, stop = max(start, (self.steps or slice(None)).start or 0), min(until, run.steps)
+        for step, ids in enumerate(run.reader.read("index", slice(first, max(first, stop))), first):
+            if self.active(step) and np.isin(ids[ids >= 0], self._ids).all():
+                raise ReplayError(_NONE_LEFT.format(step=step))
+
+    @property
+    def _ids(self) -> np.ndarray:
+        return np.fromiter(map(int, self.examples), np.int64)
 
     def batch(self, step: int, batch: Batch) -> Batch:
         index, inputs = batch
         if not self.active(step):
             return batch
-        left = np.flatnonzero(~np.isin(index, np.asarray(self.examples)))
+        left = np.flatnonzero(~np.isin(index, self._ids))
         if not len(left):
-            raise ReplayError(
-                f"no example is left in a batch: got {len(index)} of {len(index)} dropped, expected fewer, at step {step}."
-            )
+            raise ReplayError(_NONE_LEFT.format(step=step))
         rows = torch.from_numpy(left)
         return index[left], tuple(t[rows.to(t.device)] for t in inputs)
 
@@ -74,7 +85,7 @@ class Reweight(Window):
 
     def check(self, run: Run, start: int, until: int) -> None:
         super().check(run, start, until)
-        _check_examples(run, list(self.weights), "Reweight")
+        _check_examples(run, self.weights, "Reweight")
         if not all(np.isfinite(list(self.weights.values()))):
             raise ReplayError("a weight is not finite: expected numbers, at Reweight.")
 
@@ -102,12 +113,18 @@ class Options(Window):
     def check(self, run: Run, start: int, until: int) -> None:
         super().check(run, start, until)
         chosen(run, self.groups, "Options")
-        known = list(run.rule.options(dict.fromkeys(run.rule.hyper, 0.0)))
-        for name in self.values:
+        known = [name for name in run.rule.options(dict.fromkeys(run.rule.hyper, 0.0)) if name not in _FLAGS]
+        for name, value in self.values.items():
             if name not in known:
                 raise ReplayError(
-                    f"the optimizer has no such option: got {name!r}, expected one of {', '.join(known)}, at Options."
+                    f"the optimizer has no such option to change: got {name!r}, expected one of {', '.join(known)}, at "
+                    f"Options."
                 )
+            parts = value if isinstance(value, tuple | list) else (value,)
+            if not callable(value) and not all(isinstance(part, Real) for part in parts):
+                raise ReplayError(f"an option is no number: got {value!r}, expected such as 0.1, at {name!r}, Options.")
+        if not self.values:
+            raise ReplayError("no option is named: got none, expected such as {'lr': 0.1}, at Options.")
 
     def options(self, run: Run, step: int, optimizer: torch.optim.Optimizer) -> None:
         if self.active(step):
@@ -144,7 +161,7 @@ def weighted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return weighted_loss
 
 
-def _check_examples(run: Run, examples: Sequence[int], where: str) -> None:
+def _check_examples(run: Run, examples: Collection[int], where: str) -> None:
     missing = sorted(set(map(int, examples)) - set(run.examples.tolist()))
     if missing or not len(examples):
         raise ReplayError(

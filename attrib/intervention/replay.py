@@ -8,7 +8,9 @@ with the same version of torch.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import index as as_int
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from ..optim import set_options
 from ..recorder import Recorder, record
 from ..run import Run, check_model, open_run
 from .base import Intervention
-from .during import Penalty, Reweight, weighted
+from .during import Freeze, Penalty, Reweight, weighted
 from .schedule import Batches, Schedule
 
 log = logging.getLogger("attrib")
@@ -73,18 +75,17 @@ def replay(
         >>> grown = attrib.intervention.Transplant("hidden.*", run, 1400)  # doctest: +SKIP
         >>> again = attrib.replay(run, 500, grown, model=model, loss=loss, store="again.zarr")  # doctest: +SKIP
     """
-    if str(store) == str(run.reader.target):
-        raise ReplayError(
-            f"a run cannot be replayed into itself: got {store} for both. Choose another path for the replay."
-        )
     course = _course(run, start, interventions, model, loss, until, backward, batches)
+    _check_record(course, store, options)
     steps = tqdm(course.steps, desc="replay", unit="step", delay=2, disable=not progress)
     with (
         random_state(torch.get_rng_state()),
         record(course.optimizer, course.model, course.loss, store, penalty=course.penalty, **options) as recorder,
     ):
         described = [change.describe() for change in course.interventions]
-        recorder.describe(replay={"run": str(run.reader.target), "start": start, "interventions": described})
+        recorder.describe(
+            replay={"run": str(run.reader.target), "start": course.steps.start, "interventions": described}
+        )
         for step in steps:
             course.step(step, recorder)
     return open_run(store)
@@ -103,8 +104,8 @@ def retrain(
 ) -> Iterator[tuple[int, nn.Module]]:
     """The same without a record, to be looked at on the way: yields (state, model) at `start` and after every step.
 
-    The model is the copy that is trained, in the recorded modes: look at it, do not change it. Arguments and errors are
-    those of `replay`.
+    The model is the copy that is trained, in the recorded modes: look at it, do not change its parameters. Arguments and
+    errors are those of `replay`.
 
     Example:
         >>> for step, trained in attrib.retrain(run, 500, change, model=model, loss=loss):  # doctest: +SKIP
@@ -114,8 +115,9 @@ def retrain(
     course = _course(run, start, interventions, model, loss, until, backward, batches)
 
     def states() -> Iterator[tuple[int, nn.Module]]:
-        yield start, course.model
+        yield course.steps.start, course.model
         for step in course.steps:
+            course.set_modes()  # whoever looks may have called eval()
             course.step(step, course.optimizer)
             yield step + 1, course.model
 
@@ -138,9 +140,21 @@ class Course:
     random: Tensor | None = field(init=False, default=None)  # the generator's state after the last step
 
     @property
+    def sources(self) -> list[Run]:
+        """The runs that this is made from."""
+        values = (getattr(change, f.name) for change in self.interventions for f in fields(change))
+        return [self.run, *(value for value in values if isinstance(value, Run))]
+
+    def set_modes(self) -> None:
+        """Train and eval modes as recorded."""
+        modes = set(self.run.header["training"])
+        for name, module in self.model.named_modules():
+            module.training = name in modes
+
+    @property
     def penalty(self) -> Callable[[nn.Module], Tensor] | None:
         """The sum of all penalties in the step that is being made; None where no step has any."""
-        if not any(isinstance(change, Penalty) for change in self.interventions):
+        if all(type(change).penalty is Intervention.penalty for change in self.interventions):
             return None
 
         def total(model: nn.Module) -> Tensor:
@@ -162,6 +176,10 @@ class Course:
             self.backward(self.loss(self.model, *batch), self.model)
             for change in self.interventions:
                 change.gradient(self.run, step, self.model)
+            if all(p.grad is None for p in self.model.parameters()):
+                raise ReplayError(
+                    f"nothing would train: got all parameters frozen, expected some to move, at step {step}."
+                )
             if isinstance(optimizer, Recorder):
                 optimizer.step(index, *batch)
             else:
@@ -192,7 +210,7 @@ def _course(
     batches: Batches | None,
 ) -> Course:
     """Everything checked and set up."""
-    until = run.steps if until is None else until
+    start, until = as_int(start), run.steps if until is None else as_int(until)
     if not 0 <= start <= run.steps or not start < until:
         raise ReplayError(
             f"the steps are not in the run: got {start} to {until}, expected 0 <= start <= {run.steps} and start < until, "
@@ -210,14 +228,33 @@ def _course(
     _warn(run, changes)
     trained = deepcopy(model)
     run.load(trained, start)
-    modes = set(run.header["training"])
-    for name, module in trained.named_modules():
-        module.training = name in modes
     optimizer = run.optimizer(trained, start)
     for change in changes:
         change.begin(run, trained, optimizer)
     loss = weighted(loss) if any(isinstance(change, Reweight) for change in changes) else loss
-    return Course(run, range(start, until), changes, trained, optimizer, loss, backward, schedule)
+    course = Course(run, range(start, until), changes, trained, optimizer, loss, backward, schedule)
+    course.set_modes()
+    if start == run.steps:  # random numbers go on from those of the last step
+        course.random = run.random_state(start - 1)
+    return course
+
+
+def _check_record(course: Course, store: Any, options: dict[str, Any]) -> None:
+    """That the record goes to a place of its own, and can hold what happens."""
+    for source in course.sources:
+        if _place(store) == _place(source.reader.target):
+            raise ReplayError(
+                f"a run cannot be replayed into itself: got {store}, expected another place than that of a run that it is "
+                f"made from. Choose another path for the replay."
+            )
+    if options.get("capture", "replay") != "replay" and any(isinstance(c, Freeze) for c in course.interventions):
+        raise ReplayError(
+            f'frozen parameters cannot be captured so: got capture={options["capture"]!r}, expected "replay", with Freeze.'
+        )
+
+
+def _place(store: Any) -> Any:
+    return Path(store).resolve() if isinstance(store, str | Path) and "://" not in str(store) else str(store)
 
 
 def _reduction(run: Run, start: int, until: int) -> Backward:

@@ -51,7 +51,8 @@ class Schedule:
         hyper = self._rows["hyper"][n]
         if step >= run.steps and self._batches is not None:
             ids, *inputs = self._batches(step)
-            return Given(np.asarray(ids), tuple(t.to(self._device) for t in inputs), hyper, None)
+            batch = tuple(torch.as_tensor(t).to(self._device) for t in inputs)
+            return Given(torch.as_tensor(ids).cpu().numpy(), batch, hyper, None)
         kind, rows, ids = (self._rows[name][n] for name in ("kind", "row", "index"))
         drawn = torch.from_numpy(self._rows["random"][n]) if "random" in self._rows and step < run.steps else None
         return Given(ids[ids >= 0], self._inputs(int(kind), rows[rows >= 0]), hyper, drawn)

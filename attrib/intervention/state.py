@@ -23,14 +23,15 @@ STATES = ("kept", "reset", "taken")
 
 @dataclass(frozen=True)
 class Transplant(Intervention):
-    """Parameters from a state of a run, the same or another.
+    """Parameters from a state of a run, the same or another. Buffers and frozen parameters stay.
 
     Args:
         groups: names or patterns of the parameters.
         run: where they come from; names, shapes and dtype must fit.
         step: the state of `run`, 0 .. T.
         state: what becomes of their optimizer state: "kept", "reset" or "taken".
-        share: of the entries of each tensor, drawn at random; "reset" and "taken" then concern those entries alone.
+        share: of the entries of each tensor, drawn at random; "reset" and "taken" then concern those entries alone, while
+            the age that Adam corrects its bias by stays the tensor's own (or, where it has none, the donor's).
         seed: of that draw.
     """
 
@@ -62,12 +63,18 @@ class Transplant(Intervention):
                 f"the optimizer state cannot be taken along: got a run of {self.run.header['optimizer']}, expected one of "
                 f'{run.header["optimizer"]}, at Transplant. Choose state="reset" or "kept".'
             )
+        flags = [r.options.get("amsgrad") for r in (self.run, run)]
+        if self.state == "taken" and flags[0] != flags[1]:
+            raise ReplayError(
+                f"the optimizer state cannot be taken along: got amsgrad {flags[0]}, expected {flags[1]}, at Transplant. "
+                f'Choose state="reset" or "kept".'
+            )
         if not 0 < self.share <= 1:
             raise ReplayError(f"the share is none: got {self.share}, expected 0 < share <= 1, at Transplant.")
 
     def begin(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         values = self.run.parameters(self.step)
-        donor = self.run.optimizer(model, self.step) if self.state == "taken" else None
+        donor = self.run.optimizer(values, self.step) if self.state == "taken" else None
         generator = torch.Generator().manual_seed(self.seed)
         for name, p in _tensors(run, model, self.groups):
             mask = torch.ones(p.shape, dtype=torch.bool)
@@ -78,7 +85,7 @@ class Transplant(Intervention):
             with torch.no_grad():
                 p.copy_(torch.where(mask, values[name].to(p.device), p))
             if self.state != "kept":
-                _replace(optimizer, p, {} if donor is None else donor.state.get(p, {}), mask)
+                _replace(optimizer, p, {} if donor is None else donor.state.get(values[name], {}), mask)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Redraw(Intervention):
         chosen(run, self.groups, "Redraw")
 
     def begin(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        drawn = deepcopy(model)
+        drawn = deepcopy(model).cpu()  # where the seed is that of torch's own generator
         with random_state(torch.Generator().manual_seed(self.seed).get_state()), torch.no_grad():
             if self.init is None:
                 _reset(drawn, chosen(run, self.groups, "Redraw"))
@@ -140,8 +147,10 @@ class Permute(Intervention):
         chosen(run, list(self.axes), "Permute")
         shapes = dict(zip(run.layout.names, run.layout.shapes, strict=True))
         for name, axis in self.axes.items():
-            if name not in shapes or not 0 <= axis < len(shapes[name]):
-                last = len(shapes.get(name, ())) - 1
+            if name not in shapes:
+                raise ReplayError(f"that is no parameter: got {name!r}, expected a name, not a pattern, at Permute.")
+            if not 0 <= axis < len(shapes[name]):
+                last = len(shapes[name]) - 1
                 raise ReplayError(f"there is no such axis: got {axis}, expected 0 to {last}, at {name!r}, Permute.")
         lengths = {name: shapes[name][axis] for name, axis in self.axes.items()}
         if len(set(lengths.values())) != 1:

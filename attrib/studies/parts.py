@@ -78,5 +78,6 @@ def _lines(path: Path) -> dict[str, Any]:
         return {}
     whole, _, rest = path.read_text().rpartition("\n")
     if rest:
-        path.write_text(f"{whole}\n" if whole else "")
+        with replacing(path) as beside:
+            beside.write_text(f"{whole}\n" if whole else "")
     return dict(json.loads(line) for line in whole.splitlines())

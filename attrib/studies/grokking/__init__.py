@@ -5,13 +5,15 @@
 
 - `setting`: the networks, and how much is done with each
 - `seed`: everything done with one seed; `account`, `fourier`, `grafts`, `pruning` are its parts
-- `tables`: the seeds beside each other, as labelled arrays; `claims`: what they say about the papers
+- `tables`: the seeds beside each other, as labelled arrays; `speeds`: compared; `claims`: what they say
 - `page`: to look at; its sections are in `watched` and `moved`
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from ...errors import SetupError
 from ..parts import Parts
@@ -41,12 +43,13 @@ def study(folder: Path, setting: str = "quick", seeds: int | None = None, say: C
     count = chosen.seeds if seeds is None else seeds
     if count < 1:
         raise SetupError(f"there is nothing to study: got {count} seeds, expected at least 1.")
-    parts = Parts(Path(folder), {"study": "grokking", "setting": setting})
+    parts = Parts(Path(folder), {"study": "grokking", **chosen.facts})
     began = time.perf_counter()
     say(f"Grokking, setting {setting}: {chosen.about}.")
     found = []
-    for seed in range(chosen.first_seed, chosen.first_seed + count):
-        found.append(study_seed(chosen, seed, parts, say))
+    with torch.random.fork_rng(devices=()):
+        for seed in range(chosen.first_seed, chosen.first_seed + count):
+            found.append(study_seed(chosen, seed, parts, say))
     from .page import write_page  # brings matplotlib along
 
     place = write_page(chosen, found, parts.folder)

@@ -18,6 +18,7 @@ from ..modular import Pairs
 from ..recipe import cross_entropy
 from .setting import Setting
 
+SHUFFLES = 200
 HELD_OUT, TRAINED, SINGLE = 0, 1, 2  # queries: the two means, and the first of the single ones
 
 
@@ -57,29 +58,52 @@ def found_phases(result: Result, seed: int) -> dict[str, Any]:
     }
 
 
-def by_residue(pairs: Pairs, result: Result, queries: Sequence[int]) -> dict[str, Any]:
+def by_residue(pairs: Pairs, result: Result, queries: Sequence[int], keys: Sequence[int]) -> dict[str, Any]:
     """Mean contribution of the training pairs by (their sum - the query's sum) mod p, over the single queries.
 
-    "shuffled" is the same with the sums of the training pairs shuffled among them: what chance looks like.
+    "apart": the same of pairs of the same sum that share no number with the query. "spread": standard deviation of the
+    profile where the sums of the training pairs are shuffled among them. "cyclic": share of the profile's spectrum in the
+    key frequencies, and "p" that share's p value among the shuffles.
     """
     contributions = result.by("example").values[SINGLE:]  # (Q, N)
-    sums = pairs.y[torch.from_numpy(result.by("example")["example"].values.copy())].numpy()
-    shuffled = np.random.default_rng(0).permutation(sums)
-    profiles = {}
-    for name, own in (("profile", sums), ("shuffled", shuffled)):
-        rows = []
-        for query, values in zip(queries, contributions, strict=True):
-            residue = (own - int(pairs.y[query])) % pairs.p
-            rows.append(np.bincount(residue, values, pairs.p) / np.maximum(np.bincount(residue, minlength=pairs.p), 1))
-        profiles[name] = np.mean(rows, 0)
-    centred = profiles["profile"] - profiles["profile"].mean()
-    power = np.abs(np.fft.rfft(centred))[1:] ** 2
-    same = float(profiles["profile"][0])
+    ids = result.by("example")["example"].values
+    sums = pairs.y.numpy()[ids]
+    shuffles = (np.random.default_rng(seed).permutation(sums) for seed in range(SHUFFLES))
+    found, *chance = [_profile(contributions, own, pairs.y.numpy()[queries], pairs.p) for own in (sums, *shuffles)]
+    shares = np.array([_power(profile)[np.array(keys) - 1].sum() for profile in (found, *chance)])
+    apart = [
+        values[(sums == int(pairs.y[query])) & _apart(pairs, ids, query)]
+        for query, values in zip(queries, contributions, strict=True)
+    ]
     return {
-        "profile": profiles["profile"].tolist(),
-        "shuffled": profiles["shuffled"].tolist(),
-        "power": (power / (power.sum() or 1.0)).tolist(),  # of frequencies 1 .. (p - 1) / 2
-        "same": same,
-        "others": float(np.mean(profiles["profile"][1:])),
-        "spread": float(np.std(profiles["shuffled"])),
+        "profile": found.tolist(),
+        "power": _power(found).tolist(),
+        "same": float(found[0]),
+        "apart": float(np.concatenate(apart).mean()),
+        "others": float(found[1:].mean()),
+        "spread": float(np.mean([profile.std() for profile in chance])),
+        "cyclic": float(shares[0]),
+        "p": float((1 + (shares[1:] >= shares[0]).sum()) / len(shares)),
     }
+
+
+def _profile(contributions: np.ndarray, sums: np.ndarray, wanted: np.ndarray, p: int) -> np.ndarray:
+    """(Q, N), (N,), (Q,) -> (p,)."""
+    rows = []
+    for values, sum_ in zip(contributions, wanted, strict=True):
+        residue = (sums - sum_) % p
+        rows.append(np.bincount(residue, values, p) / np.maximum(np.bincount(residue, minlength=p), 1))
+    found: np.ndarray = np.mean(rows, 0)
+    return found
+
+
+def _power(profile: np.ndarray) -> np.ndarray:
+    """(p,) -> shares of the frequencies 1 .. (p - 1) / 2 in its spectrum."""
+    power = np.abs(np.fft.rfft(profile - profile.mean()))[1:] ** 2
+    return power / (power.sum() or 1.0)
+
+
+def _apart(pairs: Pairs, ids: np.ndarray, query: int) -> np.ndarray:
+    """(N,): whether a training pair shares no number with the query; the query turned round shares both."""
+    own = set(pairs.operands(query))
+    return np.array([not own & set(pairs.operands(int(i))) for i in ids])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..modular import Pairs
 from .setting import Setting
 
-KEY = 0.05  # of the neurons' variance makes a frequency a key frequency
+KEY = 0.05  # of the neurons' variance makes a frequency a key frequency, where that is twice an even share or more
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def frequencies(neurons: Tensor) -> np.ndarray:
 
 
 def key_frequencies(shares: np.ndarray) -> list[int]:
-    """k with F_k >= KEY, the largest in any case; largest first."""
-    order = np.argsort(-shares, kind="stable")
-    return [int(k) + 1 for k in order if shares[k] >= KEY] or [int(order[0]) + 1]
+    """k with F_k of KEY and of twice an even share at least, the largest in any case; largest first."""
+    order, least = np.argsort(-shares, kind="stable"), max(KEY, 2 / len(shares))
+    return [int(k) + 1 for k in order if shares[k] >= least] or [int(order[0]) + 1]
 
 
 def restrict(logits: Tensor, keys: list[int]) -> Tensor:

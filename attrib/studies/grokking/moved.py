@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from ...report.panels import curves, dots, grid
-from .claims import span
 from .grafts import EARLY
+from .speeds import span, times
 from .tables import Page, median
 
 
@@ -65,7 +65,7 @@ def reinsertions(page: Page) -> None:
         f"Each was given {page.setting.longest:g} times the steps that were still needed, {page.setting.at_most} at "
         "most. A dash: not reached in half of the seeds or more, or no such cell.",
     )
-    data = page.keep("reinsertions", t.reinsertions)
+    data = page.keep("reinsertions", t.reinsertions["speed_up"])
     middle = median(data)
     rows = -(-len(page.setting.sets) // 3)
 
@@ -93,11 +93,13 @@ def _reinserted(page: Page) -> pd.DataFrame:
             for target in s.targets:
                 if target >= source:
                     continue
-                speed = t.reinsertions.sel({"layers": name, "taken from": source, "put into": target}).values
+                speed = (
+                    t.reinsertions["speed_up"].sel({"layers": name, "taken from": source, "put into": target}).values
+                )
                 left = whole - np.round(target * whole)
                 rows.append({
                     "layers": name, "from": source, "into": target, "steps": span(left / speed), "untouched": span(left),
-                    "speed-up": span(speed, 2), "faster": f"{int((speed > 1).sum())} of {len(speed)}",
+                    "speed-up": times(speed), "faster": f"{int((speed > 1).sum())} of {len(speed)}",
                 })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -111,14 +113,14 @@ def controls(page: Page) -> None:
         "generalise; the layers with their neurons in another order than those of the layers beside them; as many "
         "entries drawn from all layers.",
     )
-    data = page.keep("controls", t.controls)
+    data = page.keep("controls", t.controls["speed_up"])
     shown = median(data)
     article.figure(
         lambda figure: grid(figure.subplots(), shown, "{:.1f}", ratio=True),
         "Speed-up, median over seeds; columns: the step that they are put into.", 9, 0.8 + 0.3 * data.sizes["condition"],
     )  # fmt: skip
     table = pd.DataFrame(
-        {f"into {target:g}": [span(row.values, 2) for row in data.sel({"put into": target})]
+        {f"into {target:g}": [times(row.values) for row in data.sel({"put into": target})]
          for target in data["put into"].values},
         index=pd.Index(data["condition"].values, name="condition"),
     )  # fmt: skip

@@ -41,6 +41,8 @@ def study_seed(setting: Setting, seed: int, parts: Parts, say: Callable[[str], N
     result = open_result(folder / "result.zarr")
     found["phases"] = done("phases", "find phases", lambda: found_phases(result, seed))
     found["result"] = Result(result.dataset.load())
+    queries, keys = some(pairs.test, setting.queries).tolist(), found["progress"]["keys"]
+    found["residues"] = done("residues", "who carries", lambda: by_residue(pairs, found["result"], queries, keys))
     grafts = Grafts(setting, run, pairs, parts, seed, found["training"]["generalised"])
     found["swaps"] = done(
         "swaps", "swap layers", lambda: grafts.swaps(np.linspace(0, run.steps, 25).astype(int).tolist())
@@ -98,7 +100,6 @@ def _account(setting: Setting, seed: int, run: Run, parts: Parts) -> dict[str, A
         "residual": float(np.abs(result.residual.values).max()),
         "relative": float(np.abs(result.residual.values / gross).max()),
         "queries": [pairs.describe(q) for q in queries],
-        "residues": by_residue(pairs, result, queries),
     }
 
 

@@ -1,7 +1,7 @@
 """The networks that grok, and how much is done with each."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -70,6 +70,11 @@ class Setting:
     compared: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     pruned: tuple[int, bool] = (16, True)
     record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that is not a function, JSON: what the parts of a study depend on."""
+        return {f.name: v for f in fields(self) if f.name != "seeds" and not callable(v := getattr(self, f.name))}
 
     def patterns(self, groups: tuple[str, ...]) -> list[str]:
         """Parameter patterns of some of the layers."""

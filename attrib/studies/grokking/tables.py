@@ -1,10 +1,11 @@
 """The seeds beside each other, as labelled arrays: what figures and claims are made of.
 
 Speed-up: steps that the untouched run still needed to generalise, over the steps that the changed one took. Missing (NaN)
-where the changed one did not generalise in the steps it was given.
+where the changed one did not generalise in the steps it was given; it is then below its `bound`, the same over the steps
+given. The bound is missing where there was no trial.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Tables:
 
     def residues(self, run: Run) -> xr.DataArray:
         """(residue,): mean contribution of a training pair by its sum's distance from the query's, in nats."""
-        profile = run["account"]["residues"]["profile"]
+        profile = run["residues"]["profile"]
         return xr.DataArray(profile, {"distance of the sums": np.arange(len(profile))}, name="mean contribution (nats)")
 
     # layers over time
@@ -129,6 +130,12 @@ class Tables:
         )
         return found.transpose("phase", "term", "group", "seed").rename("nats")
 
+    def prominence(self, run: Run, phase: str) -> float:
+        """Sizes of decay over sizes of the examples' contributions to the held-out pairs, over steps and layers."""
+        first, last = self.borders(run).get(phase, (0, 1))
+        sizes = abs(self.terms(run, HELD_OUT).sel(step=slice(first, last - 1))).sum(("step", "group"))
+        return float(sizes.sel(term="decay") / sizes.sel(term="contribution"))
+
     def memorising(self, run: Run) -> xr.DataArray:
         """(group,): what the updates of each layer did to the training pairs while they were memorised, in nats."""
         changes = run["result"].timeline().isel(query=TRAINED)
@@ -161,49 +168,51 @@ class Tables:
         return [(run, trial) for run in self.runs for trial in run["transplants"].get(name, [])]
 
     @cached_property
-    def reinsertions(self) -> xr.DataArray:
-        """(layers, source, target, seed): speed-up."""
+    def reinsertions(self) -> xr.Dataset:
+        """speed_up and bound (layers, source, target, seed)."""
         s = self.setting
-        values = np.full((len(s.sets), len(s.sources), len(s.targets), len(self.runs)), np.nan)
-        for r, run in enumerate(self.runs):
-            for k, cells in enumerate(run["reinsertions"].values()):
-                for i, source in enumerate(s.sources):
-                    for j, target in enumerate(s.targets):
-                        if trial := cells.get(f"{source:g} {target:g}"):
-                            values[k, i, j, r] = self.speed_up(run, target, trial)
-        labels = {
+        labels: dict[str, list[Any]] = {
             "layers": list(s.sets),
             "taken from": list(s.sources),
             "put into": list(s.targets),
             "seed": self.seeds,
         }
-        return xr.DataArray(values, labels, name="speed-up")
+        return self._speeds(
+            labels, lambda run, name, source, target: run["reinsertions"][name].get(f"{source:g} {target:g}")
+        )
 
     @cached_property
-    def controls(self) -> xr.DataArray:
-        """(condition, target, seed): speed-up; the last step's layers themselves among them."""
+    def controls(self) -> xr.Dataset:
+        """speed_up and bound (condition, target, seed); the layers of the step of generalisation themselves among them."""
         s = self.setting
         names = list(dict.fromkeys(name for run in self.runs for name in run["controls"]))
-        values = np.full((len(names), len(s.compared), len(self.runs)), np.nan)
-        for r, run in enumerate(self.runs):
-            for k, name in enumerate(names):
-                for j, target in enumerate(s.compared):
-                    if trial := run["controls"].get(name, {}).get(f"{target:g}"):
-                        values[k, j, r] = self.speed_up(run, target, trial)
-        found = xr.DataArray(
-            values, {"condition": names, "put into": list(s.compared), "seed": self.seeds}, name="speed-up"
-        )
+        labels = {"condition": names, "put into": list(s.compared), "seed": self.seeds}
+        found = self._speeds(labels, lambda run, name, target: run["controls"].get(name, {}).get(f"{target:g}"))
         sides = {side: next(n for n, g in s.sets.items() if g == getattr(s, side)) for side in ("inner", "outer")}
         whole = self.reinsertions.sel({"taken from": 1.0, "put into": list(s.compared)}).drop_vars("taken from")
         rows = [
             whole.sel(layers=name).drop_vars("layers").expand_dims(condition=[side]) for side, name in sides.items()
         ]
-        return xr.concat([*rows, found], "condition").rename("speed-up")
+        return xr.concat([*rows, found], "condition")
 
-    def speed_up(self, run: Run, target: float, trial: Mapping[str, Any]) -> float:
+    def _speeds(self, labels: Mapping[str, list[Any]], trial_of: Callable[..., Mapping[str, Any] | None]) -> xr.Dataset:
+        """Of each run's trial for a name and steps, the last of which it starts from."""
+        *axes, _ = labels.values()
+        values = np.full((2, *map(len, labels.values())), np.nan)
+        for at in np.ndindex(*map(len, axes)):
+            key = [axis[k] for axis, k in zip(axes, at, strict=True)]
+            for r, run in enumerate(self.runs):
+                if trial := trial_of(run, *key):
+                    values[(slice(None), *at, r)] = self.speed_up(run, key[-1], trial)
+        names = ("speed_up", "bound")
+        return xr.Dataset({name: (list(labels), v) for name, v in zip(names, values, strict=True)}, dict(labels))
+
+    def speed_up(self, run: Run, target: float, trial: Mapping[str, Any]) -> tuple[float, float]:
+        """And its bound."""
         whole = run["training"]["generalised"]
-        took = trial["generalised"]
-        return float("nan") if took is None else (whole - round(target * whole)) / max(took, self.setting.every)
+        left, took = whole - round(target * whole), trial["generalised"]
+        given = left / trial["given"]
+        return (float("nan"), given) if took is None else (left / max(took, self.setting.every), given)
 
     def pruning(self, measure: str, name: str) -> xr.DataArray:
         """(score, weights kept, seed): "accuracy", "agreement" with the whole network, or "kl" from it."""

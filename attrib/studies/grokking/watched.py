@@ -57,6 +57,8 @@ def claims(page: Page) -> None:
         "A claim is put as yes or no for every run or trial. It holds where four fifths say yes, fails where at most "
         "a fifth do, and depends in between. In brackets the least and the greatest.",
     )
+    if len(page.t.runs) < 3:
+        page.article.text("Fewer than three runs: the verdicts are of these alone, and say little of others.")
     page.article.claims(paper.claims(page.t))
 
 
@@ -145,7 +147,7 @@ def carriers(page: Page) -> None:
         "A cyclic structure would show as waves at the key frequencies, a lookup of equal sums as a peak at 0.",
     )
     profile = page.keep("carriers", t.residues(run))
-    power = np.array(run["account"]["residues"]["power"])
+    power = np.array(run["residues"]["power"])
     spectrum = xr.DataArray(power, {"frequency": np.arange(1, len(power) + 1)}, name="share of the spectrum")
 
     def draw(figure: Any) -> None:
@@ -160,9 +162,17 @@ def carriers(page: Page) -> None:
 
     article.figure(draw, "Mean contribution of a training pair by the distance of its sum from the query's "
                 f"(seed {run['seed']}), and the spectrum of that profile, key frequencies in colour.", 9, 3)  # fmt: skip
-    rows = [r["account"]["residues"] for r in t.runs]
+    rows = [r["residues"] for r in t.runs]
     table = pd.DataFrame(
-        [{"same sum": r["same"], "other sums": r["others"], "spread, sums shuffled": r["spread"]} for r in rows],
+        [
+            {
+                "same sum": r["same"],
+                "same sum, no number shared": r["apart"],
+                "other sums": r["others"],
+                "spread, sums shuffled": r["spread"],
+            }
+            for r in rows
+        ],
         index=pd.Index(t.seeds, name="seed"),
     )
     article.table(table, "Mean contribution of a training pair to a held-out pair, nats", 2)
