@@ -59,7 +59,8 @@ def replay(
         until: the step to end before; None for the last recorded one. Beyond it, the options are those of the last step.
         backward: `backward(losses, model)`, what the loop did with the losses (B,) of a batch before the step, if it was not
             `losses.mean().backward()` or `losses.sum().backward()`, such as clipping.
-        batches: of the steps beyond the record: step -> (index, *inputs). Not needed where every batch was all examples.
+        batches: of the steps beyond the record: step -> (index, *inputs). Not needed where every batch was all examples, by
+            their ids; the last one then comes again.
         options: of `attrib.record`: capture, overwrite, ...
 
     Returns:
@@ -69,7 +70,7 @@ def replay(
     Raises:
         ReplayError: steps outside the run, an intervention that does not fit it, or a loop that did more than the mean or
             the sum and no `backward`. ModelMismatchError: another model. What `attrib.record` raises. In all cases before
-            anything is written.
+            anything is written, but for what is wrong with a batch of `batches`.
 
     Example:
         >>> grown = attrib.intervention.Transplant("hidden.*", run, 1400)  # doctest: +SKIP

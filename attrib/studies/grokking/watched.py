@@ -110,9 +110,9 @@ def circuits(page: Page) -> None:
     keys = run["progress"]["keys"]
     article.section(
         "Circuits",
-        "Restricted loss: of the held-out pairs, with the key frequencies of a + b alone in the logits. Excluded "
-        "loss: of the training pairs, without them (Nanda et al. 2023). Key frequencies: with a twentieth of the "
-        "hidden neurons' variance or more at the last step.",
+        "Restricted loss: of the held-out pairs, with the key frequencies of a + b alone in the logits. Excluded loss: of "
+        "the training pairs, without them (Nanda et al. 2023). Key frequencies: with a twentieth of the hidden neurons' "
+        "variance, and twice an even share, or more at the last step.",
     )
     losses, shares = page.keep("progress", t.progress), page.keep("frequencies", t.frequencies(run))
 
