@@ -396,6 +396,24 @@ def test_penalty_may_outweigh_the_examples(tmp_path: Path) -> None:
     assert again.steps == 4
 
 
+def test_penalty_is_clipped_with_the_rest(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd momentum"], clip=0.1)
+
+    def clipped(losses: Tensor, model: nn.Module) -> None:
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    again = attrib.replay(
+        *(trained.run, 2, Penalty(pull)), model=trained.model, loss=trained.case.loss, store=tmp_path / "again",
+        backward=clipped, check_every=1,
+    )  # fmt: skip
+    block = next(again.blocks(0, 4))
+    np.testing.assert_allclose(block.gradient.norm(dim=1), 0.1, rtol=1e-5)  # torch divides by the norm + 1e-6
+    assert float(np.nanmax(again.log("batch_identity"))) < 1e-10
+    result = attrib.attribute(again, trained.model, trained.measurement(), loss=trained.case.loss, progress=False)
+    assert max(result.check(1e-12).identities.values()) < 1e-10
+
+
 def test_hooks_of_interventions_of_ones_own_are_called(tmp_path: Path) -> None:
     class Pull(attrib.intervention.Intervention):
         def penalty(self, step: int, model: nn.Module) -> Tensor:

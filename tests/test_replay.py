@@ -69,24 +69,33 @@ def test_dropout_batches_and_schedules_are_drawn_again(kind: str, states_every: 
 
 def test_random_numbers_beyond_the_record_are_the_runs_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x, y = Dropped(), torch.randn(8, 4), torch.randint(0, 3, (8,))
-    loss = MODELS["mlp"].loss
-    with attrib.record(OPTIMIZERS["adamw"](list(model.parameters())), model, loss, tmp_path / "run") as recorder:
-        for _ in range(3):
-            recorder.zero_grad()
-            loss(model, x, y).mean().backward()
-            recorder.step(torch.arange(8), x, y)
-    run, ends = attrib.open_run(tmp_path / "run"), []
-    for seed in (1, 2):
+    x, y, loss = torch.randn(8, 4), torch.randint(0, 3, (8,)), MODELS["mlp"].loss
+    runs = {}
+    for steps in (3, 7):  # the same training, recorded for three steps and for seven
+        torch.manual_seed(1)
+        model = Dropped()
+        with attrib.record(
+            OPTIMIZERS["adamw"](list(model.parameters())), model, loss, tmp_path / f"{steps}"
+        ) as recorder:
+            for _ in range(steps):
+                recorder.zero_grad()
+                loss(model, x, y).mean().backward()
+                recorder.step(torch.arange(8), x, y)
+        runs[steps] = attrib.open_run(tmp_path / f"{steps}")
+    again = attrib.replay(runs[3], 1, model=model, loss=loss, until=7, store=tmp_path / "again")
+    for step in range(1, 8):
+        assert torch.equal(again.vector(step - 1), runs[7].vector(step)), step
+    ends = []
+    for seed in (1, 2):  # from the end of the record on, whatever the caller's generator
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        for _, trained in attrib.retrain(run, 3, model=model, loss=loss, until=6):
+        for _, trained in attrib.retrain(runs[3], 3, model=model, loss=loss, until=6):
             trained.eval()  # looking on does not change what is trained
-        ends.append([p.detach().clone() for p in trained.parameters()])
+        ends.append(torch.cat([p.detach().reshape(-1) for p in trained.parameters()]))
         assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
-    drawn = attrib.replay(run, 3, model=model, loss=loss, until=6, store=tmp_path / "again").vector(3)
-    assert torch.equal(drawn, torch.cat([p.reshape(-1) for p in ends[0]]))
+    assert torch.equal(*ends)
+    drawn = attrib.replay(runs[3], 3, model=model, loss=loss, until=6, store=tmp_path / "end").vector(3)
+    assert torch.equal(drawn, ends[0])
 
 
 def test_clipping_is_the_users_to_say(tmp_path: Path) -> None:
