@@ -17,6 +17,7 @@ if not (Path(__file__).parent / "kernels").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import errors, intervention, measure, report
+from .development import barrier, convexity_gap, evaluate, interpolate
 from .engine import attribute
 from .intervention import replay, retrain
 from .path import GaussLegendre, Midpoint, Secant
@@ -39,7 +40,11 @@ __all__ = [
     "Secant",
     "Setup",
     "attribute",
+    "barrier",
+    "convexity_gap",
     "errors",
+    "evaluate",
+    "interpolate",
     "intervention",
     "measure",
     "onset",

@@ -19,7 +19,7 @@ FLOORS = [
     {"recorder", "run"},
     {"plan", "sink", "source"},
     {"engine", "verify"},
-    {"intervention", "phases", "report", "scale", "setup"},
+    {"development", "intervention", "phases", "report", "scale", "setup"},
     {"studies"},
     {"cli", "__main__"},
 ]

@@ -1,0 +1,112 @@
+"""The whole trajectory: a measurement at every state of a run, and along the line between any two states of any runs.
+
+accuracy = attrib.evaluate(run, model, measurement)                     # (state, query)
+line = attrib.interpolate(run, 100, other, other.steps, model, losses)  # (position, query)
+attrib.barrier(line), attrib.convexity_gap(line)                        # (query,)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from .errors import ModelMismatchError
+from .kernels import lines
+from .measure import Measurement
+from .path import Query
+from .run import Run, check_model
+
+
+def evaluate(
+    run: Run, model: nn.Module, measurement: Any, states: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> xr.DataArray:
+    """A measurement at states of a run.
+
+    Args:
+        run: from `attrib.open_run`.
+        model: of the recorded architecture, in its mode; left as it is.
+        measurement: `model -> (Q,)`, or one of `attrib.measure`.
+        states: 0 .. T; None for all.
+        dtype: compute type; None for the recorded one.
+
+    Returns:
+        (state, query) in the measurement's units.
+
+    Raises:
+        ModelMismatchError, MeasurementError. IndexError: no such state.
+    """
+    chosen = list(range(run.steps + 1)) if states is None else [int(s) for s in states]
+    values = _values(run, model, measurement, dtype)
+    found = [values(run.vector(state)).double().cpu().numpy() for state in chosen]
+    return _labelled(np.stack(found), "state", np.array(chosen), measurement)
+
+
+def interpolate(
+    run: Run,
+    state: int,
+    other: Run,
+    other_state: int,
+    model: nn.Module,
+    measurement: Any,
+    points: int = 21,
+    dtype: torch.dtype | None = None,
+) -> xr.DataArray:
+    """A measurement along the straight line from a state of a run to a state of this or another.
+
+    Args:
+        points: evenly spaced, both ends among them; at least 3.
+
+    Returns:
+        (position, query), position 0 at the first state and 1 at the second.
+
+    Raises:
+        ModelMismatchError: the runs are not of one architecture, or not of the model's. ValueError: fewer than 3 points.
+    """
+    if points < 3:
+        raise ValueError(f"there is no line: got {points} points, expected at least 3, at interpolate.")
+    if other.layout != run.layout:
+        raise ModelMismatchError(
+            f"the runs are not of one architecture: got {other.layout.names} of shapes {other.layout.shapes}, expected "
+            f"{run.layout.names} of {run.layout.shapes}, at {other.reader.target}."
+        )
+    values, start, end = _values(run, model, measurement, dtype), run.vector(state), other.vector(other_state)
+    at = np.linspace(0, 1, points)
+    found = [values(torch.lerp(start.double(), end.double(), float(t)).to(run.dtype)).double() for t in at]
+    return _labelled(torch.stack(found).cpu().numpy(), "position", at, measurement)
+
+
+def barrier(line: xr.DataArray) -> xr.DataArray:
+    """(query,): how far a loss along a line (position, query) rises above the straight line between its ends; 0 at least."""
+    return _along(line, lines.barriers)
+
+
+def convexity_gap(line: xr.DataArray) -> xr.DataArray:
+    """(query,): the largest barrier on any part of a line (position, query); 0 where the loss is convex along it."""
+    return _along(line, lines.convexity_gaps)
+
+
+def _values(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    check_model(run, model)
+    device = next(model.parameters()).device
+    query = Query(model, measurement, run.layout, dtype or run.dtype, run.vector(0).to(device))
+    return lambda theta: query.values(theta.to(device))
+
+
+def _labelled(values: np.ndarray, name: str, at: np.ndarray, measurement: Any) -> xr.DataArray:
+    names = list(getattr(measurement, "names", ())) or list(range(values.shape[1]))
+    said = getattr(measurement, "name", getattr(measurement, "__name__", "measurement"))
+    units = measurement.units if isinstance(measurement, Measurement) else getattr(measurement, "units", "")
+    return xr.DataArray(values, {name: at, "query": names}, name=said, attrs={"units": units})
+
+
+def _along(line: xr.DataArray, function: Callable[[np.ndarray], np.ndarray]) -> xr.DataArray:
+    if "position" not in line.dims or line.sizes["position"] < 3:
+        raise ValueError(
+            f"that is no line: got dimensions {line.dims} of sizes {line.shape}, expected 'position' of at least 3, as "
+            f"attrib.interpolate gives it."
+        )
+    moved = line.transpose(..., "position")
+    return xr.DataArray(function(moved.values), {d: line[d] for d in moved.dims[:-1]}, name=line.name, attrs=line.attrs)
