@@ -209,7 +209,9 @@ def _check_data(data: dict[str, xr.DataArray], folder: Path) -> None:
 def test_runs_that_do_not_generalise_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = TOY.__class__(**{**TOY.__dict__, "limit": 30, "seeds": 1})
     monkeypatch.setitem(SETTINGS, "toy", short)
+    state = torch.get_rng_state()
     page = grokking.study(tmp_path / "study", "toy", say=lambda text: None)
+    assert torch.equal(torch.get_rng_state(), state)
     assert "Seeds [0] did not generalise in 30 steps" in page.read_text()
     shutil.rmtree(tmp_path / "study")
 

@@ -23,6 +23,7 @@ def share_bound(gradient: Tensor, gross: Callable[[], float], penalty: Tensor | 
     asked for only where the cheap bound does not settle it.
     """
     norm, eps = float(gradient.double().norm()), float(torch.finfo(gradient.dtype).eps)
+    # taking it off leaves eps of it, as does each of the sums that p.grad was made by: a few eps
     taken = 0.0 if penalty is None else 16 * eps * float(penalty.double().norm())
 
     def within(gap: float) -> bool:
@@ -47,8 +48,9 @@ def batch_identity(
         raise BatchIdentityError(
             f"the shares of the examples do not sum to p.grad: got a gap of {gaps[worst] / norm:.3g} of |p.grad|, expected "
             f"at most {_root(gradient.dtype):.1g}, at parameter {worst!r}, step {step}. Look for a penalty in the loss that "
-            f"is no example's, a gradient left from before zero_grad(), a mean over micro-batches or a weighted mean that "
-            f"gives examples different factors, or a batch other than the one backpropagated. The step was refused."
+            f"is no example's and was not declared (attrib.record(penalty=...)), a gradient left from before zero_grad(), a "
+            f"mean over micro-batches or a weighted mean that gives examples different factors, or a batch other than the one "
+            f"backpropagated. The step was refused."
         )
     return gaps[worst] / norm
 

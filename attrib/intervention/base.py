@@ -45,16 +45,17 @@ class Intervention:
         return {"kind": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
 
 
-@dataclass(frozen=True)
 class Window(Intervention):
-    """An intervention during the steps of a slice of the run's; None for all."""
+    """An intervention during the steps of a slice of the run's; None for all. Each kind has `steps` among its fields."""
+
+    steps: slice | None
 
     def active(self, step: int) -> bool:
-        steps: slice | None = getattr(self, "steps", None)
+        steps = self.steps
         return steps is None or ((steps.start or 0) <= step and (steps.stop is None or step < steps.stop))
 
     def check(self, run: Run, start: int, until: int) -> None:
-        steps: slice | None = getattr(self, "steps", None)
+        steps = self.steps
         if steps is None:
             return
         ends = (steps.start or 0, until if steps.stop is None else steps.stop)

@@ -24,7 +24,7 @@ from ..optim import set_options
 from ..recorder import Recorder, record
 from ..run import Run, check_model, open_run
 from .base import Intervention
-from .during import Freeze, Penalty, Reweight, weighted
+from .during import Freeze, Reweight, weighted
 from .schedule import Batches, Schedule
 
 log = logging.getLogger("attrib")
@@ -159,8 +159,13 @@ class Course:
             return None
 
         def total(model: nn.Module) -> Tensor:
-            found = (change.penalty(self.now, model) for change in self.interventions)
-            return sum((p for p in found if p is not None), torch.zeros((), dtype=self.run.dtype))
+            found = [p for change in self.interventions if (p := change.penalty(self.now, model)) is not None]
+            for p in found:
+                if p.numel() != 1:
+                    raise ReplayError(
+                        f"a penalty is not a number: got shape {tuple(p.shape)}, expected a scalar tensor."
+                    )
+            return sum(found, torch.zeros((), dtype=self.run.dtype))
 
         return total
 
@@ -226,7 +231,6 @@ def _course(
     schedule = Schedule(run, next(model.parameters()).device, batches)
     schedule.check(until)
     backward = backward or _reduction(run, min(start, run.steps - 1), min(until, run.steps))
-    _warn(run, changes)
     trained = deepcopy(model)
     run.load(trained, start)
     optimizer = run.optimizer(trained, start)
@@ -235,6 +239,7 @@ def _course(
     loss = weighted(loss) if any(isinstance(change, Reweight) for change in changes) else loss
     course = Course(run, range(start, until), changes, trained, optimizer, loss, backward, schedule)
     course.set_modes()
+    _warn(course)
     if start == run.steps:  # random numbers go on from those of the last step
         course.random = run.random_state(start - 1)
     return course
@@ -274,12 +279,13 @@ def _reduction(run: Run, start: int, until: int) -> Backward:
     )
 
 
-def _warn(run: Run, changes: Sequence[Intervention]) -> None:
+def _warn(course: Course) -> None:
+    run = course.run
     recorded = run.header["versions"]["torch"]
     if recorded != torch.__version__:
         log.warning(
             "the run was recorded with torch %s, this is torch %s: the replay may differ in the last bits",
             *(recorded, torch.__version__),
         )
-    if "penalty" in run.reader and not any(isinstance(change, Penalty) for change in changes):
+    if "penalty" in run.reader and course.penalty is None:
         log.warning("the run was recorded with a penalty in the loss: without a Penalty, this replay has none")

@@ -99,15 +99,15 @@ def _decoder(t: Tables) -> Claim:
 def _alternate(t: Tables) -> Claim:
     found = [t.flips(run) for run in t.runs]
     first, *middle, last = list(t.setting.groups)
-    inner, ends = ([float(f.sel(group=names).mean()) for f in found] for names in (middle, [first, last]))
-    yes = [a > b and a >= 0.25 for a, b in zip(inner, ends, strict=True)]
+    inner, outer = ([float(f.sel(group=names).mean()) for f in found] for names in (middle, [first, last]))
+    yes = [a > b and a >= 0.25 for a, b in zip(inner, outer, strict=True)]
     return Claim(
         "While circuits form, the middle layers alternate: the sign of what they change for the held-out pairs flips "
         "more often than that of the first and the last layer, and from one bin to the next in a quarter of the "
         "cases at least.",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}; share of flips {span(inner, 2)} against {span(ends, 2)}",
+        f"{_of(yes)}; share of flips {span(inner, 2)} against {span(outer, 2)}",
     )
 
 

@@ -8,6 +8,7 @@ import xarray as xr
 
 from ...report.panels import bars, curves, marks, stack
 from . import claims as paper
+from .account import HELD_OUT
 from .tables import Page
 
 
@@ -68,10 +69,10 @@ def layers(page: Page) -> None:
         "Layers over time",
         f"The mean log-probability of {page.setting.explained} held-out pairs, attributed to every step and layer "
         f"(seed {run['seed']}): what the training pairs contributed, what weight decay did, and the balance of both. "
-        "The first two are large and of opposite sign throughout: decay pulls the weights back at each step and the "
-        "examples push them out again.",
+        "Where the first two are large and of opposite sign, decay pulls the weights back at each step and the examples "
+        "push them out again; how they stand in each phase is in the table.",
     )
-    terms = page.keep("layers", t.terms(run, 0))
+    terms = page.keep("layers", t.terms(run, HELD_OUT))
     curve = run["result"].curve.isel(query=0).rename("log-probability (nats)")
     for term in ("contribution", "decay", "balance"):
 
