@@ -49,8 +49,8 @@ def batch_identity(
             f"the shares of the examples do not sum to p.grad: got a gap of {gaps[worst] / norm:.3g} of |p.grad|, expected "
             f"at most {_root(gradient.dtype):.1g}, at parameter {worst!r}, step {step}. Look for a penalty in the loss that "
             f"is no example's and was not declared (attrib.record(penalty=...)), a gradient left from before zero_grad(), a "
-            f"mean over micro-batches or a weighted mean that gives examples different factors, or a batch other than the one "
-            f"backpropagated. The step was refused."
+            f"mean over micro-batches or a weighted mean that gives examples different factors, or a batch other than the "
+            f"one backpropagated. The step was refused."
         )
     return gaps[worst] / norm
 
