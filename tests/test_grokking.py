@@ -15,10 +15,10 @@ from attrib import errors
 from attrib.cli import main
 from attrib.studies import grokking, modular
 from attrib.studies.grokking import fourier, grafts, seed
-from attrib.studies.grokking.claims import verdict
 from attrib.studies.grokking.setting import QUICK, SETTINGS, TOY
-from attrib.studies.grokking.speeds import beats, by_seed, span, times
+from attrib.studies.grokking.speeds import beats, by_seed, times
 from attrib.studies.parts import Parts
+from attrib.studies.verdicts import span, verdict
 
 P = 11
 

@@ -1,8 +1,9 @@
 """What a study has done so far, in its folder: a study that is started again goes on where it was.
 
 parts = Parts(folder, {"study": "grokking", "setting": "quick"})
-found = parts.part("seed0/training", lambda: train(...))     # JSON, computed once
-steps = parts.trial("seed0/trials", "inner from 1400 to 150", lambda: ...)     # many small ones, a line each
+mine = SeedParts(parts, 0, print)
+found = mine.part("training", "train, recorded", lambda: train(...))     # JSON, computed once
+steps = mine.trial("inner from 1400 to 150", lambda: ...)                # many small ones, a line each
 """
 
 import json
@@ -64,6 +65,24 @@ class Parts:
                 file.write(f"{line}\n")
             known[key] = json.loads(line)[1]
         return known[key]
+
+
+class SeedParts:
+    """The parts of one seed, in a folder of their own; `say` tells of each that is begun."""
+
+    def __init__(self, parts: Parts, seed: int, say: Callable[[str], None]) -> None:
+        self.seed, self.say, self.folder = seed, say, parts.folder / f"seed{seed}"
+        self._parts = parts
+
+    def part(self, name: str, what: str, compute: Callable[[], Any]) -> Any:
+        """A part as JSON gives it back; `what` is told where it has to be computed."""
+        if not (self.folder / f"{name}.json").exists():
+            self.say(f"   seed {self.seed}: {what}")
+        return self._parts.part(f"{self.folder.name}/{name}", compute)
+
+    def trial(self, key: str, compute: Callable[[], Any]) -> Any:
+        """One of many small parts, kept a line each."""
+        return self._parts.trial(f"{self.folder.name}/trials", key, compute)
 
 
 def _write(path: Path, value: Any) -> None:

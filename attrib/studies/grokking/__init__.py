@@ -9,25 +9,22 @@
 - `page`: to look at; its sections are in `watched` and `moved`
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from ...errors import SetupError
-from ..parts import Parts
+from ..frame import Say, conduct
 from .seed import study_seed
-from .setting import SETTINGS
+from .setting import SETTINGS, Setting
 
 __all__ = ["SETTINGS", "study"]
 
 
-def study(folder: Path, setting: str = "quick", seeds: int | None = None, say: Callable[[str], None] = print) -> Path:
+def study(folder: Path, setting: str = "quick", seeds: int | None = None, say: Say = print) -> Path:
     """Train, record, explain, exchange layers, and write `index.html` to the folder. Started again, it goes on where it was.
 
     Args:
-        folder: for runs, results, every trial, the data of all figures (`data.zarr`) and the page.
+        folder: for runs, results, every trial, the data of all figures (`data/`) and the page.
         setting: "quick", "explaind" or "toy".
         seeds: how many; None for the setting's own number.
 
@@ -37,21 +34,10 @@ def study(folder: Path, setting: str = "quick", seeds: int | None = None, say: C
     Raises:
         SetupError: an unknown setting, or no seed. StoreExistsError: the folder holds something else.
     """
-    if setting not in SETTINGS:
-        raise SetupError(f"there is no such setting: got {setting!r}, expected one of {', '.join(SETTINGS)}.")
-    chosen = SETTINGS[setting]
-    count = chosen.seeds if seeds is None else seeds
-    if count < 1:
-        raise SetupError(f"there is nothing to study: got {count} seeds, expected at least 1.")
-    parts = Parts(Path(folder), {"study": "grokking", **chosen.facts})
-    began = time.perf_counter()
-    say(f"Grokking, setting {setting}: {chosen.about}.")
-    found = []
-    with torch.random.fork_rng(devices=()):
-        for seed in range(chosen.first_seed, chosen.first_seed + count):
-            found.append(study_seed(chosen, seed, parts, say))
+    return conduct("grokking", SETTINGS, study_seed, _write, folder, setting, seeds, say)
+
+
+def _write(setting: Setting, found: Sequence[dict[str, Any]], folder: Path) -> Path:
     from .page import write_page  # brings matplotlib along
 
-    place = write_page(chosen, found, parts.folder)
-    say(f"{place}: {time.perf_counter() - began:.0f} s")
-    return place
+    return write_page(setting, found, folder)

@@ -1,18 +1,15 @@
 """What papers say about grokking, beside what these runs say: each claim holds, fails or depends, with numbers.
 
-A claim is put as a yes or no for every run (or trial). It holds where at least MOST say yes, fails where at most FEW do,
-and depends in between.
+A claim is put as a yes or no for every run (or trial): see `verdicts`.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
 from ...report.article import Claim
-from .speeds import beats, by_seed, cells_of, counted, ends, gain, span, speeds_of, times, told
+from ..verdicts import of, span, verdict
+from .speeds import beats, by_seed, cells_of, counted, ends, gain, speeds_of, times, told
 from .tables import Tables
 
-MOST, FEW = 0.8, 0.2
 EXPLAIND, NANDA = "ExPLAIND, arXiv 2505.20076", "Nanda et al. 2023, arXiv 2301.05217"
 
 
@@ -56,20 +53,6 @@ def answer(t: Tables) -> list[str]:
     ]  # fmt: skip
 
 
-def verdict(answers: Sequence[bool | None] | np.ndarray) -> str:
-    """None is undecided: neither yes nor no."""
-    given = list(answers)
-    if given and sum(a is not None and bool(a) for a in given) >= MOST * len(given):
-        return "holds"
-    if sum(a is not None and not a for a in given) >= (1 - FEW) * len(given):
-        return "fails"
-    return "depends"
-
-
-def _of(answers: Sequence[bool] | np.ndarray, what: str = "seeds") -> str:
-    return f"{int(np.sum(answers))} of {len(answers)} {what}"
-
-
 def _memorise_first(t: Tables) -> Claim:
     memorised, generalised = t.steps("memorised"), t.steps("generalised")
     yes = generalised >= 5 * memorised
@@ -78,7 +61,7 @@ def _memorise_first(t: Tables) -> Claim:
         "steps).",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}: memorised by {span(memorised)}, generalised by {span(generalised)}; breaks at "
+        f"{of(yes)}: memorised by {span(memorised)}, generalised by {span(generalised)}; breaks at "
         f"{span(t.steps('memorisation onset'))} and {span(t.steps('generalisation onset'))}",
     )
 
@@ -92,7 +75,7 @@ def _decoder(t: Tables) -> Claim:
         "The last layer drives memorisation: no other raises the training pairs as much while they are memorised.",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}; its share of the rise {span(shares, 2)}",
+        f"{of(yes)}; its share of the rise {span(shares, 2)}",
     )
 
 
@@ -107,7 +90,7 @@ def _alternate(t: Tables) -> Claim:
         "cases at least.",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}; share of flips {span(inner, 2)} against {span(outer, 2)}",
+        f"{of(yes)}; share of flips {span(inner, 2)} against {span(outer, 2)}",
     )
 
 
@@ -118,7 +101,7 @@ def _decay(t: Tables) -> Claim:
         "Regularisation is more prominent at the end than while memorising (by a tenth at least).",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}; sizes of decay over sizes of the examples' contributions, summed over steps and layers: "
+        f"{of(yes)}; sizes of decay over sizes of the examples' contributions, summed over steps and layers: "
         f"{span(early, 2)} while memorising, {span(late, 2)} at the end",
     )
 
@@ -140,7 +123,7 @@ def _transplants(t: Tables) -> list[Claim]:
                 "200 steps, about ten times faster (five at least), without a plateau of memorisation.",
                 EXPLAIND,
                 verdict(yes),
-                f"{_of(yes, 'trials')}: steps {span(took)} against {span(t.steps('generalised'))} of the whole run, "
+                f"{of(yes, 'trials')}: steps {span(took)} against {span(t.steps('generalised'))} of the whole run, "
                 f"speed-up {times(speed)}, with nothing kept {times(speeds_of(t, f'nothing kept [{init}]'))}; from "
                 f"memorised to generalised {span(took - memorised)} steps against {plateau:.0f}",
             ))  # fmt: skip
@@ -178,7 +161,7 @@ def _controls(t: Tables) -> Claim:
         "or as many entries of all layers do less (a tenth at least, in most comparisons of a seed).",
         "this study, controls",
         verdict(yes),
-        f"{_of(yes)}; comparisons that re-insertion wins of those that the steps given decide: " + ", ".join(said),
+        f"{of(yes)}; comparisons that re-insertion wins of those that the steps given decide: " + ", ".join(said),
     )
 
 
@@ -192,7 +175,7 @@ def _embedding(t: Tables) -> Claim:
         "most comparisons of a seed).",
         "this study, controls",
         verdict(yes),
-        f"{_of(yes)}; comparisons won: {wins}; speed-up of the embedding alone "
+        f"{of(yes)}; comparisons won: {wins}; speed-up of the embedding alone "
         f"{times(speeds.sel(condition='embedding alone').values.ravel())}",
     )
 
@@ -207,7 +190,7 @@ def _restricted(t: Tables) -> Claim:
         "through.",
         NANDA,
         verdict(yes),
-        f"{_of(yes)}; halved at {span(halved, 2)} of the steps to generalise, break at {span(onset, 2)}",
+        f"{of(yes)}; halved at {span(halved, 2)} of the steps to generalise, break at {span(onset, 2)}",
     )
 
 
@@ -221,7 +204,7 @@ def _excluded(t: Tables) -> Claim:
         "before.",
         NANDA,
         verdict(yes),
-        f"{_of(yes)}; excluded loss {span(low, 2)} nats at its least, {span(end, 2)} at the end",
+        f"{of(yes)}; excluded loss {span(low, 2)} nats at its least, {span(end, 2)} at the end",
     )
 
 
@@ -234,7 +217,7 @@ def _few_frequencies(t: Tables) -> Claim:
         "A few key frequencies make up the neurons: at most five, with half of the variance or more.",
         NANDA,
         verdict(yes),
-        f"{_of(yes)}; {span(counts)} key frequencies of {len(shares[0])}, together {span(joint, 2)}",
+        f"{of(yes)}; {span(counts)} key frequencies of {len(shares[0])}, together {span(joint, 2)}",
     )
 
 
@@ -245,7 +228,7 @@ def _same_sum(t: Tables) -> Claim:
         "A held-out pair is carried by training pairs of the same sum, also by those that share no number with it.",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}; mean contribution of a pair of the same sum {span([r['same'] for r in found], 1)} nats, sharing "
+        f"{of(yes)}; mean contribution of a pair of the same sum {span([r['same'] for r in found], 1)} nats, sharing "
         f"no number {span([r['apart'] for r in found], 1)}, of another sum {span([r['others'] for r in found], 1)}; "
         f"spread where sums are shuffled {span([r['spread'] for r in found], 1)}",
     )
@@ -258,7 +241,7 @@ def _cyclic(t: Tables) -> Claim:
         "Contributions are cyclic in the distance of the sums: the network's key frequencies stand out in their spectrum.",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}; share of the key frequencies {span([r['cyclic'] for r in found], 2)}, p against shuffled sums "
+        f"{of(yes)}; share of the key frequencies {span([r['cyclic'] for r in found], 2)}, p against shuffled sums "
         f"{span([r['p'] for r in found], 3)}",
     )
 
@@ -271,7 +254,7 @@ def _pruning(t: Tables) -> Claim:
         "Pruning by contribution leaves more than pruning by magnitude, 1 to 30 % of the weights kept.",
         EXPLAIND,
         verdict(yes),
-        f"{_of(yes)}; mean held-out accuracy {span(ours, 3)} against {span(size, 3)}",
+        f"{of(yes)}; mean held-out accuracy {span(ours, 3)} against {span(size, 3)}",
     )
 
 

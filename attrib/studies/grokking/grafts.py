@@ -11,7 +11,7 @@ from ...intervention import Intervention, Permute, Redraw, Transplant, retrain
 from ...layout import match_names
 from ...run import Run
 from ..modular import GENERALISED, Pairs, accuracy
-from ..parts import Parts
+from ..parts import SeedParts
 from ..recipe import cross_entropy
 from .setting import Setting
 
@@ -31,9 +31,9 @@ class Grafts:
     generalised: the step at which the untouched run does.
     """
 
-    def __init__(self, setting: Setting, run: Run, pairs: Pairs, parts: Parts, seed: int, generalised: int) -> None:
+    def __init__(self, setting: Setting, run: Run, pairs: Pairs, parts: SeedParts, generalised: int) -> None:
         self.setting, self.run, self.pairs, self.parts = setting, run, pairs, parts
-        self.seed, self.generalised = seed, generalised
+        self.seed, self.generalised = parts.seed, generalised
         self.model = setting.build(setting.p)
         self._sides = {"inner": setting.inner, "outer": setting.outer}
 
@@ -169,7 +169,7 @@ class Grafts:
             }
             return {**reached, "given": given, "curve": curve}
 
-        return self.parts.trial(f"seed{self.seed}/trials", key, train)
+        return self.parts.trial(key, train)
 
 
 def _accuracies(model: nn.Module, pairs: Pairs) -> list[float]:

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 
 from ...report.panels import curves, dots, grid
+from ..verdicts import span
 from .grafts import EARLY
-from .speeds import span, times
+from .speeds import times
 from .tables import Page, median
 
 

@@ -28,4 +28,4 @@ def write_page(setting: Setting, found: Sequence[dict[str, Any]], folder: Path) 
             watched.ledgers,
         ):
             section(page)
-    return page.article.write(folder / "index.html")
+    return page.write()

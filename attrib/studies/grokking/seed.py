@@ -1,6 +1,5 @@
 """Everything that is done with one seed: train, recorded; look, explain, exchange. Each part once, kept in the folder."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ from ...phases import onset
 from ...result import Result, open_result
 from ...run import Run, open_run
 from ..modular import GENERALISED, train_until_generalised
-from ..parts import Parts
+from ..parts import SeedParts
 from .account import account, by_residue, found_phases, some
 from .fourier import everywhere, frequencies, key_frequencies, progress
 from .grafts import Grafts
@@ -20,46 +19,39 @@ STATES = 40  # at which the network is looked into
 TOLERANCE = 1e-5  # float32 replay of float32 training, of the gross size
 
 
-def study_seed(setting: Setting, seed: int, parts: Parts, say: Callable[[str], None]) -> dict[str, Any]:
+def study_seed(setting: Setting, parts: SeedParts) -> dict[str, Any]:
     """All parts of a seed, JSON, and its result under "result". Of a run that did not generalise the training alone."""
-    where, pairs = f"seed{seed}", setting.pairs(seed)
-    folder = parts.folder / where
-
-    def done(name: str, what: str, compute: Callable[[], Any]) -> Any:
-        if not (folder / f"{name}.json").exists():
-            say(f"   seed {seed}: {what}")
-        return parts.part(f"{where}/{name}", compute)
-
+    seed, pairs = parts.seed, setting.pairs(parts.seed)
     found: dict[str, Any] = {"seed": seed}
-    found["training"] = done("training", "train, recorded", lambda: _train(setting, seed, parts))
+    found["training"] = parts.part("training", "train, recorded", lambda: _train(setting, parts))
     if found["training"]["generalised"] is None:
         return found
-    run = open_run(folder / "run.zarr")
+    run = open_run(parts.folder / "run.zarr")
     found["steps"] = run.steps
-    found["progress"] = done("progress", "restricted and excluded loss", lambda: _progress(setting, seed, run))
-    found["account"] = done("account", "explain", lambda: _account(setting, seed, run, parts))
-    result = open_result(folder / "result.zarr")
-    found["phases"] = done("phases", "find phases", lambda: found_phases(result, seed))
+    found["progress"] = parts.part("progress", "restricted and excluded loss", lambda: _progress(setting, seed, run))
+    found["account"] = parts.part("account", "explain", lambda: _account(setting, parts, run))
+    result = open_result(parts.folder / "result.zarr")
+    found["phases"] = parts.part("phases", "find phases", lambda: found_phases(result, seed))
     found["result"] = Result(result.dataset.load())
     queries, keys = some(pairs.test, setting.queries).tolist(), found["progress"]["keys"]
-    found["residues"] = done("residues", "who carries", lambda: by_residue(pairs, found["result"], queries, keys))
-    grafts = Grafts(setting, run, pairs, parts, seed, found["training"]["generalised"])
-    found["swaps"] = done(
+    found["residues"] = parts.part("residues", "who carries", lambda: by_residue(pairs, found["result"], queries, keys))
+    grafts = Grafts(setting, run, pairs, parts, found["training"]["generalised"])
+    found["swaps"] = parts.part(
         "swaps", "swap layers", lambda: grafts.swaps(np.linspace(0, run.steps, 25).astype(int).tolist())
     )
-    found["pruning"] = done("pruning", "prune", lambda: _pruning(setting, seed, run))
-    say(f"   seed {seed}: transplants")
+    found["pruning"] = parts.part("pruning", "prune", lambda: _pruning(setting, seed, run))
+    parts.say(f"   seed {seed}: transplants")
     found["transplants"] = grafts.transplants()
-    say(f"   seed {seed}: re-insertions")
+    parts.say(f"   seed {seed}: re-insertions")
     found["reinsertions"] = grafts.reinsertions()
-    say(f"   seed {seed}: controls")
+    parts.say(f"   seed {seed}: controls")
     found["controls"] = grafts.controls()
     return found
 
 
-def _train(setting: Setting, seed: int, parts: Parts) -> dict[str, Any]:
+def _train(setting: Setting, parts: SeedParts) -> dict[str, Any]:
     _, seen = train_until_generalised(
-        setting.pairs(seed), parts.folder / f"seed{seed}" / "run.zarr", setting.limit, seed,
+        setting.pairs(parts.seed), parts.folder / "run.zarr", setting.limit, parts.seed,
         build=setting.build, lr=setting.lr, weight_decay=setting.weight_decay, every=setting.every,
         beyond=setting.beyond, overwrite=True, **setting.record,
     )  # fmt: skip
@@ -87,12 +79,12 @@ def _progress(setting: Setting, seed: int, run: Run) -> dict[str, Any]:
     return {"keys": keys, "rows": rows}
 
 
-def _account(setting: Setting, seed: int, run: Run, parts: Parts) -> dict[str, Any]:
-    pairs, model = setting.pairs(seed), setting.build(setting.p)
+def _account(setting: Setting, parts: SeedParts, run: Run) -> dict[str, Any]:
+    pairs, model = setting.pairs(parts.seed), setting.build(setting.p)
     run.load(model, run.steps)
     result = account(setting, run, model, pairs, progress=True)
     ledger = result.check(TOLERANCE)
-    result.save(parts.folder / f"seed{seed}" / "result.zarr", overwrite=True)
+    result.save(parts.folder / "result.zarr", overwrite=True)
     gross = result.dataset["gross"].values
     queries = some(pairs.test, setting.queries).tolist()
     return {

@@ -1,12 +1,13 @@
 """The networks that grok, and how much is done with each."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import frame
 from ..modular import TRANSFORMER_GROUPS, PairMlp, Pairs, PairTransformer, ordered_pairs, unordered_pairs
 
 Axes = Mapping[str, int]
@@ -22,13 +23,13 @@ def unordered_tokens(a: Tensor, b: Tensor, p: int) -> Tensor:
     return torch.stack([high, torch.full_like(a, p), low, torch.full_like(a, p + 1)], -1)
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(frozen=True, kw_only=True)
+class Setting(frame.Setting):
     """A network, its data and optimizer, its layers, and the size of the study.
 
     pairs: seed -> data. tokens: (a, b, p) -> inputs. groups: layers of the figures; inner, outer: two sets of them that make
     up the network. neurons: the module whose outputs, rectified, are the hidden neurons; before, after: the axes that count
-    them in the tensors before and after. seeds: how many, from `first_seed` on. every: steps between two looks.
+    them in the tensors before and after. every: steps between two looks.
     explained: held-out pairs whose mean log-probability is explained, and as many training pairs; queries: held-out pairs
     that are explained one by one.
     draws: initialisations that a transplant is retrained from, for each seed; inits: how they are drawn.
@@ -38,8 +39,6 @@ class Setting:
     importance is summed over, and whether over all their outputs.
     """
 
-    name: str
-    about: str
     p: int
     pairs: Callable[[int], Pairs]
     build: Callable[[int], nn.Module]
@@ -53,8 +52,6 @@ class Setting:
     before: Axes
     after: Axes
     sets: Mapping[str, tuple[str, ...]]
-    seeds: int
-    first_seed: int = 0
     limit: int = 4000
     every: int = 10
     beyond: float = 0.1
@@ -70,11 +67,6 @@ class Setting:
     compared: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     pruned: tuple[int, bool] = (16, True)
     record: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """All that is not a function, JSON: what the parts of a study depend on."""
-        return {f.name: v for f in fields(self) if f.name != "seeds" and not callable(v := getattr(self, f.name))}
 
     def patterns(self, groups: tuple[str, ...]) -> list[str]:
         """Parameter patterns of some of the layers."""
@@ -105,8 +97,15 @@ def _mlp(name: str, about: str, p: int, share: float, **rest: object) -> Setting
         sets=_MLP_SETS,
         seeds=5,
     )
-    data = dict(p=p, pairs=lambda seed: ordered_pairs(p, share, seed), build=PairMlp, tokens=ordered_tokens)
-    return Setting(name, about, **{**known, **data, **rest})  # type: ignore[arg-type]
+    data = dict(
+        name=name,
+        about=about,
+        p=p,
+        pairs=lambda seed: ordered_pairs(p, share, seed),
+        build=PairMlp,
+        tokens=ordered_tokens,
+    )
+    return Setting(**{**known, **data, **rest})  # type: ignore[arg-type]
 
 
 QUICK = _mlp(

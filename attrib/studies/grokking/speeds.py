@@ -4,23 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..verdicts import span
 from .tables import Tables
 
 LEAST = 1.1  # a speed-up, for the one of two to be called faster
-
-
-def span(values: Sequence[float] | np.ndarray, digits: int = 0, missing: float = np.inf) -> str:
-    """Median and range. What is missing was not reached, and counts as `missing` in the median."""
-    array = np.asarray(values, dtype=float)
-    there = array[np.isfinite(array)]
-    if not len(there):
-        return "not reached" + (f" in any of {len(array)}" if len(array) > 1 else "")
-    middle = np.median(np.where(np.isfinite(array), array, missing))
-    said = f"{middle:.{digits}f}" if np.isfinite(middle) else "not reached"
-    if len(array) == 1:
-        return said
-    lost = f", {len(array) - len(there)} of {len(array)} not reached" if len(there) < len(array) else ""
-    return f"{said} ({there.min():.{digits}f} to {there.max():.{digits}f}{lost})"
 
 
 def times(speeds: Sequence[float] | np.ndarray) -> str:

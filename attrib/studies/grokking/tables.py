@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from ...report import to_json
-from ...report.article import Article
-from ...report.files import replacing
+from .. import frame
 from .account import HELD_OUT, TRAINED
 from .setting import Setting
 
@@ -223,18 +221,12 @@ class Tables:
         return xr.DataArray(values, {"score": scores, "weights kept": kept, "seed": self.seeds}, name=name)
 
 
-class Page:
-    """The tables, the article that is written of them, and the data of its figures: `keep` saves them under a name."""
+class Page(frame.Page):
+    """The tables, and the article that is written of them."""
 
     def __init__(self, tables: Tables, folder: Path, lead: str) -> None:
-        self.t, self.setting, self.folder = tables, tables.setting, folder / "data"
-        self.folder.mkdir(exist_ok=True)
-        self.article = Article(f"Grokking: {tables.setting.name}", lead)
-
-    def keep(self, name: str, data: xr.DataArray) -> xr.DataArray:
-        with replacing(self.folder / f"{name}.json") as beside:
-            beside.write_text(to_json(data.drop_attrs().to_dict()))
-        return data
+        super().__init__(f"Grokking: {tables.setting.name}", lead, folder)
+        self.t, self.setting = tables, tables.setting
 
 
 def median(data: xr.DataArray, over: str = "seed") -> xr.DataArray:

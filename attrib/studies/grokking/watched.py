@@ -180,8 +180,4 @@ def carriers(page: Page) -> None:
 
 
 def ledgers(page: Page) -> None:
-    page.article.section(
-        "Ledgers", "Of every seed: initial + examples + decay + inherited + residual = final, in nats."
-    )
-    for run in page.t.runs:
-        page.article.lines(f"seed {run['seed']}\n{run['account']['ledger']}")
+    page.ledgers({f"seed {run['seed']}": run["account"]["ledger"] for run in page.t.runs})

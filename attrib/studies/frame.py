@@ -1,0 +1,106 @@
+"""What every study is: some settings, everything done with one seed, and a page made of all seeds.
+
+    def study(folder, setting="quick", seeds=None, say=print):
+        return conduct("grokking", SETTINGS, study_seed, write_page, folder, setting, seeds, say)
+
+A study keeps what it has done in its folder (`parts`) and goes on from there when it is started again.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import xarray as xr
+
+from ..errors import SetupError
+from ..report import to_json
+from ..report.article import Article
+from ..report.files import replacing
+from .parts import Parts, SeedParts
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How much is done, and with what. seeds: how many, from `first_seed` on."""
+
+    name: str
+    about: str
+    seeds: int
+    first_seed: int = 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that is not a function, JSON: what the parts of a study depend on."""
+        return {f.name: v for f in fields(self) if f.name != "seeds" and not callable(v := getattr(self, f.name))}
+
+
+S = TypeVar("S", bound=Setting)
+
+
+def conduct(
+    name: str,
+    settings: Mapping[str, S],
+    one: Callable[[S, SeedParts], dict[str, Any]],
+    write: Callable[[S, Sequence[dict[str, Any]], Path], Path],
+    folder: Path,
+    setting: str,
+    seeds: int | None,
+    say: Say,
+) -> Path:
+    """Do all seeds of a setting and write the page.
+
+    Args:
+        one: everything done with one seed. write: the page of all seeds, to the study's folder.
+        seeds: how many; None for the setting's own number.
+
+    Raises:
+        SetupError: an unknown setting, or no seed. StoreExistsError: the folder holds something else.
+    """
+    if setting not in settings:
+        raise SetupError(f"there is no such setting: got {setting!r}, expected one of {', '.join(settings)}.")
+    chosen = settings[setting]
+    count = chosen.seeds if seeds is None else seeds
+    if count < 1:
+        raise SetupError(f"there is nothing to study: got {count} seeds, expected at least 1.")
+    parts = Parts(Path(folder), {"study": name, **chosen.facts})
+    began = time.perf_counter()
+    say(f"{name}, setting {setting}: {chosen.about}.")
+    found = []
+    with torch.random.fork_rng(devices=()):
+        for seed in range(chosen.first_seed, chosen.first_seed + count):
+            found.append(one(chosen, SeedParts(parts, seed, say)))
+    place = write(chosen, found, parts.folder)
+    say(f"{place}: {time.perf_counter() - began:.0f} s")
+    return place
+
+
+class Page:
+    """The article of a study, and the data of its figures beside it: data/*.json, each to be read with
+    `xarray.DataArray.from_dict(json.load(file)).astype(float)`."""
+
+    def __init__(self, title: str, lead: str, folder: Path) -> None:
+        self.article, self._place = Article(title, lead), folder
+        self.folder = folder / "data"
+        self.folder.mkdir(exist_ok=True)
+
+    def keep(self, name: str, data: xr.DataArray) -> xr.DataArray:
+        """Saved under a name, and handed back to be drawn."""
+        with replacing(self.folder / f"{name}.json") as beside:
+            beside.write_text(to_json(data.drop_attrs().to_dict()))
+        return data
+
+    def ledgers(self, ledgers: Mapping[str, str], units: str = "nats") -> None:
+        """The last section: the ledger of every run that the page is made of, as it was printed when it was checked."""
+        self.article.section(
+            "Ledgers", f"Of every run: initial + examples + decay + inherited + residual = final, in {units}."
+        )
+        for name, ledger in ledgers.items():
+            self.article.lines(f"{name}\n{ledger}")
+
+    def write(self) -> Path:
+        return self.article.write(self._place / "index.html")
