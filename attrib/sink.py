@@ -68,7 +68,8 @@ class Sink:
         """The terms of the steps from `first` on; `index`: of each the ids of its examples, (B,)."""
         at = slice(first - self.first, first - self.first + len(index))
         for n in reversed(range(len(index))):
-            self._add_examples(at.start + n, index[n], t.contributions[n], t.gradient[n])
+            seen = np.abs(t.start[n]) + np.abs(t.end[n])
+            self._add_examples(at.start + n, index[n], t.contributions[n], t.gradient[n], self._bound * seen)
         self.decay[:, at] = (t.decay @ self.member).swapaxes(0, 1)
         self.timeline[:, at] = (t.moved @ self.member).swapaxes(0, 1)
         self.curve[:, at], self.curve[:, at.start + 1 : at.stop + 1] = t.start.T, t.end.T
@@ -83,15 +84,17 @@ class Sink:
         gross = moved + np.abs(t.start) + np.abs(t.end)
         self.gaps["measurement"][at] = _gap(np.abs(t.moved.sum(2) - (t.end - t.start)), gross)
 
-    def _add_examples(self, n: int, index: np.ndarray, contributions: np.ndarray, gradient: np.ndarray) -> None:
-        """One step: (B,) ids, (Q, B, K), and <U, gradient> (Q, K), which the contributions must sum to."""
+    def _add_examples(
+        self, n: int, index: np.ndarray, contributions: np.ndarray, gradient: np.ndarray, least: np.ndarray
+    ) -> None:
+        """One step: (B,) ids, (Q, B, K), and <U, gradient> (Q, K), which the contributions must sum to; least (Q,): of what
+        is smaller, as it is where nothing is left to learn, the gap is that of rounding."""
         if self._places is None or not np.array_equal(self._places.ids, index):
             self._places = Places(self.run.examples, index)
         shares = contributions.sum(1)
         self.gross += np.abs(shares).sum(1)
-        self.gaps["batch"][n] = _gap(
-            np.abs(shares - gradient).max(1), np.array([np.abs(c).sum() for c in contributions])
-        )
+        sizes = np.array([np.abs(c).sum() for c in contributions])
+        self.gaps["batch"][n] = _gap(np.abs(shares - gradient).max(1), np.maximum(sizes, least))
         self._warn(self.first + n, self.gaps["batch"][n])
         if len(self.labels) < len(self.member):
             contributions = contributions @ self.member

@@ -35,5 +35,8 @@ def span(values: Sequence[float] | np.ndarray, digits: int = 0, missing: float =
     said = f"{middle:.{digits}f}" if np.isfinite(middle) else "not reached"
     if len(array) == 1:
         return said
+    low, high = (f"{end:.{digits}f}" for end in (there.min(), there.max()))
+    if low == high == said and len(there) == len(array):
+        return said
     lost = f", {len(array) - len(there)} of {len(array)} not reached" if len(there) < len(array) else ""
-    return f"{said} ({there.min():.{digits}f} to {there.max():.{digits}f}{lost})"
+    return f"{said} ({low} to {high}{lost})"
