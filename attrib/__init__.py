@@ -17,7 +17,20 @@ if not (Path(__file__).parent / "kernels").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import errors, intervention, measure, report
-from .development import barrier, convexity_gap, evaluate, interpolate
+from .development import (
+    ablate,
+    barrier,
+    clusters,
+    connectivity,
+    convexity_gap,
+    curvature,
+    evaluate,
+    interpolate,
+    settled,
+    similarity,
+    vestiges,
+    what_if,
+)
 from .engine import attribute
 from .intervention import replay, retrain
 from .path import GaussLegendre, Midpoint, Secant
@@ -39,9 +52,13 @@ __all__ = [
     "Run",
     "Secant",
     "Setup",
+    "ablate",
     "attribute",
     "barrier",
+    "clusters",
+    "connectivity",
     "convexity_gap",
+    "curvature",
     "errors",
     "evaluate",
     "interpolate",
@@ -56,5 +73,9 @@ __all__ = [
     "replay",
     "report",
     "retrain",
+    "settled",
+    "similarity",
     "verify",
+    "vestiges",
+    "what_if",
 ]

@@ -19,7 +19,8 @@ FLOORS = [
     {"recorder", "run"},
     {"plan", "sink", "source"},
     {"engine", "verify"},
-    {"development", "intervention", "phases", "report", "scale", "setup"},
+    {"intervention", "phases", "report", "scale", "setup"},
+    {"development"},
     {"studies"},
     {"cli", "__main__"},
 ]

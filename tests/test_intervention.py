@@ -15,7 +15,18 @@ from training import Trained, flat, train
 import attrib
 from attrib import errors
 from attrib.cli import main
-from attrib.intervention import Drop, Freeze, Options, Penalty, Permute, Redraw, Reweight, Transplant, weighted
+from attrib.intervention import (
+    Drop,
+    Freeze,
+    Options,
+    Penalty,
+    Permute,
+    Redraw,
+    Reweight,
+    Suppress,
+    Transplant,
+    weighted,
+)
 from attrib.intervention.state import STATES
 
 START, STEPS = 2, 6
@@ -24,6 +35,10 @@ KINDS = ("sgd momentum", "adamw", "adam amsgrad")
 
 def pull(model: nn.Module) -> Tensor:
     return model.hidden.weight.square().sum() + model.output.bias.abs().sum()
+
+
+def push(model: nn.Module) -> Tensor:
+    return 0.25 * (model.output.weight.square().sum() + model.output.bias.square().sum())
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -111,12 +126,16 @@ def changes(trained: Trained) -> dict[str, tuple[Any, Hand]]:
             Penalty(pull, 0.1, slice(3, None)),
             Hand(losses=lambda step, model, index, losses: losses.mean() + (0.1 * pull(model) if step >= 3 else 0)),
         ),
+        "suppress": (
+            Suppress("output.*", 0.5, slice(3, 5)),
+            Hand(losses=lambda step, model, index, losses: losses.mean() + (push(model) if 3 <= step < 5 else 0)),
+        ),
     }
 
 
 NAMES = (
     *("transplant, kept", "transplant, reset", "redraw", "redraw, kept"),
-    *("freeze", "drop", "reweight", "options", "penalty"),
+    *("freeze", "drop", "reweight", "options", "penalty", "suppress"),
 )
 
 
@@ -337,6 +356,8 @@ WRONG = {
     "empty batch": (lambda r: Drop(set(range(12)), slice(4, 5)), "at step 4"),
     "axis": (lambda r: Permute({"hidden.weight": 2}), "no such axis"),
     "lengths": (lambda r: Permute({"hidden.weight": 0, "output.weight": 0}), "differ in length"),
+    "suppress unknown": (lambda r: Suppress("hiden.weight", 1.0), "Did you mean hidden.weight"),
+    "suppress by nothing": (lambda r: Suppress("hidden.*", 0.0), "above 0"),
     "no intervention": (lambda r: "freeze", "no intervention"),
 }
 

@@ -3,13 +3,13 @@
     changed = attrib.replay(run, 500, [Transplant("hidden.*", other, 1400), Freeze("embedding.*", slice(500, 700))], ...)
 
 An intervention is a small object. `Transplant`, `Redraw` and `Permute` change the state that the replay starts from;
-`Freeze`, `Drop`, `Reweight`, `Options` and `Penalty` act during a window of steps, counted as in the run. They compose in
-the order given. For a change of state in mid-replay, replay to the end, and replay the new run from its middle (its steps
-count from its own start).
+`Freeze`, `Drop`, `Reweight`, `Options`, `Suppress` and `Penalty` act during a window of steps, counted as in the run. They
+compose in the order given. For a change of state in mid-replay, replay to the end, and replay the new run from its middle
+(its steps count from its own start).
 """
 
 from .base import Intervention
-from .during import Drop, Freeze, Options, Penalty, Reweight, weighted
+from .during import Drop, Freeze, Options, Penalty, Reweight, Suppress, weighted
 from .replay import replay, retrain
 from .state import Permute, Redraw, Transplant
 
@@ -22,6 +22,7 @@ __all__ = [
     "Permute",
     "Redraw",
     "Reweight",
+    "Suppress",
     "Transplant",
     "replay",
     "retrain",

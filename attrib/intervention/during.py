@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReplayError
+from ..layout import match_names
 from ..run import Run
 from .base import Batch, Groups, Window, chosen
 
@@ -149,6 +150,33 @@ class Penalty(Window):
 
     def penalty(self, step: int, model: nn.Module) -> Tensor | None:
         return self.weight * self.function(model) if self.active(step) else None
+
+
+@dataclass(frozen=True)
+class Suppress(Window):
+    """Parameters pulled towards zero: `weight / 2 * |theta|^2` of them added to the reduced loss, as a `Penalty`.
+
+    Args:
+        groups: names or patterns of the parameters.
+        weight: of the pull.
+    """
+
+    groups: Groups
+    weight: float
+    steps: slice | None = None
+
+    def check(self, run: Run, start: int, until: int) -> None:
+        super().check(run, start, until)
+        chosen(run, self.groups, "Suppress")
+        if not (isinstance(self.weight, Real) and np.isfinite(self.weight) and self.weight > 0):
+            raise ReplayError(f"the weight is none: got {self.weight!r}, expected a number above 0, at Suppress.")
+
+    def penalty(self, step: int, model: nn.Module) -> Tensor | None:
+        if not self.active(step):
+            return None
+        own = dict(model.named_parameters())
+        pulled = [own[name].square().sum() for name in match_names(list(own), self.groups, "Suppress")]
+        return 0.5 * self.weight * torch.stack(pulled).sum()
 
 
 def weighted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:

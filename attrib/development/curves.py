@@ -5,7 +5,7 @@ line = attrib.interpolate(run, 100, other, other.steps, model, losses)  # (posit
 attrib.barrier(line), attrib.convexity_gap(line)                        # (query,)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,10 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from .errors import ModelMismatchError
-from .kernels import lines
-from .measure import Measurement
-from .path import Query
-from .run import Run, check_model
+from ..errors import ModelMismatchError
+from ..kernels import lines
+from ..path import Query
+from ..run import Run, check_model
 
 
 def evaluate(
@@ -39,9 +38,9 @@ def evaluate(
         ModelMismatchError, MeasurementError. IndexError: no such state.
     """
     chosen = list(range(run.steps + 1)) if states is None else [int(s) for s in states]
-    values = _values(run, model, measurement, dtype)
+    values = values_of(run, model, measurement, dtype)
     found = [values(run.vector(state)).double().cpu().numpy() for state in chosen]
-    return _labelled(np.stack(found), "state", np.array(chosen), measurement)
+    return labelled(np.stack(found), {"state": np.array(chosen)}, measurement)
 
 
 def interpolate(
@@ -67,15 +66,11 @@ def interpolate(
     """
     if points < 3:
         raise ValueError(f"there is no line: got {points} points, expected at least 3, at interpolate.")
-    if other.layout != run.layout:
-        raise ModelMismatchError(
-            f"the runs are not of one architecture: got {other.layout.names} of shapes {other.layout.shapes}, expected "
-            f"{run.layout.names} of {run.layout.shapes}, at {other.reader.target}."
-        )
-    values, start, end = _values(run, model, measurement, dtype), run.vector(state), other.vector(other_state)
+    check_same(run, other)
+    values, start, end = values_of(run, model, measurement, dtype), run.vector(state), other.vector(other_state)
     at = np.linspace(0, 1, points)
     found = [values(torch.lerp(start.double(), end.double(), float(t)).to(run.dtype)).double() for t in at]
-    return _labelled(torch.stack(found).cpu().numpy(), "position", at, measurement)
+    return labelled(torch.stack(found).cpu().numpy(), {"position": at}, measurement)
 
 
 def barrier(line: xr.DataArray) -> xr.DataArray:
@@ -88,18 +83,28 @@ def convexity_gap(line: xr.DataArray) -> xr.DataArray:
     return _along(line, lines.convexity_gaps)
 
 
-def _values(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+def values_of(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    """theta (P,) -> the measurement (Q,)."""
     check_model(run, model)
     device = next(model.parameters()).device
     query = Query(model, measurement, run.layout, dtype or run.dtype, run.vector(0).to(device))
     return lambda theta: query.values(theta.to(device))
 
 
-def _labelled(values: np.ndarray, name: str, at: np.ndarray, measurement: Any) -> xr.DataArray:
-    names = list(getattr(measurement, "names", ())) or list(range(values.shape[1]))
+def labelled(values: np.ndarray, axes: Mapping[str, Any], measurement: Any) -> xr.DataArray:
+    """(*axes, Q) with the measurement's names and units."""
+    names = list(getattr(measurement, "names", ())) or list(range(values.shape[-1]))
     said = getattr(measurement, "name", getattr(measurement, "__name__", "measurement"))
-    units = measurement.units if isinstance(measurement, Measurement) else getattr(measurement, "units", "")
-    return xr.DataArray(values, {name: at, "query": names}, name=said, attrs={"units": units})
+    return xr.DataArray(values, {**axes, "query": names}, name=said, attrs={"units": getattr(measurement, "units", "")})
+
+
+def check_same(run: Run, other: Run) -> None:
+    """Raise ModelMismatchError where two runs are not of one architecture."""
+    if other.layout != run.layout:
+        raise ModelMismatchError(
+            f"the runs are not of one architecture: got {other.layout.names} of shapes {other.layout.shapes}, expected "
+            f"{run.layout.names} of {run.layout.shapes}, at {other.reader.target}."
+        )
 
 
 def _along(line: xr.DataArray, function: Callable[[np.ndarray], np.ndarray]) -> xr.DataArray:

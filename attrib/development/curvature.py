@@ -1,0 +1,82 @@
+"""The sharpest directions of a loss along a run: largest eigenvalues of its Hessian, by Lanczos (ARPACK), from products of
+the Hessian with vectors alone. Gradient descent of rate lr is stable in a direction while its eigenvalue is below 2 / lr.
+
+Source: Lanczos 1950; Pearlmutter 1994 for the products; Cohen et al. 2021, arXiv 2103.00065, for the line 2 / lr.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..functional import Functional
+from ..run import Run, check_model
+
+TOLERANCE = 1e-4  # relative, of the eigenvalues
+
+
+def curvature(
+    run: Run,
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    batch: tuple[Tensor, ...],
+    states: Sequence[int] | None = None,
+    count: int = 1,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Largest eigenvalues and eigenvectors of the Hessian of the mean loss, at states of a run.
+
+    Args:
+        run: from `attrib.open_run`. model: of the recorded architecture, in its mode; left as it is.
+        loss: `loss(model, *batch) -> (B,)`.
+        batch: the examples whose mean loss it is, such as all that were trained on.
+        states: 0 .. T; None for all.
+        count: eigenvalues, largest first; fewer than P - 1.
+        dtype: compute type; None for the recorded one.
+
+    Returns:
+        `eigenvalue` (state, rank), to 1e-4, in the loss's units per squared unit of the parameters; `vector` (state, rank,
+        parameter), of length 1, in the order of `run.groups`, its sign that of the state before.
+
+    Raises:
+        ModelMismatchError. IndexError: no such state. ValueError: more eigenvalues than Lanczos finds.
+    """
+    check_model(run, model)
+    size, device = run.layout.size, next(model.parameters()).device
+    if not 0 < count < size - 1:
+        raise ValueError(f"too many eigenvalues: got {count}, expected 1 to {size - 2}, at curvature.")
+    chosen = list(range(run.steps + 1)) if states is None else [int(s) for s in states]
+    function = Functional(model, lambda m, *b: loss(m, *b).mean(), run.layout, dtype or run.dtype)
+    values, vectors = np.zeros((len(chosen), count)), np.zeros((len(chosen), count, size))
+    before = np.random.default_rng(0).normal(size=(count, size))  # the first guess; then the state before
+    for n, state in enumerate(tqdm(chosen, desc="curvature", unit="state", delay=2, disable=not progress)):
+        product = _product(function, run.vector(state).to(device, dtype or run.dtype), batch)
+        operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+        found, basis = eigsh(operator, k=count, which="LA", v0=before.sum(0), tol=TOLERANCE)
+        order = np.argsort(-found)
+        signs = np.sign((basis.T[order] * before).sum(1, keepdims=True))
+        values[n], vectors[n] = found[order], basis.T[order] * np.where(signs == 0, 1.0, signs)
+        before = vectors[n]
+    labels = {"state": chosen, "rank": np.arange(count)}
+    return xr.Dataset(
+        {"eigenvalue": (("state", "rank"), values), "vector": (("state", "rank", "parameter"), vectors)}, labels
+    )
+
+
+def _product(function: Functional, theta: Tensor, batch: tuple[Tensor, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """v -> H v; the graph of the gradient is made once."""
+    point = theta.clone().requires_grad_()
+    parameters = function.layout.unflatten(point)
+    (gradient,) = torch.autograd.grad(function(parameters, *batch), point, create_graph=True)
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        v = torch.as_tensor(np.ravel(vector)).to(point)
+        (found,) = torch.autograd.grad(gradient, point, v, retain_graph=True)
+        return found.double().cpu().numpy()
+
+    return product
