@@ -17,6 +17,7 @@ from training import Trained, flat, train
 import attrib
 from attrib import errors
 from attrib.intervention import Drop, Freeze, Suppress, Transplant
+from attrib.path import Query
 from attrib.studies.development import planted
 
 
@@ -344,3 +345,60 @@ def test_curvature_is_that_of_the_whole_hessian(tmp_path: Path) -> None:
         attrib.curvature(run, trained.model, trained.case.loss, batch, count=10**6)
     with pytest.raises(IndexError, match="got step 9"):
         attrib.curvature(run, trained.model, trained.case.loss, batch, [9], progress=False)
+
+
+# who moved what
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sgd momentum dampening decay", "adamw", "adam decay"])
+def test_moves_are_the_steps_changes_over_their_examples(kind: str, tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS[kind])
+    measurement = trained.measurement(3)
+    curve = attrib.evaluate(trained.run, trained.model, measurement).values
+    arguments = {"loss": trained.case.loss}
+    whole = trained.attribute(measurement, keep=("step", "example"))
+    total = 0.0
+    for move in attrib.moves(trained.run, trained.model, measurement, lead=6, **arguments):
+        np.testing.assert_allclose(move.change, curve[move.step + 1] - curve[move.step], atol=1e-12)
+        assert not move.inherited.any()  # nothing is before the first step
+        terms = move.contributions.sum(1) + move.decay + move.inherited
+        np.testing.assert_allclose(terms, move.change, atol=1e-12)  # rounding of float64
+        absent = ~np.isin(trained.run.examples, np.concatenate([trained.run.index(s) for s in range(move.step + 1)]))
+        assert not move.contributions[:, absent].any()
+        np.testing.assert_allclose(move.change, whole.timeline()[:, move.step].sum("group"), atol=1e-12)
+        total = total + move.contributions
+    np.testing.assert_allclose(total, whole.by("example"), atol=1e-12)
+    without = list(attrib.moves(trained.run, trained.model, measurement, range(3, 5), **arguments))
+    assert [move.step for move in without] == [3, 4]
+    for move in without:
+        terms = move.contributions.sum(1) + move.decay + move.inherited
+        np.testing.assert_allclose(terms, move.change, atol=1e-12)
+        assert bool(move.inherited.any()) == (kind != "sgd")
+
+
+def test_moves_of_momentum_are_the_double_sum(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd momentum"])
+    run, step = trained.run, 4
+    measurement = trained.measurement(1)
+    (move,) = attrib.moves(run, trained.model, measurement, range(step, step + 1), loss=trained.case.loss, lead=2)
+    bar = attrib.Secant().bind(Query(trained.model, measurement, run.layout, torch.float64, run.vector(0)))
+    gradient = bar(run.vector(step), run.vector(step + 1)).gradient[0].numpy()
+    expected = np.zeros(len(run.examples))
+    for r in (2, 3, 4):  # the lead and the step itself
+        index, x, y = trained.batches[r]
+        for i, xi, yi in zip(index.tolist(), x, y, strict=True):
+            parameters = {n: t.requires_grad_() for n, t in run.parameters(r).items()}
+            outputs = torch.func.functional_call(trained.model, parameters, (xi[None],))
+            share = torch.autograd.grad(
+                nn.functional.cross_entropy(outputs, yi[None]) / len(index), [*parameters.values()]
+            )
+            flat_share = torch.cat([s.reshape(-1) for s in share]).numpy()
+            expected[np.searchsorted(run.examples, i)] += -0.1 * 0.9 ** (step - r) * gradient @ flat_share
+    np.testing.assert_allclose(move.contributions[0], expected, atol=1e-12)
+
+
+def test_moves_outside_the_run_are_refused(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    for steps, lead in ((range(3, 9), 0), (range(0, 6, 2), 0), (range(3, 3), 0), (range(2), -1)):
+        with pytest.raises(ValueError, match="not in the run"):
+            attrib.moves(trained.run, trained.model, trained.measurement(), steps, loss=trained.case.loss, lead=lead)
