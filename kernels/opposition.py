@@ -2,7 +2,7 @@
 
     K_ij     what example j contributed to the loss of example i
     S        -(K + K^T) / 2                      help: positive where the two lower each other's loss
-    pair     S_ij < 0 while S_ii, S_jj > 0: each lowers its own loss and raises the other's
+    pair     K_ij, K_ji > 0 > K_ii, K_jj: each lowers its own loss and raises the other's
              score -S_ij / sqrt(S_ii S_jj), 0 where they do not oppose; 1: each undoes for the other what it does for itself
     groups   a vector x of -1, 0, 1 with a large x^T S x / x^T x: members of a side help each other and harm the other side
              strength x^T S x / x^T x; opposition 4 c / x^T S x with c the harm between the sides, 1 for two equal sides
@@ -43,13 +43,13 @@ def help_between(contributions: np.ndarray) -> np.ndarray:
     return found
 
 
-def opposing_pairs(help_: np.ndarray) -> np.ndarray:
-    """S (N, N) -> scores (N, N), symmetric, 0 on the diagonal."""
-    own = np.diag(help_)
-    size = np.sqrt(np.outer(np.maximum(own, 0.0), np.maximum(own, 0.0)))
-    scores = np.divide(np.maximum(-help_, 0.0), size, out=np.zeros_like(help_), where=size > 0)
-    np.fill_diagonal(scores, 0.0)
-    return scores
+def opposing_pairs(contributions: np.ndarray) -> np.ndarray:
+    """K (N, N) -> scores (N, N), symmetric, 0 on the diagonal."""
+    own = np.maximum(-np.diag(contributions), 0.0)
+    size = np.sqrt(np.outer(own, own))
+    harm = np.where((contributions > 0) & (contributions.T > 0), -help_between(contributions), 0.0)
+    found: np.ndarray = np.divide(harm, size, out=np.zeros_like(harm), where=size > 0)
+    return found
 
 
 def opposing_groups(help_: np.ndarray, count: int = 1) -> list[Opposed]:

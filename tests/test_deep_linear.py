@@ -8,11 +8,12 @@ import torch
 
 import attrib
 from attrib.studies.deep_linear import data, recipe, theory
+from attrib.studies.deep_linear.claims import claims
 from attrib.studies.deep_linear.recipe import SETTINGS, squared_error
 from attrib.studies.deep_linear.tables import Tables
 from attrib.studies.frame import Page
 from attrib.studies.parts import Parts, SeedParts
-from attrib.studies.verdicts import span
+from attrib.studies.verdicts import span, verdict
 
 
 def test_closed_form_is_the_discrete_oracle_of_small_steps() -> None:
@@ -107,6 +108,7 @@ def test_what_is_learned_to_the_last_bit_is_not_taken_for_another_loss(
 def test_spans_of_what_is_the_same_say_it_once() -> None:
     assert span([4, 4, 4]) == "4"
     assert span([0.101, 0.099], 1) == "0.1"
+    assert verdict([]) == "depends"
     assert span([4, 4, float("nan")]) == "4 (4 to 4, 1 of 3 not reached)"
 
 
@@ -119,14 +121,30 @@ def test_tables_are_those_of_the_results(tmp_path: Path) -> None:
     grown = t.grown("random", "item")
     strength = t.strengths("random").isel(seed=0).values
     np.testing.assert_allclose(grown.sum("item").values, strength[:, 1:] - strength[:, :1], atol=1e-12)
-    np.testing.assert_allclose(t.shares("random").sel(of="contribution").sum("item"), 1)
-    np.testing.assert_allclose(t.layers("random").sum("group"), 1)
-    illusion = t.illusion().sel(network="aligned", seed=0).values
-    np.testing.assert_allclose(t.deceivers().sum("group").cumsum("step"), illusion[1:] - illusion[0], atol=1e-12)
+    growth = strength[:, -1] - strength[:, 0]
+    given = run["results"]["random"].by("example", "group").values[:4]
+    shares = t.shares("random").sel(of="contribution", seed=0)
+    np.testing.assert_allclose(shares * growth[:, None], given.sum(2), atol=1e-12)
+    np.testing.assert_allclose(t.layers("random").sel(seed=0) * growth[:, None], given.sum(1), atol=1e-12)
+    illusion = t.illusion().sel(network="aligned", seed=0).dropna("step").values
+    found = t.deceivers(run).sum("group").cumsum("step")
+    np.testing.assert_allclose(found, illusion[1:] - illusion[0], atol=1e-12)
     far = t.distances(run, 3)
     hidden = run["runs"]["tree"].parameters(3)["hidden.weight"].numpy()
     assert far[1, 4] == pytest.approx(np.sqrt(np.square(hidden[:, 1] - hidden[:, 4]).sum()))
-    assert t.separations()[:, 0, -1].values == pytest.approx(1)
+    middle, last = (t.distances(run, int(t.looks[k]))[:4, 4:].mean() for k in (30, -1))  # halves part at the root
+    assert float(t.separations()[0, 0, 30]) == pytest.approx(middle / last)
+    half = t.by_level().sel(seed=0)
+    assert float(half[0]) == float(t.half_rises("tree").sel(mode="mode 1", of="network", seed=0))
+    held = {claim.said[:24]: claim.verdict for claim in claims(t)}
+    assert (
+        held["From small balanced weig"]
+        == held["At depth 2 one secant is"]
+        == held["A shallow network has no"]
+        == "holds"
+    )
+    wrong = [{**run, "paths": {"difference": 1e-13}}]
+    assert next(c for c in claims(Tables(setting, wrong)) if "secant" in c.said).verdict == "fails"
     page = Page("t", "l", tmp_path)
     kept = page.keep("shares", t.shares("random"))
     assert kept.dims == ("mode", "item", "seed", "of")

@@ -81,6 +81,27 @@ def test_line_goes_straight_from_one_run_to_another(tmp_path: Path) -> None:
     np.testing.assert_array_equal(attrib.convexity_gap(line.T), lines.convexity_gaps(line.values.T))
 
 
+def test_runs_that_differ_in_what_is_not_trained_have_no_line(tmp_path: Path) -> None:
+    def recorded(name: str, shift: float) -> attrib.Run:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.BatchNorm1d(3).eval(), nn.Linear(3, 2)).double()
+        model[0].running_mean.fill_(shift)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.randn(4, 3, dtype=torch.float64)
+        with attrib.record(optimizer, model, lambda m, x: m(x).square().sum(1), tmp_path / name) as recorder:
+            for _ in range(2):
+                recorder.zero_grad()
+                model(x).square().sum(1).mean().backward()
+                recorder.step(torch.arange(4), x)
+        made.append(model)
+        return attrib.open_run(tmp_path / name)
+
+    made: list[nn.Module] = []
+    one, other = recorded("one", 0.0), recorded("other", 1.0)
+    with pytest.raises(errors.ModelMismatchError, match=r"no line of parameters joins them.*running_mean"):
+        attrib.interpolate(one, 0, other, 2, made[0], lambda m: m[1].weight.sum()[None])
+
+
 def test_lines_that_there_are_not_are_refused(tmp_path: Path) -> None:
     one, other = train(tmp_path / "one", OPTIMIZERS["sgd"]), train(tmp_path / "two", OPTIMIZERS["sgd"], model="cnn")
     with pytest.raises(errors.ModelMismatchError, match="one architecture"):
@@ -199,6 +220,20 @@ def test_what_if_measures_each_changed_training_beside_the_untouched(tmp_path: P
         assert not np.allclose(found.sel(change=name)[-1], untouched[-1], rtol=1e-6)
 
 
+def test_what_if_ends_before_a_later_window_and_refuses_no_states(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    arguments = {"model": trained.model, "loss": trained.case.loss, "progress": False}
+    change = [Freeze("hidden.*", slice(1, 2)), Freeze("output.*", slice(5, None))]
+    found = attrib.what_if(trained.run, {"both": change}, trained.measurement(3), states=[3], **arguments)
+    states = retrained(trained, 1, change, 6)
+    np.testing.assert_allclose(found.sel(change="both", state=3), states[3], rtol=1e-10)
+    with pytest.raises(errors.ReplayError, match=r"no such states: got \[\]"):
+        attrib.what_if(trained.run, {"both": change}, trained.measurement(3), states=[], **arguments)
+    for none in ([], [-1]):
+        with pytest.raises(IndexError, match="no such states"):
+            attrib.evaluate(trained.run, trained.model, trained.measurement(3), none)
+
+
 def test_what_if_goes_on_beyond_the_record(tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS["adamw"], batch=13, examples=12)
     batch = (torch.arange(12), *trained.data)
@@ -216,7 +251,7 @@ def test_what_if_goes_on_beyond_the_record(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.sel(change="untouched", state=6), found.sel(change="frozen", state=6))
     with pytest.raises(ValueError, match="nothing to compare"):
         attrib.what_if(trained.run, {}, trained.measurement(3), **arguments)
-    with pytest.raises(errors.ReplayError, match="no such state"):
+    with pytest.raises(errors.ReplayError, match="no such states"):
         attrib.what_if(trained.run, {"a": Freeze("hidden.*")}, trained.measurement(3), states=[-1], **arguments)
 
 
@@ -254,6 +289,10 @@ def result_of(timeline: np.ndarray) -> attrib.Result:
 def test_what_was_built_up_and_torn_down_is_vestigial() -> None:
     found = attrib.vestiges(result_of(np.array([[2.0, 1.0, 0.01, 0.0], [1.0, 1.0, -0.01, 0.0], [-2.5, 1.0, 0.0, 0.0]])))
     assert found["gross"].values.tolist() == [5.5, 3.0, 0.02, 0.0]
+    harm = attrib.vestiges(result_of(np.array([[-5.0, 4.0], [0.0, 1.0], [6.0, -7.0]])))
+    assert harm["vestigial"].values.tolist() == [False, True]  # the first only ever harmed, and then helped
+    assert harm["height"].values.tolist() == [1.0, 5.0]
+    np.testing.assert_allclose(harm["left"], [1.0, -0.4])
     np.testing.assert_allclose(found["net"], [0.5, 3.0, 0.0, 0.0], atol=1e-15)
     assert found["height"].values.tolist() == [3.0, 3.0, 0.01, 0.0]
     np.testing.assert_allclose(found["left"], [1 / 6, 1.0, 0.0, np.nan], atol=1e-12)
@@ -320,6 +359,24 @@ def test_similarity_is_the_cosine_over_the_labels_in_common() -> None:
         attrib.similarity({"one": one, "two": two}, "group")
 
 
+def test_curvature_knows_attention(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], model="gpt", steps=2)
+    x, y = (d[:4] for d in trained.data)
+    found = attrib.curvature(trained.run, trained.model, trained.case.loss, (x, y), [1], progress=False)
+    along = torch.from_numpy(found["vector"].values[0, 0])
+    theta, h = trained.run.vector(1), 1e-3
+
+    def mean_loss(at: torch.Tensor) -> float:
+        parameters = trained.run.layout.unflatten(at)
+        with torch.no_grad():
+            return float(
+                trained.case.loss(lambda z: torch.func.functional_call(trained.model, parameters, (z,)), x, y).mean()
+            )
+
+    second = (mean_loss(theta + h * along) - 2 * mean_loss(theta) + mean_loss(theta - h * along)) / h**2
+    assert float(found["eigenvalue"][0, 0]) == pytest.approx(second, rel=1e-3)  # of the fourth derivative, h^2
+
+
 def test_curvature_is_that_of_the_whole_hessian(tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS["sgd momentum"])
     run, batch = trained.run, trained.data
@@ -350,9 +407,12 @@ def test_curvature_is_that_of_the_whole_hessian(tmp_path: Path) -> None:
 # who moved what
 
 
-@pytest.mark.parametrize("kind", ["sgd", "sgd momentum dampening decay", "adamw", "adam decay"])
+DECAYED = {"sgd decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.2)}  # no momentum
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sgd decay", "sgd momentum dampening decay", "adamw", "adam decay"])
 def test_moves_are_the_steps_changes_over_their_examples(kind: str, tmp_path: Path) -> None:
-    trained = train(tmp_path / "run", OPTIMIZERS[kind])
+    trained = train(tmp_path / "run", {**OPTIMIZERS, **DECAYED}[kind])
     measurement = trained.measurement(3)
     curve = attrib.evaluate(trained.run, trained.model, measurement).values
     arguments = {"loss": trained.case.loss}
@@ -373,7 +433,8 @@ def test_moves_are_the_steps_changes_over_their_examples(kind: str, tmp_path: Pa
     for move in without:
         terms = move.contributions.sum(1) + move.decay + move.inherited
         np.testing.assert_allclose(terms, move.change, atol=1e-12)
-        assert bool(move.inherited.any()) == (kind != "sgd")
+        assert bool(move.inherited.any()) == (kind not in ("sgd", "sgd decay"))
+        assert bool(move.decay.any()) == ("decay" in kind or kind == "adamw")
 
 
 def test_moves_of_momentum_are_the_double_sum(tmp_path: Path) -> None:

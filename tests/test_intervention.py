@@ -560,19 +560,30 @@ def test_replay_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     run, setup = str(tmp_path / "run"), f"{Path(__file__).parent}/setups.py:plain"
     out = str(tmp_path / "again")
     changes = ["--transplant", f"hidden.*={run}@6", "--freeze", "embedding.*,output.bias@3:5", "--drop", "0,2:4@4:"]
-    changes += ["--reweight", "5=2", "--option", "betas=0.8,0.9", "--redraw", "output.weight", "--state", "kept"]
+    changes += [
+        "--reweight",
+        "5=2",
+        "--suppress",
+        "hidden.bias=0.3@2:4",
+        "--option",
+        "betas=0.8,0.9",
+        "--redraw",
+        "output.weight",
+        "--state",
+        "kept",
+    ]
     changes += ["--intervene", f"{Path(__file__).parent}/setups.py:changes"]
     assert main(["replay", run, "--setup", setup, "--start", "2", "-o", out, "--json", *changes]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["store"], facts["run"], facts["steps"], facts["start"]) == (out, run, 4, 2)
     kinds = [change["kind"] for change in facts["interventions"]]
     assert f"replay          of {run} from step 2: Redraw, Transplant, Freeze" in str(attrib.open_run(out))
-    assert kinds == ["Redraw", "Transplant", "Freeze", "Drop", "Reweight", "Options", "Penalty"]
+    assert kinds == ["Redraw", "Transplant", "Freeze", "Drop", "Reweight", "Suppress", "Options", "Penalty"]
     expected = attrib.replay(
         trained.run, 2,
         [Redraw("output.weight", state="kept"), Transplant("hidden.*", trained.run, 6, "kept"),
          Freeze(["embedding.*", "output.bias"], slice(3, 5)), Drop([0, 2, 3], slice(4, None)), Reweight({5: 2.0}),
-         Options({"betas": (0.8, 0.9)}), Penalty(pull, 0.01)],
+         Suppress("hidden.bias", 0.3, slice(2, 4)), Options({"betas": (0.8, 0.9)}), Penalty(pull, 0.01)],
         model=trained.model, loss=trained.case.loss, store=tmp_path / "expected",
     )  # fmt: skip
     assert torch.equal(attrib.open_run(out).vector(4), expected.vector(4))
@@ -584,6 +595,13 @@ def test_replay_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["replay", run, "--setup", setup, "-o", str(tmp_path / "b")]) == 0
     assert "saved to" in capsys.readouterr().out
     assert torch.equal(attrib.open_run(tmp_path / "b").vector(6), trained.run.vector(6))
-    for bad in (["--transplant", "x"], ["--drop", "a"], ["--option", "lr"], ["--reweight", "3"], ["--start", "-1"]):
+    for bad in (
+        ["--transplant", "x"],
+        ["--drop", "a"],
+        ["--option", "lr"],
+        ["--reweight", "3"],
+        ["--suppress", "x"],
+        ["--start", "-1"],
+    ):
         with pytest.raises(SystemExit):
             main(["replay", run, "--setup", setup, *bad])

@@ -20,11 +20,12 @@ def planted(first: int, second: int, rest: int, size: float = 3.0, noise: float 
 
 def test_pairs_oppose_where_each_helps_itself_and_harms_the_other() -> None:
     contributions = np.array(
-        [[-4.0, 1.0, 0.0, 3.0], [3.0, -1.0, -2.0, 3.0], [0.0, -2.0, -1.0, 0.0], [1.0, 1.0, 0.0, 2.0]]
+        [[-4.0, 1.0, -1.0, 3.0], [3.0, -1.0, -2.0, 3.0], [3.0, -2.0, -1.0, 0.0], [1.0, 1.0, 0.0, 2.0]]
     )
     found = help_between(contributions)
-    assert found[0].tolist() == [4.0, -2.0, 0.0, -2.0]
-    scores = opposing_pairs(found)
+    assert found[0].tolist() == [4.0, -2.0, -1.0, -2.0]
+    scores = opposing_pairs(contributions)
+    assert scores[0, 2] == 0  # only one of them harms the other
     assert scores[0, 1] == scores[1, 0] == 2 / np.sqrt(4 * 1)
     assert scores[1, 2] == 0  # they help each other
     assert not scores[3].any()  # it harms itself

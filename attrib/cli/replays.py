@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import SetupError
-from ..intervention import Drop, Freeze, Intervention, Options, Redraw, Reweight, Transplant, replay
+from ..intervention import Drop, Freeze, Intervention, Options, Redraw, Reweight, Suppress, Transplant, replay
 from ..report import to_json
 from ..run import open_run
 from ..setup import call, load_setup
@@ -14,7 +14,8 @@ from .options import add_setup, command, count, numbers, window
 EXAMPLES = """Groups are names or patterns of parameters, separated by commas; windows are steps of RUN. Several of an option
 and several options compose, in the order of this list:
   --redraw '*'   --transplant 'hidden.*'=other.zarr@1400   --freeze 'embedding.*'@500:700
-  --drop 3,17,20:30@500:   --reweight 3,17=0.5   --option lr=0.001@500:600   --intervene my_script.py:changes
+  --drop 3,17,20:30@500:   --reweight 3,17=0.5   --suppress 'output.*'=0.1@:500
+  --option lr=0.001@500:600   --intervene my_script.py:changes
 A loop that did more than the mean or the sum, such as clipping, is replayed in Python, with backward=."""
 
 
@@ -35,6 +36,7 @@ def add(commands: Any) -> None:
         ("freeze", _with_window(str), "GROUPS[@A:B]", "parameters that do not move"),
         ("drop", _with_window(numbers), "IDS[@A:B]", "train examples left out"),
         ("reweight", _with_window(_weights), "IDS=WEIGHT[@A:B]", "losses of train examples times a weight"),
+        ("suppress", _with_window(_pull), "GROUPS=WEIGHT[@A:B]", "parameters pulled towards zero"),
         ("option", _with_window(_option), "NAME=VALUE[@A:B]", "another value of an option of the optimizer"),
         ("intervene", str, "MODULE:FUNCTION", "function that returns interventions"),
     ):
@@ -71,6 +73,7 @@ def _interventions(options: argparse.Namespace) -> list[Intervention]:
     made += [Freeze(groups.split(","), steps) for groups, steps in options.freeze]
     made += [Drop(ids, steps) for ids, steps in options.drop]
     made += [Reweight(weights, steps) for weights, steps in options.reweight]
+    made += [Suppress(groups, weight, steps) for (groups, weight), steps in options.suppress]
     made += [Options(values, steps) for values, steps in options.option]
     for where in options.intervene:
         found = call(where)
@@ -102,6 +105,15 @@ def _weights(text: str) -> dict[int, float]:
         return dict.fromkeys(numbers(ids), float(weight))
     except ValueError:
         raise argparse.ArgumentTypeError(f"not weights: got {text!r}, expected such as 3,17=0.5") from None
+
+
+def _pull(text: str) -> tuple[list[str], float]:
+    """hidden.*=0.1."""
+    groups, _, weight = text.partition("=")
+    try:
+        return groups.split(","), float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a pull: got {text!r}, expected such as hidden.*=0.1") from None
 
 
 def _option(text: str) -> dict[str, Any]:

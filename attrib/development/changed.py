@@ -63,8 +63,8 @@ def what_if(
             f"what_if."
         )
     at = [run.steps] if states is None else sorted({int(s) for s in states})
-    if at[0] < 0:
-        raise ReplayError(f"there is no such state: got {at[0]}, expected 0 or more, at what_if.")
+    if not at or at[0] < 0:
+        raise ReplayError(f"there are no such states: got {at}, expected some, 0 or more, at what_if.")
     recorded = [s for s in at if s <= run.steps]
     values = values_of(run, model, measurement, dtype)
     known = dict(zip(recorded, evaluate(run, model, measurement, recorded, dtype).values, strict=True))
@@ -73,7 +73,8 @@ def what_if(
         cases["untouched"] = (run.steps, [])
     found = {"untouched": known}
     for name, (first, change) in tqdm(cases.items(), desc="what if", unit="run", delay=2, disable=not progress):
-        states_of = retrain(run, first, change, model=model, loss=loss, until=max(at[-1], first + 1), **options)
+        until = max([at[-1], first + 1, *(start + 1 for start in _starts(change))])
+        states_of = retrain(run, first, change, model=model, loss=loss, until=until, **options)
         found[name] = {s: known[s] for s in recorded if s < first} | _measured(run, states_of, values, at)
     rows = np.stack([[found[name][s] for s in at] for name in found])
     return labelled(rows, {"change": list(found), "state": at}, measurement)
@@ -96,9 +97,14 @@ def _measured(
 def _begun(run: Run, change: Change, start: int) -> tuple[int, list[Intervention]]:
     """The state to train from, and the interventions: before it nothing is changed."""
     given = [change] if isinstance(change, Intervention) else list(change)
-    windows = [c.steps.start or 0 for c in given if isinstance(c, Window) and c.steps is not None]
+    windows = _starts(given)
     first = min(windows) if len(windows) == len(given) and windows else start
     return max(start, min(first, run.steps)), given
+
+
+def _starts(change: Sequence[Intervention]) -> list[int]:
+    """First steps of those that act in a window of steps."""
+    return [c.steps.start or 0 for c in change if isinstance(c, Window) and c.steps is not None]
 
 
 def ablate(

@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..functional import Functional
@@ -45,6 +46,7 @@ def curvature(
 
     Raises:
         ModelMismatchError. IndexError: no such state. ValueError: more eigenvalues than Lanczos finds.
+        scipy.sparse.linalg.ArpackNoConvergence: it did not find them.
     """
     check_model(run, model)
     size, device = run.layout.size, next(model.parameters()).device
@@ -72,7 +74,8 @@ def _product(function: Functional, theta: Tensor, batch: tuple[Tensor, ...]) -> 
     """v -> H v; the graph of the gradient is made once."""
     point = theta.clone().requires_grad_()
     parameters = function.layout.unflatten(point)
-    (gradient,) = torch.autograd.grad(function(parameters, *batch), point, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):  # other attention has no second derivative
+        (gradient,) = torch.autograd.grad(function(parameters, *batch), point, create_graph=True)
 
     def product(vector: np.ndarray) -> np.ndarray:
         v = torch.as_tensor(np.ravel(vector)).to(point)

@@ -38,6 +38,8 @@ def evaluate(
         ModelMismatchError, MeasurementError. IndexError: no such state.
     """
     chosen = list(range(run.steps + 1)) if states is None else [int(s) for s in states]
+    if not chosen or min(chosen) < 0:
+        raise IndexError(f"there are no such states: got {chosen}, expected some of 0 to {run.steps}, at evaluate.")
     values = values_of(run, model, measurement, dtype)
     found = [values(run.vector(state)).double().cpu().numpy() for state in chosen]
     return labelled(np.stack(found), {"state": np.array(chosen)}, measurement)
@@ -99,12 +101,19 @@ def labelled(values: np.ndarray, axes: Mapping[str, Any], measurement: Any) -> x
 
 
 def check_same(run: Run, other: Run) -> None:
-    """Raise ModelMismatchError where two runs are not of one architecture."""
+    """Raise ModelMismatchError where two runs are not of one architecture, or differ in what training does not move."""
     if other.layout != run.layout:
         raise ModelMismatchError(
             f"the runs are not of one architecture: got {other.layout.names} of shapes {other.layout.shapes}, expected "
             f"{run.layout.names} of {run.layout.shapes}, at {other.reader.target}."
         )
+    own, others = run.constants(), other.constants()
+    for name in own:
+        if name not in others or not torch.equal(own[name], others[name]):
+            raise ModelMismatchError(
+                f"the runs differ in a buffer or frozen parameter, so that no line of parameters joins them: got another "
+                f"value, at {name!r} of {other.reader.target}."
+            )
 
 
 def _along(line: xr.DataArray, function: Callable[[np.ndarray], np.ndarray]) -> xr.DataArray:

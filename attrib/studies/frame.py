@@ -26,17 +26,20 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """How much is done, and with what. seeds: how many, from `first_seed` on."""
+    """How much is done, and with what. seeds: how many, from `first_seed` on. version: raised when a part is computed in
+    another way, so that what was left of an earlier one is not taken for it."""
 
     name: str
     about: str
     seeds: int
     first_seed: int = 0
+    version: int = 1
 
     @property
     def facts(self) -> dict[str, Any]:
         """All that is not a function, JSON: what the parts of a study depend on."""
-        return {f.name: v for f in fields(self) if f.name != "seeds" and not callable(v := getattr(self, f.name))}
+        told = [f.name for f in fields(self) if f.name not in ("seeds", "about")]
+        return {name: v for name in told if not callable(v := getattr(self, name))}
 
 
 S = TypeVar("S", bound=Setting)
@@ -46,7 +49,7 @@ def conduct(
     name: str,
     settings: Mapping[str, S],
     one: Callable[[S, SeedParts], dict[str, Any]],
-    write: Callable[[S, Sequence[dict[str, Any]], Path], Path],
+    write: Callable[[S, Sequence[dict[str, Any]], Parts], Path],
     folder: Path,
     setting: str,
     seeds: int | None,
@@ -55,7 +58,7 @@ def conduct(
     """Do all seeds of a setting and write the page.
 
     Args:
-        one: everything done with one seed. write: the page of all seeds, to the study's folder.
+        one: everything done with one seed. write: the page of all seeds, and what is done between them.
         seeds: how many; None for the setting's own number.
 
     Raises:
@@ -74,7 +77,7 @@ def conduct(
     with torch.random.fork_rng(devices=()):
         for seed in range(chosen.first_seed, chosen.first_seed + count):
             found.append(one(chosen, SeedParts(parts, seed, say)))
-    place = write(chosen, found, parts.folder)
+        place = write(chosen, found, parts)
     say(f"{place}: {time.perf_counter() - began:.0f} s")
     return place
 

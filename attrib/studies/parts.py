@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import xarray as xr
+
 from ..errors import StoreExistsError
 from ..report import to_json
 from ..report.files import replacing
@@ -79,6 +81,17 @@ class SeedParts:
         if not (self.folder / f"{name}.json").exists():
             self.say(f"   seed {self.seed}: {what}")
         return self._parts.part(f"{self.folder.name}/{name}", compute)
+
+    def dataset(self, name: str, what: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
+        """A part of labelled arrays of numbers, in memory; kept as NAME.zarr."""
+        place = self.folder / f"{name}.zarr"
+        if not place.exists():
+            self.say(f"   seed {self.seed}: {what}")
+            beside = place.with_suffix(".part")
+            compute().to_zarr(beside, mode="w", zarr_format=3, consolidated=False)
+            beside.rename(place)
+        with xr.open_zarr(place, chunks=None, consolidated=False) as found:
+            return found.load()
 
     def trial(self, key: str, compute: Callable[[], Any]) -> Any:
         """One of many small parts, kept a line each."""

@@ -13,7 +13,9 @@ MOST, FEW = 0.8, 0.2
 def verdict(answers: Sequence[bool | None] | np.ndarray) -> str:
     """None is undecided: neither yes nor no."""
     given = list(answers)
-    if given and sum(a is not None and bool(a) for a in given) >= MOST * len(given):
+    if not given:
+        return "depends"
+    if sum(a is not None and bool(a) for a in given) >= MOST * len(given):
         return "holds"
     if sum(a is not None and not a for a in given) >= (1 - FEW) * len(given):
         return "fails"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..frame import Say, conduct
+from ..parts import Parts
 from .recipe import SETTINGS, Setting, study_seed
 
 __all__ = ["SETTINGS", "study"]
@@ -35,7 +36,7 @@ def study(folder: Path, setting: str = "quick", seeds: int | None = None, say: S
     return conduct("deep_linear", SETTINGS, study_seed, _write, folder, setting, seeds, say)
 
 
-def _write(setting: Setting, found: Sequence[dict[str, Any]], folder: Path) -> Path:
+def _write(setting: Setting, found: Sequence[dict[str, Any]], parts: Parts) -> Path:
     from .page import write_page  # brings matplotlib along
 
-    return write_page(setting, found, folder)
+    return write_page(setting, found, parts.folder)

@@ -5,6 +5,7 @@ import numpy as np
 from ...report.article import Claim
 from ..verdicts import of, span, verdict
 from . import theory
+from .data import ITEMS
 from .recipe import ILLUSION
 from .tables import MODES, Tables
 
@@ -26,7 +27,8 @@ def _oracle(t: Tables) -> Claim:
         "From small balanced weights each mode grows by itself: half-rise within one step of the discrete oracle.",
         SAXE13,
         verdict(yes),
-        f"{of(yes)}; half-rise at steps " + ", ".join(span(half.sel(of="network", mode=m).values) for m in MODES)
+        f"{of(yes)} (they differ by a rotation of the hidden layer); half-rise at steps "
+        + ", ".join(span(half.sel(of="network", mode=m).values) for m in MODES)
         + "; oracle " + ", ".join(span(half.sel(of="discrete oracle", mode=m).values) for m in MODES),
     )  # fmt: skip
 
@@ -36,8 +38,8 @@ def _closed_form(t: Tables) -> Claim:
     off = abs(half.sel(of="network") / half.sel(of="closed form") - 1)
     yes = (off <= NEAR).all("mode").values
     return Claim(
-        "From small random weights, too: half-rise within a twentieth of the closed form, each mode's a0 being what of its "
-        "first weights grows.",
+        "From small random weights, too: half-rise within a twentieth of the closed form, each mode's a0 being what "
+        "of its first weights grows.",
         SAXE13,
         verdict(yes),
         f"{of(yes)}; largest deviation of a mode {span(off.max('mode').values, 3)}; half-rise at "
@@ -50,8 +52,8 @@ def _broad_first(t: Tables) -> Claim:
     half = t.half_rises("random").sel(of="network").values
     yes = (half[0] < half[1]) & (half[1] < half[2:].min(0))
     return Claim(
-        "Broad distinctions before details: living before animal or plant, and that before single items, from small random "
-        "weights.",
+        "Broad distinctions before details: living before animal or plant, and that before single items, from small "
+        "random weights.",
         SAXE19,
         verdict(yes),
         f"{of(yes)}; in units of the first half-rise " + ", ".join(span(h / half[0], 2) for h in half),
@@ -96,35 +98,40 @@ def _one_secant(t: Tables) -> Claim:
 
 
 def _illusion(t: Tables) -> Claim:
-    curve = t.illusion().sel(network="aligned")
-    peak, at, end = curve.max("step").values, curve.argmax("step").values - 1, curve[:, -1].values
-    yes = (peak > 0.2) & (abs(end) < 0.1 * peak)
+    found, said, yes = t.illusion(), [], []
+    for name in ("aligned", "random"):
+        curve = found.sel(network=name).dropna("step", how="all")
+        peak, at, end = curve.max("step").values, curve.argmax("step").values - 1, curve[:, -1].values
+        yes.append((peak > 0.2) & (abs(end) < 0.1 * peak))
+        said.append(f"{name}: rises to {span(peak, 3)} at step {span(at)}, at the end {span(end, 3)}")
     return Claim(
         f"An illusory correlation: that {ILLUSION} is believed for a while, and given up.",
         SAXE19,
-        verdict(yes),
-        f"{of(yes)}; rises to {span(peak, 3)} at step {span(at)}, at the end {span(end, 3)}",
+        verdict(np.concatenate(yes)),
+        f"{of(yes[1])} from small random weights; " + "; ".join(said),
     )
 
 
 def _who_deceives(t: Tables) -> Claim:
-    found = t.deceivers()
-    peak = int(t.illusion().sel(network="aligned", seed=t.seeds[0]).argmax("step"))
-    up, down = found[:peak].sum("step"), found[peak:].sum("step")
-    said = "; ".join(f"{i} {float(up.sel(group=i)):+.2f}, {float(down.sel(group=i)):+.2f}" for i in up["group"].values)
-    yes = float(up.sel(group="Canary")) > 0 > float(down.sel(group="Salmon")) and (
-        str(down.idxmin("group").item()) == "Salmon"
-    )
+    yes, rows = [], []
+    for run, curve in zip(t.runs, t.illusion().sel(network="random"), strict=True):
+        found, peak = t.deceivers(run, "random"), int(curve.argmax("step"))
+        up, down = found[:peak].sum("step"), found[peak:].sum("step")
+        yes.append(up.idxmax("group").item() == "Canary" and down.idxmin("group").item() == "Salmon")
+        rows.append([up.values, down.values])
+    sums = np.array(rows)
+    said = "; ".join(f"{item} {span(sums[:, 0, k], 2)}, then {span(sums[:, 1, k], 2)}" for k, item in enumerate(ITEMS))
     return Claim(
-        "The canary teaches the network that a salmon can fly, and the salmon itself takes it back.",
+        "The canary teaches the network that a salmon can fly, more than any other item, and the salmon itself "
+        "takes it back most.",
         "this study",
-        verdict([yes]),
-        f"contributions up to the peak and after it, first seed: {said}",
+        verdict(yes),
+        f"{of(yes)}; contributions up to the peak, then after it, from small random weights: {said}",
     )
 
 
 def _no_illusion(t: Tables) -> Claim:
-    found = abs(t.illusion().sel(network="shallow")).max("step").values
+    found = abs(t.illusion().sel(network="shallow")).max("step").values  # the same for all seeds: it starts from 0
     yes = found < 1e-9
     return Claim(
         "A shallow network has no such illusion.", SAXE19, verdict(yes), f"{of(yes)}; at most {found.max():.1e}"

@@ -108,13 +108,13 @@ def _illusion(page: Page, t: Tables) -> None:
         f"The output “{ILLUSION}”, of which the truth is 0. While the network tells animals from plants but not yet animals "
         "from each other, what the canary teaches is believed of the salmon.",
     )
-    seen, who = page.keep("illusion", t.illusion()), page.keep("illusion by item", t.deceivers())
+    seen, who = page.keep("illusion", t.illusion()), page.keep("illusion by item", t.deceivers(t.runs[0]))
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
         curves(left, seen, "step", "network", "seed", legend=False)
         left.legend(fontsize=9)
-        curve = seen.sel(network="aligned").isel(seed=0, drop=True).drop_vars("network")
+        curve = seen.sel(network="aligned").isel(seed=0, drop=True).drop_vars("network").dropna("step")
         stack(right, who, curve)
 
     page.article.figure(draw, "Left: the output over steps, bands over seeds. Right: what each item contributed to it, step "
@@ -143,7 +143,7 @@ def _tree(page: Page, t: Tables) -> None:
         "step": np.arange(result.curve.shape[1]),
     }
     seen = page.keep("tree strengths", xr.DataArray(result.curve.values, labels, name="strength"))
-    expected = page.keep("tree theory", xr.DataArray(_closed(t, items, run), labels, name="strength"))
+    expected = page.keep("tree theory", xr.DataArray(t.closed(run, "tree"), labels, name="strength"))
 
     def draw(figure: Any) -> None:
         ax = curves(figure.subplots(), seen, "step", "mode")
@@ -153,14 +153,6 @@ def _tree(page: Page, t: Tables) -> None:
     half = page.keep("tree half-rise", t.by_level())
     table = pd.DataFrame({"half-rise": [span(half.sel(level=level).values) for level in t.levels]}, index=t.levels)
     page.article.table(table.rename_axis("level"), "Half-rise of the modes of each level, their mean step")
-
-
-def _closed(t: Tables, items: Any, run: Any) -> np.ndarray:
-    from .recipe import effective
-
-    steps = np.arange(run["runs"]["tree"].steps + 1)
-    starts = effective(run["runs"]["tree"], items)
-    return np.stack([theory.deep(s, a0, t.setting.eta, steps) for s, a0 in zip(items.s, starts, strict=True)])
 
 
 def _hidden(page: Page, t: Tables) -> None:

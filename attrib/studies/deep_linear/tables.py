@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from . import theory
-from .data import ITEMS, branches
+from .data import ITEMS, branches, contrasts
 from .recipe import ILLUSION, TOY_NAMES, Setting, effective
 
 Run = Mapping[str, Any]  # what `study_seed` gives
@@ -31,16 +31,15 @@ class Tables:
 
     def expected(self, network: str) -> xr.DataArray:
         """(mode, seed, step): the closed form, from the weights that the network started with."""
-        s = self.setting
-        rows = []
-        for run in self.runs:
-            items, steps = run["items"][network], np.arange(run["runs"][network].steps + 1)
-            if network == "shallow":
-                rows.append([theory.shallow(one, 0.0, s.eta, steps) for one in items.s])
-            else:
-                starts = effective(run["runs"][network], items)
-                rows.append([theory.deep(one, a0, s.eta, steps) for one, a0 in zip(items.s, starts, strict=True)])
-        return self._by_step(np.stack(rows, 1), "strength")
+        return self._by_step(np.stack([self.closed(run, network) for run in self.runs], 1), "strength")
+
+    def closed(self, run: Run, network: str) -> np.ndarray:
+        """(mode, steps + 1): the closed form of every mode."""
+        items, steps, eta = run["items"][network], np.arange(run["runs"][network].steps + 1), self.setting.eta
+        if network == "shallow":
+            return np.array([theory.shallow(s, 0.0, eta, steps) for s in items.s])
+        starts = effective(run["runs"][network], items)
+        return np.array([theory.deep(s, a0, eta, steps) for s, a0 in zip(items.s, starts, strict=True)])
 
     def _by_step(self, values: np.ndarray, name: str) -> xr.DataArray:
         steps = np.arange(values.shape[-1])
@@ -92,19 +91,18 @@ class Tables:
     # the illusory correlation
 
     def illusion(self) -> xr.DataArray:
-        """(network, seed, step): "a salmon can fly", in the deep and the shallow network; the truth is 0."""
-        networks = ("aligned", "random", "shallow")
-        at = TOY_NAMES.index(ILLUSION)
+        """(network, seed, step): "a salmon can fly", in the deep and the shallow networks; the truth is 0. NaN beyond the
+        steps of a network."""
+        networks, at = ("aligned", "random", "shallow"), TOY_NAMES.index(ILLUSION)
         curves = [[run["results"][n].curve.values[at] for run in self.runs] for n in networks]
-        length = min(len(c) for row in curves for c in row)
-        values = np.array([[c[:length] for c in row] for row in curves])
-        return xr.DataArray(
-            values, {"network": list(networks), "seed": self.seeds, "step": np.arange(length)}, name=ILLUSION
-        )
+        length = max(len(c) for row in curves for c in row)
+        values = [[np.pad(c, (0, length - len(c)), constant_values=np.nan) for c in row] for row in curves]
+        labels = {"network": list(networks), "seed": self.seeds, "step": np.arange(length)}
+        return xr.DataArray(np.array(values), labels, name=ILLUSION)
 
-    def deceivers(self) -> xr.DataArray:
-        """(step, group): contributions of the items to "a salmon can fly" in the aligned network of the first seed."""
-        found = self.runs[0]["results"]["aligned"].by("step", "example")[TOY_NAMES.index(ILLUSION)]
+    def deceivers(self, run: Run, network: str = "aligned") -> xr.DataArray:
+        """(step, group): contributions of the items to "a salmon can fly"."""
+        found = run["results"][network].by("step", "example")[TOY_NAMES.index(ILLUSION)]
         return xr.DataArray(found.values, {"step": found["step"].values, "group": list(ITEMS)}, name="contribution")
 
     # the tree
@@ -132,12 +130,18 @@ class Tables:
         return found
 
     def by_level(self) -> xr.DataArray:
-        """(level, seed): half-rise of the modes of a level, their mean step; NaN where one did not rise."""
+        """(level, seed): half-rise of the modes of a level, their mean step; NaN where one did not rise. A mode is of
+        the level whose contrasts between branches it overlaps with most."""
         found = self.half_rises("tree").sel(of="network")
-        counts = [1, *(2**level for level in range(self.setting.depth - 1))]
-        edges = np.cumsum([0, *counts])
-        rows = [found[a:b].mean("mode", skipna=False).values for a, b in pairwise(edges)]
-        return xr.DataArray(np.array(rows), {"level": self.levels, "seed": self.seeds}, name="half-rise (step)")
+        rows = []
+        for k, run in enumerate(self.runs):
+            overlaps = [np.square(level.T @ run["items"]["tree"].v).sum(0) for level in contrasts(self.setting.depth)]
+            own = np.argmax(overlaps, axis=0)
+            half = found.values[:, k]
+            rows.append(
+                [half[own == level].mean() if (own == level).any() else np.nan for level in range(len(overlaps))]
+            )
+        return xr.DataArray(np.array(rows).T, {"level": self.levels, "seed": self.seeds}, name="half-rise (step)")
 
     def between(self, run: Run) -> list[int]:
         """A state at which the modes of each level from the second on are learned, those of the next not; the last."""

@@ -2,9 +2,9 @@
 
     out(x) = early(x) + late(x)        two small ReLU networks
 
-Until step `turn` only `early` learns; from then on only `late` does, while `early` is decayed to nothing. What is learned is
-the side of a hyperplane; the measurement, the mean signed output on held-out points, is linear in the two branches, so what
-decay takes from `early` is not hidden by `late` standing in.
+Until step `turn` only `early` learns; from then on only `late` does, while `early` is decayed to nothing. What is
+learned is the side of a hyperplane; the measurement, the mean signed output on held-out points, is linear in the two
+branches, so what decay takes from `early` is not hidden by `late` standing in.
 """
 
 from pathlib import Path

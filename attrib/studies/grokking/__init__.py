@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..frame import Say, conduct
+from ..parts import Parts
 from .seed import study_seed
 from .setting import SETTINGS, Setting
 
@@ -37,7 +38,7 @@ def study(folder: Path, setting: str = "quick", seeds: int | None = None, say: S
     return conduct("grokking", SETTINGS, study_seed, _write, folder, setting, seeds, say)
 
 
-def _write(setting: Setting, found: Sequence[dict[str, Any]], folder: Path) -> Path:
+def _write(setting: Setting, found: Sequence[dict[str, Any]], parts: Parts) -> Path:
     from .page import write_page  # brings matplotlib along
 
-    return write_page(setting, found, folder)
+    return write_page(setting, found, parts.folder)
