@@ -39,6 +39,7 @@ def test_looks_and_queries_are_those_of_the_model(digits_run: tuple[Network, att
     assert looks["held-out accuracy"] == pytest.approx(float((outputs.argmax(1) == y).float().mean()))
     log_probs = outputs.log_softmax(1)[torch.arange(len(y)), y]
     assert looks["held-out loss"] == pytest.approx(-float(log_probs.mean()), rel=1e-5)
+    assert float(network.held_out_loss(model)) == pytest.approx(looks["held-out loss"], rel=1e-5)
     asked = network.queries(2)
     with torch.no_grad():
         values = asked(model)
@@ -84,8 +85,8 @@ def test_branches_go_on_with_other_batches(digits_run: tuple[Network, attrib.Run
     assert torch.equal(y, network.y[child.index(0)])
     parts = SeedParts(Parts(tmp_path / "study", {}), 3, lambda text: None)
     (row,) = recipe._branches(TOY, parts, network, run, network.build())
-    line = attrib.interpolate(run, run.steps, child, child.steps, network.build(), network.losses, TOY.positions)
-    np.testing.assert_allclose([row["training"], row["held out"]], attrib.barrier(line), atol=1e-6)
+    line = attrib.interpolate(run, run.steps, child, child.steps, network.build(), network.held_out_loss, TOY.positions)
+    np.testing.assert_allclose(row["barrier"], attrib.barrier(line)[0], atol=1e-6)
 
 
 def test_left_out_examples_are_the_largest_of_the_account(digits_run: tuple[Network, attrib.Run]) -> None:
@@ -172,12 +173,16 @@ def test_tables_tell_breakthroughs_shifts_and_basins() -> None:
             "looks": np.array(series).tolist(),
         }
         runs.append({"seed": seed, network.name: {**run, "windows": windows}})
-    between = {"points": points, "barrier": [barriers, barriers], "gap": [barriers, barriers], "similar": None}
+    late = {"edges": [50, 100], "states": windows["states"], "changes": [n.replace(" 0", " 50") for n in names],
+            "looks": windows["looks"]}  # fmt: skip
+    between = {"points": points, "barrier": barriers, "gap": barriers, "similar": None}
     t = Tables(setting, network, runs, between)
     np.testing.assert_allclose(t.breakthrough(), 1.0)
     shift = t.windows()["shift"]
     np.testing.assert_allclose(shift.sel(act="frozen"), 0.2)
     assert np.isnan(shift.sel(act="suppressed")).all()
+    after = Tables(setting, network, [{"seed": 0, network.name: {**run, "windows": late}}], between)
+    assert np.isnan(after.windows()["shift"]).all()  # it had come before
     np.testing.assert_allclose(t.windows()["loss"].sel(act="frozen"), 0.0)
     np.testing.assert_allclose(t.windows()["loss"].sel(act="suppressed"), 1.0)
     assert t.settled().tolist() == [0.5, 0.0]  # whatever other seeds there are

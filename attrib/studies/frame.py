@@ -1,16 +1,17 @@
 """What every study is: some settings, everything done with one seed, and a page made of all seeds.
 
-    def study(folder, setting="quick", seeds=None, say=print):
-        return conduct("grokking", SETTINGS, study_seed, write_page, folder, setting, seeds, say)
+    study = Study("grokking", SETTINGS, study_seed, __name__)        # in the study's package, beside its module `page`
+    study(folder, "quick", seeds=3)
 
 A study keeps what it has done in its folder (`parts`) and goes on from there when it is started again.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import xarray as xr
@@ -42,44 +43,50 @@ class Setting:
         return {name: v for name in told if not callable(v := getattr(self, name))}
 
 
-S = TypeVar("S", bound=Setting)
+@dataclass(frozen=True)
+class Study:
+    """A study, to be called.
 
-
-def conduct(
-    name: str,
-    settings: Mapping[str, S],
-    one: Callable[[S, SeedParts], dict[str, Any]],
-    write: Callable[[S, Sequence[dict[str, Any]], Parts], Path],
-    folder: Path,
-    setting: str,
-    seeds: int | None,
-    say: Say,
-) -> Path:
-    """Do all seeds of a setting and write the page.
-
-    Args:
-        one: everything done with one seed. write: the page of all seeds, and what is done between them.
-        seeds: how many; None for the setting's own number.
-
-    Raises:
-        SetupError: an unknown setting, or no seed. StoreExistsError: the folder holds something else.
+    name: of its command. settings: by name, "quick" and "toy" among them. one: (setting, parts) -> everything done with
+    one seed. package: whose module `page` has `write_page(setting, found, parts) -> Path`, the page of all seeds, and what
+    is done between them; it is imported when it is needed, as it brings matplotlib along.
     """
-    if setting not in settings:
-        raise SetupError(f"there is no such setting: got {setting!r}, expected one of {', '.join(settings)}.")
-    chosen = settings[setting]
-    count = chosen.seeds if seeds is None else seeds
-    if count < 1:
-        raise SetupError(f"there is nothing to study: got {count} seeds, expected at least 1.")
-    parts = Parts(Path(folder), {"study": name, **chosen.facts})
-    began = time.perf_counter()
-    say(f"{name}, setting {setting}: {chosen.about}.")
-    found = []
-    with torch.random.fork_rng(devices=()):
-        for seed in range(chosen.first_seed, chosen.first_seed + count):
-            found.append(one(chosen, SeedParts(parts, seed, say)))
-        place = write(chosen, found, parts)
-    say(f"{place}: {time.perf_counter() - began:.0f} s")
-    return place
+
+    name: str
+    settings: Mapping[str, Any]
+    one: Callable[[Any, SeedParts], dict[str, Any]]
+    package: str
+
+    def __call__(self, folder: Path, setting: str = "quick", seeds: int | None = None, say: Say = print) -> Path:
+        """Train, record, explain and intervene; write `index.html` to the folder. Started again, it goes on where it was.
+
+        Args:
+            folder: for runs, results, every trial, the data of all figures (`data/`) and the page.
+            setting: one of `settings`.
+            seeds: how many; None for the setting's own number.
+
+        Returns:
+            The page.
+
+        Raises:
+            SetupError: an unknown setting, or no seed. StoreExistsError: the folder holds something else.
+        """
+        if setting not in self.settings:
+            known = ", ".join(self.settings)
+            raise SetupError(f"there is no such setting: got {setting!r}, expected one of {known}.")
+        chosen = self.settings[setting]
+        count = chosen.seeds if seeds is None else seeds
+        if count < 1:
+            raise SetupError(f"there is nothing to study: got {count} seeds, expected at least 1.")
+        parts = Parts(Path(folder), {"study": self.name, **chosen.facts})
+        began = time.perf_counter()
+        say(f"{self.name}, setting {setting}: {chosen.about}.")
+        with torch.random.fork_rng(devices=()):
+            all_seeds = range(chosen.first_seed, chosen.first_seed + count)
+            found = [self.one(chosen, SeedParts(parts, seed, say)) for seed in all_seeds]
+            place: Path = import_module(f"{self.package}.page").write_page(chosen, found, parts)
+        say(f"{place}: {time.perf_counter() - began:.0f} s")
+        return place
 
 
 class Page:

@@ -11,6 +11,7 @@ import xarray as xr
 from ...report.figures import COLOURS
 from ...report.panels import curves, stack
 from ..frame import Page
+from ..parts import Parts
 from ..verdicts import span
 from . import claims, theory
 from .data import ITEMS
@@ -24,9 +25,9 @@ LEAD = (
 )
 
 
-def write_page(setting: Setting, found: Sequence[dict[str, Any]], folder: Path) -> Path:
+def write_page(setting: Setting, found: Sequence[dict[str, Any]], parts: Parts) -> Path:
     """index.html, and data/*.json."""
-    t, page = Tables(setting, found), Page("Deep linear networks: hierarchy before detail", LEAD, folder)
+    t, page = Tables(setting, found), Page("Deep linear networks: hierarchy before detail", LEAD, parts.folder)
     page.article.section("What the theory says, and these runs", f"{len(found)} seed(s), {setting.about}.")
     page.article.claims(claims.claims(t))
     for section in (_modes, _contributions, _illusion, _tree, _hidden, _category):

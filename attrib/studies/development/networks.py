@@ -39,9 +39,9 @@ class Network:
         (trained, right), (held_out, rightly) = found
         return torch.stack([trained, held_out, right, rightly])
 
-    def losses(self, model: Any) -> Tensor:
-        """(2,): mean loss of the training and of the held-out examples."""
-        return self.looks(model)[:2]
+    def held_out_loss(self, model: Any) -> Tensor:
+        """(1,): mean loss of the held-out examples, in nats."""
+        return F.cross_entropy(model(_typed(self.x[self.held_out], model)), self.y[self.held_out])[None]
 
     def queries(self, count: int) -> Measurement:
         """Mean margin of held-out examples, their mean log-probability, and that of single ones."""

@@ -120,7 +120,7 @@ def _windows(page: Page, t: Tables) -> None:
     kept = {key: page.keep(f"{name} windows {key}", found[key].rename(key)) for key in found.data_vars}
 
     def draw(figure: Any, key: str) -> None:
-        for ax, act in zip(figure.subplots(1, len(ACTS), sharey=True), ACTS, strict=True):
+        for ax, act in zip(figure.subplots(1, len(ACTS)), ACTS, strict=True):
             shown = kept[key].sel(act=act).median("seed").drop_vars("act")
             grid(ax, shown, "{:+.2f}", 0.0, bar=False)
             ax.set_title(act)
@@ -129,7 +129,8 @@ def _windows(page: Page, t: Tables) -> None:
     page.article.figure(lambda f: draw(f, "loss"), "Change of the final held-out loss, nats; blue: worse.", 9, height)
     page.article.figure(
         lambda f: draw(f, "shift"),
-        "Shift of the onset of the held-out accuracy, as a share of the run; blue: later.", 9, height,
+        "Shift of the onset of the held-out accuracy, as a share of the run; blue: later; a dash: it had come "
+        "before the window, or did not come.", 9, height,
     )  # fmt: skip
     rows = {
         (act, group): {
@@ -154,7 +155,7 @@ def _basins(page: Page, t: Tables) -> None:
     labels = page.keep(f"{name} clusters", t.clusters())
 
     def draw(figure: Any) -> None:
-        for ax, data in zip(figure.subplots(1, 2, sharey=True), (barriers, gaps), strict=True):
+        for ax, data in zip(figure.subplots(1, 2), (barriers, gaps), strict=True):
             mesh = ax.pcolormesh(data.values, cmap="viridis_r")
             count, own = len(t.setting.checkpoints), np.arange(len(t.seeds))
             ax.set_xticks((own + 0.5) * count, [f"seed {s}" for s in t.seeds], rotation=35)

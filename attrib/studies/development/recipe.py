@@ -155,7 +155,8 @@ def _windows(setting: Setting, network: Network, run: Run, model: Any) -> dict[s
 
 
 def _branches(setting: Setting, parts: SeedParts, network: Network, run: Run, model: Any) -> list[dict[str, float]]:
-    """Where every batch is all examples there are no others to go on with; else barriers between the ends, in nats."""
+    """Where every batch is all examples there are no others to go on with; else the barrier of the held-out loss between the
+    ends, in nats."""
     if len(run.index(0)) == len(run.examples):
         return []
     rows = []
@@ -165,9 +166,9 @@ def _branches(setting: Setting, parts: SeedParts, network: Network, run: Run, mo
         other = OtherBatches(run, network.x, network.y, parts.seed)
         child = replay(run, start, other, model=model, loss=cross_entropy, store=store, overwrite=True, progress=False)
         ends = {"run": (run, run.steps), "branch": (child, child.steps)}
-        found = connectivity(ends, model, network.losses, setting.positions, progress=False)
-        barrier = found["barrier"].sel(point="run", other="branch").values
-        rows.append({"share": share, "start": start, "training": float(barrier[0]), "held out": float(barrier[1])})
+        found = connectivity(ends, model, network.held_out_loss, setting.positions, progress=False)
+        barrier = float(found["barrier"].sel(point="run", other="branch"))
+        rows.append({"share": share, "start": start, "barrier": barrier})
     return rows
 
 
@@ -231,7 +232,7 @@ def _planted(setting: Setting, parts: SeedParts) -> dict[str, Any]:
 
 
 def across(setting: Setting, found: Sequence[Mapping[str, Any]], parts: Parts, network: Network) -> dict[str, Any]:
-    """Lines between checkpoints of all seeds, (measure, point, other); similarity of what single predictions owe to the
+    """Lines between checkpoints of all seeds, (point, other); similarity of what single predictions owe to the
     examples, (query, seed, seed), and of the same with the examples shuffled."""
     points = {
         f"{r['seed']}: {share:g}": (r[network.name]["run"], round(share * r[network.name]["steps"]))
@@ -240,8 +241,8 @@ def across(setting: Setting, found: Sequence[Mapping[str, Any]], parts: Parts, n
     }
 
     def lines() -> dict[str, Any]:
-        seen = connectivity(points, network.build(), network.losses, setting.positions)
-        return {name: seen[name].transpose("query", "point", "other").values.tolist() for name in ("barrier", "gap")}
+        seen = connectivity(points, network.build(), network.held_out_loss, setting.positions)
+        return {name: seen[name].isel(query=0).values.tolist() for name in ("barrier", "gap")}
 
     return {
         "points": list(points),

@@ -14,7 +14,6 @@ from .networks import LOOKS, Network, Setting
 
 Run = Mapping[str, Any]  # what `study_seed` gives
 GRID = np.linspace(0, 1, 41)  # of a run
-HELD_OUT = 1  # of the losses
 ACTS = ("frozen", "suppressed")
 
 
@@ -86,8 +85,8 @@ class Tables:
 
     def windows(self) -> xr.Dataset:
         """(act, group, window, seed): `loss`, change of the final held-out loss in nats; `accuracy` likewise; `shift`, of
-        the onset of the held-out accuracy, as a share of the run, later is positive; NaN where the changed run has not half
-        of the untouched rise, and so no onset to speak of."""
+        the onset of the held-out accuracy, as a share of the run, later is positive; NaN where the window begins after the
+        untouched onset, or the changed run has not half of the untouched rise, and so no onset to speak of."""
         count = self.setting.windows
         values = np.full((3, len(ACTS), len(self.groups), count, len(self.runs)), np.nan)
         for s, run in enumerate(self.runs):
@@ -105,7 +104,7 @@ class Tables:
                         values[:2, a, g, w, s] = change[
                             [LOOKS.index("held-out loss"), LOOKS.index("held-out accuracy")]
                         ]
-                        if risen[at] >= 0.5 * risen[0]:
+                        if first < begun[0] and risen[at] >= 0.5 * risen[0]:
                             values[2, a, g, w, s] = (begun[at] - begun[0]) / run["steps"]
         edges = np.linspace(0, 1, count + 1)
         labels = {
@@ -121,7 +120,7 @@ class Tables:
     def barriers(self, name: str = "barrier") -> xr.DataArray:
         """(point, other): of the held-out loss, in nats; points are "seed: share of the run"."""
         points = self.across["points"]
-        values = np.array(self.across[name])[HELD_OUT]
+        values = np.array(self.across[name])
         return xr.DataArray(values, {"point": points, "other": points}, name=f"{name} (nats)")
 
     def clusters(self) -> xr.DataArray:
@@ -156,7 +155,7 @@ class Tables:
         """(share, seed): barrier of the held-out loss between the end of a run and that of its branch; None without."""
         if not self.runs[0]["branches"]:
             return None
-        values = np.array([[b["held out"] for b in r["branches"]] for r in self.runs]).T
+        values = np.array([[b["barrier"] for b in r["branches"]] for r in self.runs]).T
         return xr.DataArray(
             values, {"branched at": list(self.setting.branches), "seed": self.seeds}, name="barrier (nats)"
         )

@@ -9,36 +9,10 @@
 - `page`: to look at; its sections are in `watched` and `moved`
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from ..frame import Say, conduct
-from ..parts import Parts
+from ..frame import Study
 from .seed import study_seed
-from .setting import SETTINGS, Setting
+from .setting import SETTINGS
 
 __all__ = ["SETTINGS", "study"]
 
-
-def study(folder: Path, setting: str = "quick", seeds: int | None = None, say: Say = print) -> Path:
-    """Train, record, explain, exchange layers, and write `index.html` to the folder. Started again, it goes on where it was.
-
-    Args:
-        folder: for runs, results, every trial, the data of all figures (`data/`) and the page.
-        setting: "quick", "explaind" or "toy".
-        seeds: how many; None for the setting's own number.
-
-    Returns:
-        The page.
-
-    Raises:
-        SetupError: an unknown setting, or no seed. StoreExistsError: the folder holds something else.
-    """
-    return conduct("grokking", SETTINGS, study_seed, _write, folder, setting, seeds, say)
-
-
-def _write(setting: Setting, found: Sequence[dict[str, Any]], parts: Parts) -> Path:
-    from .page import write_page  # brings matplotlib along
-
-    return write_page(setting, found, parts.folder)
+study = Study("grokking", SETTINGS, study_seed, __name__)

@@ -9,37 +9,10 @@ them
 - `measures`: how groups move; `tables`, `claims`, `page`: the seeds beside each other, to look at
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from ..frame import Say, conduct
-from ..parts import Parts
+from ..frame import Study
 from .recipe import study_seed
-from .setting import SETTINGS, Setting
+from .setting import SETTINGS
 
 __all__ = ["SETTINGS", "study"]
 
-
-def study(folder: Path, setting: str = "quick", seeds: int | None = None, say: Say = print) -> Path:
-    """Train to the edge of stability, find who opposes whom, intervene, and write `index.html`. Started again, it goes on
-    where it was.
-
-    Args:
-        folder: for runs, matrices, every trial, the data of all figures (`data/`) and the page.
-        setting: "quick" or "toy".
-        seeds: how many; None for the setting's own number.
-
-    Returns:
-        The page.
-
-    Raises:
-        SetupError: an unknown setting, or no seed. StoreExistsError: the folder holds something else.
-    """
-    return conduct("opposing_signals", SETTINGS, study_seed, _write, folder, setting, seeds, say)
-
-
-def _write(setting: Setting, found: Sequence[dict[str, Any]], parts: Parts) -> Path:
-    from .page import write_page  # brings matplotlib along
-
-    return write_page(setting, found, parts.folder)
+study = Study("opposing_signals", SETTINGS, study_seed, __name__)

@@ -11,6 +11,7 @@ import xarray as xr
 from ...report.figures import diverging
 from ...report.panels import curves, marks
 from ..frame import Page
+from ..parts import Parts
 from ..verdicts import span
 from . import claims
 from .measures import MEASURES
@@ -26,9 +27,9 @@ LEAD = (
 SHOWN = 8  # images of a side
 
 
-def write_page(setting: Setting, found: Sequence[dict[str, Any]], folder: Path) -> Path:
+def write_page(setting: Setting, found: Sequence[dict[str, Any]], parts: Parts) -> Path:
     """index.html, and data/*.json."""
-    t, page = Tables(setting, found), Page("Opposing signals", LEAD, folder)
+    t, page = Tables(setting, found), Page("Opposing signals", LEAD, parts.folder)
     page.article.section(
         "What is said, and these runs",
         f"{len(found)} seed(s), {setting.about}, {setting.images} images, rate {setting.lr:g}, {setting.steps} steps.",
