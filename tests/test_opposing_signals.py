@@ -86,6 +86,9 @@ def test_planted_corners_are_where_they_are_said_to_be() -> None:
     left = torch.ones(100, dtype=torch.bool)
     left[marked] = False
     assert torch.equal(x[left], plain[left])
+    others, _ = setting.held_out(50, 1, 100)
+    assert len(others) == 50
+    assert not (others.flatten(1)[:, None] == plain.flatten(1)[None]).all(2).any()  # none of those that are trained on
     _, shuffled = setting.images(100, 1, shuffled=True)
     assert not torch.equal(shuffled, labels)
     assert torch.equal(shuffled.sort().values, labels.sort().values)

@@ -115,8 +115,7 @@ def _without(t: Tables) -> list[Claim]:
     calmer, flatter, source = below(ascent), below(late), f"{ROSENFELD}; the intervention is this study's"
     return [
         Claim(
-            "Without the two groups training is calmer than without as many others: the loss of the images that no change "
-            "touches rises less in all.",
+            "Without the two groups training is calmer than without as many others: the held-out loss rises less in all.",
             source,
             verdict(calmer),
             f"{of(calmer)}; nats it rose by in all: {told(ascent, 2)}; steps of a tenth or more: {told(spikes, 0)}",

@@ -36,7 +36,8 @@ def write_page(setting: Setting, found: Sequence[dict[str, Any]], parts: Parts) 
     )
     if t.failed:
         page.article.text(
-            f"Seeds {t.failed} did not come to the edge of stability in time, or have no opposing groups: they are left out "
+            f"Seeds {t.failed} did not come to the edge of stability in time, or have no opposing groups: they are "
+            "left out "
             "of what is said of groups."
         )
     page.article.claims(claims.claims(t))
@@ -88,7 +89,8 @@ def _matrix(page: Page, t: Tables) -> None:
     page.article.section(
         "Who changed whose loss",
         f"In step {int(seen['matrix']['at'])} of seed {run['seed']}, in which the losses moved most: the change of the "
-        "loss of the image of a row that the image of a column caused. Blue lowered it. Over all images, of which some are "
+        "loss of the image of a row that the image of a column caused. Blue lowered it. Over all images, of which "
+        "some are "
         "shown, a row sums to the measured change of that loss.",
     )
     matrix = page.keep("matrix", t.matrix(run))
@@ -224,10 +226,9 @@ def _projections(page: Page, t: Tables) -> None:
 def _without(page: Page, t: Tables) -> None:
     page.article.section(
         "Without them",
-        "The same run, trained again from the beginning of the window: with the groups left out or down-weighted to a "
-        "tenth, with as many other images left out, drawn at random or alike in gradient norm. Sharpness is that of "
-        "the loss that is trained on, the mean loss that of the images that no change "
-        "touches.",
+        "The same run, trained again from the beginning of the window: with the groups left out or down-weighted to "
+        "a tenth, with as many other images left out, drawn at random or alike in gradient norm. Sharpness is that "
+        "of the loss that is trained on, the mean loss that of images that are never trained on.",
     )
     again = t.again()
     for name, values in again.items():

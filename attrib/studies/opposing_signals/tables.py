@@ -106,28 +106,20 @@ class Tables:
 
     def again(self) -> dict[str, xr.DataArray]:
         """What was trained again, by its name, steps counted from the beginning of the window: sharpness (change, seed,
-        step)
-        of what is trained on; loss (change, seed, step), the mean over the images that every change leaves as they
-        are; ascent and spikes (change, seed) of the same."""
+        step) of what is trained on; loss (change, seed, step), the mean over held-out images; ascent and spikes (change,
+        seed) of the same."""
         names = list(self.runs[0]["trials"])
         labels = {"change": names, "seed": self.seeds}
         sharp = np.array([[r["trials"][n]["sharpness"] for r in self.runs] for n in names])
-        kept = [self._left(r) for r in self.runs]
-        losses = [
-            [np.array(r["trials"][n]["losses"])[:, k] for r, k in zip(self.runs, kept, strict=True)] for n in names
-        ]
-        means = np.array([[rows.mean(1) for rows in row] for row in losses])
+        losses = np.array([[r["trials"][n]["losses"] for r in self.runs] for n in names])
         looks = np.array(self.runs[0]["trials"][names[0]]["states"]) - self.runs[0]["sgd"]["first"]
         moved = {key: np.array([[unrest(v)[key] for v in row] for row in losses]) for key in ("ascent", "spikes")}
+        steps = np.arange(losses.shape[2])
         return {
             "sharpness": xr.DataArray(sharp, {**labels, "step": looks}, name="sharpness"),
-            "loss": xr.DataArray(means, {**labels, "step": np.arange(means.shape[-1])}, name="mean loss (nats)"),
+            "loss": xr.DataArray(losses.mean(-1), {**labels, "step": steps}, name="held-out loss (nats)"),
             **{key: xr.DataArray(v, labels, name=key) for key, v in moved.items()},
         }
-
-    def _left(self, run: Run) -> np.ndarray:
-        touched = {int(i) for trial in run["trials"].values() for i in trial["weights"]}
-        return np.array([i for i in range(len(run["sgd"]["labels"])) if i not in touched])
 
     def planted(self) -> xr.DataArray:
         """(brightness, measure, seed): precision, recall and sides of what was found of the planted signal."""
