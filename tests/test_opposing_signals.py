@@ -58,7 +58,7 @@ def test_controls_are_groups_of_the_same_sizes_and_the_matched_ones_are_others()
 
 def test_unrest_counts_rises_of_the_mean() -> None:
     mean = np.array([1.0, 1.05, 0.5, 0.6, 0.2])
-    found = measures.unrest(np.stack([mean - 0.1, mean + 0.1], 1))
+    found = measures.unrest(mean)
     assert found["ascent"] == pytest.approx(0.15)
     assert found["spikes"] == 1.0  # of a tenth or more
 
@@ -86,9 +86,6 @@ def test_planted_corners_are_where_they_are_said_to_be() -> None:
     left = torch.ones(100, dtype=torch.bool)
     left[marked] = False
     assert torch.equal(x[left], plain[left])
-    others, _ = setting.held_out(50, 1, 100)
-    assert len(others) == 50
-    assert not (others.flatten(1)[:, None] == plain.flatten(1)[None]).all(2).any()  # none of those that are trained on
     _, shuffled = setting.images(100, 1, shuffled=True)
     assert not torch.equal(shuffled, labels)
     assert torch.equal(shuffled.sort().values, labels.sort().values)
@@ -143,7 +140,7 @@ def study_of(opposed: bool, shuffled: list[dict[str, list[int]]], adam: list[dic
     weights = {"untouched": [], "random left out": [4, 5, 6, 7], "matched left out": [8, 9, 10, 11]}
     trials = {
         name: {"weights": {str(i): 0.0 for i in weights.get(name, range(4))}, "states": [0, 10, 20],
-               "sharpness": [20.0, 20.0, 20 * calm[name]], "losses": (5.0 + calm[name] * (steps % 2) * np.ones(20)).tolist()}
+               "sharpness": [20.0, 20.0, 20 * calm[name]], "losses": (5.0 + calm[name] * (steps[:, 0] % 2)).tolist()}
         for name in names
     }  # fmt: skip
     rows = [{"step": 0.0, "first": 1.0, "first length": 2.0, "second": -1.0 if opposed else 1.0, "second length": 4.0}]

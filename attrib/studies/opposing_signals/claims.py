@@ -57,7 +57,8 @@ def _alternate(t: Tables) -> Claim:
         yes.append(opposed and float(own.sel(measure="opposite")) >= 0.8)
         said.append(low)
     names = list(dict.fromkeys(n for s in said for n in s))
-    beaten = "; ".join(f"{n} {span([s.get(n, np.nan) for s in said], 2)}" for n in names)
+    beaten = "; ".join(f"{n} {span([s[n] for s in said if n in s], 2)}" for n in names)
+    lost = f" (in {said.count({})} of {len(said)} seeds there are not as many others)" if {} in said else ""
     return Claim(
         "The losses of the two groups alternate: one rises as the other falls, in four fifths of the steps at least, and "
         "their changes are more opposed (by correlation) than those of 95 % of groups of these sizes among the others.",
@@ -66,7 +67,7 @@ def _alternate(t: Tables) -> Claim:
         f"{of(yes)}; in the steps after those that the groups are from: opposite in "
         f"{span(found.sel(measure='opposite').values, 2)} of them, direction changed in "
         f"{span(found.sel(measure='flips').values, 2)}, correlation {span(found.sel(measure='correlation').values, 2)}; "
-        f"share of other groups as opposed: {beaten}; own contribution of the matched, of the members' "
+        f"share of other groups as opposed: {beaten}{lost}; own contribution of the matched, of the members' "
         f"{span(t.alike(), 2)}",
     )
 
@@ -115,7 +116,8 @@ def _without(t: Tables) -> list[Claim]:
     calmer, flatter, source = below(ascent), below(late), f"{ROSENFELD}; the intervention is this study's"
     return [
         Claim(
-            "Without the two groups training is calmer than without as many others: the held-out loss rises less in all.",
+            "Without the two groups training is calmer than without as many others: the mean loss of what is trained on "
+            "rises less in all.",
             source,
             verdict(calmer),
             f"{of(calmer)}; nats it rose by in all: {told(ascent, 2)}; steps of a tenth or more: {told(spikes, 0)}",

@@ -55,9 +55,8 @@ def matched(own: np.ndarray, members: np.ndarray) -> np.ndarray:
     return np.array(found, dtype=int)
 
 
-def unrest(losses: np.ndarray) -> dict[str, float]:
-    """Of the mean of losses (T + 1, n): how much it rose in all, and in how many steps by a tenth or more."""
-    mean = losses.mean(1)
+def unrest(mean: np.ndarray) -> dict[str, float]:
+    """Of a mean loss (T,): how much it rose in all, and in how many steps by a tenth or more."""
     rises = np.maximum(np.diff(mean), 0.0)
     return {"ascent": float(rises.sum()), "spikes": float((rises > SPIKE * mean[:-1]).sum())}
 

@@ -211,9 +211,8 @@ def _moving(page: Page, t: Tables) -> None:
 def _projections(page: Page, t: Tables) -> None:
     page.article.section(
         "Along the sharpest direction",
-        "Cosine of the gradient of each group's mean loss with the sharpest direction, at looks in its second half. "
-        "Whether the groups oppose each other there is tested, not "
-        "assumed.",
+        "Cosine of the gradient of each group's mean loss with the sharpest direction, at looks in the window's "
+        "second half. Whether the groups oppose each other there is tested, not assumed.",
     )
     found = page.keep("projections", t.projections())
 
@@ -227,8 +226,8 @@ def _without(page: Page, t: Tables) -> None:
     page.article.section(
         "Without them",
         "The same run, trained again from the beginning of the window: with the groups left out or down-weighted to "
-        "a tenth, with as many other images left out, drawn at random or alike in gradient norm. Sharpness is that "
-        "of the loss that is trained on, the mean loss that of images that are never trained on.",
+        "a tenth, with as many other images left out, drawn at random or alike in gradient norm. Sharpness and "
+        "mean loss are those of what is trained on.",
     )
     again = t.again()
     for name, values in again.items():

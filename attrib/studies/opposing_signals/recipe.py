@@ -25,13 +25,12 @@ from ..digits import DigitsCnn
 from ..parts import SeedParts
 from ..recipe import cross_entropy, train_recorded
 from .measures import matched, recovered
-from .setting import Setting, held_out, images, planted
+from .setting import Setting, images, planted
 
 TOLERANCE = 1e-5  # float32 replay of float32 training, of the gross size
 GROUPS = 2
 DOWN = 0.1  # weight of what is down-weighted
 SHOWN = 32  # images whose mean loss a ledger is of
-HELD_OUT = 300  # images that are never trained on
 
 
 def study_seed(setting: Setting, parts: SeedParts) -> dict[str, Any]:
@@ -212,8 +211,8 @@ def _changes(seen: dict[str, Any], seed: int) -> dict[str, dict[int, float]]:
 def _again(
     setting: Setting, parts: SeedParts, first: int, name: str, weights: dict[int, float], x: Tensor, y: Tensor
 ) -> dict[str, Any]:
-    """Trained again from the beginning of the window, recorded: the losses of held-out images at every state, the sharpness
-    of what is trained on, and the ledger of its mean loss."""
+    """Trained again from the beginning of the window, recorded: the mean loss of what is trained on, at every state, its
+    sharpness, and its ledger."""
     run, model, store = open_run(parts.folder / "sgd.zarr"), DigitsCnn(), parts.folder / f"{name}.zarr"
     left_out = [i for i, weight in weights.items() if weight == 0]
     change: Any = Drop(left_out) if left_out else Reweight(weights) if weights else []
@@ -232,7 +231,7 @@ def _again(
         "weights": {str(i): weight for i, weight in weights.items()},
         "states": [first + look for look in looks],
         "sharpness": sharp.values.tolist(),
-        "losses": evaluate(again, model, measure.loss(*held_out(HELD_OUT, parts.seed, len(x)))).values.tolist(),
+        "losses": evaluate(again, model, lambda m: loss(m, *batch).mean()[None]).values[:, 0].tolist(),
         "ledger": _ledger(again, model, loss, batch),
     }
 

@@ -72,13 +72,6 @@ def images(count: int, seed: int, shuffled: bool = False) -> tuple[Tensor, Tenso
     return data.x[ids], y[torch.randperm(count, generator=generator)] if shuffled else y
 
 
-def held_out(count: int, seed: int, trained: int) -> tuple[Tensor, Tensor]:
-    """x, y of so many images that are not among the `trained` ones of that seed; fewer where there are not as many."""
-    data, generator = digits.load(), torch.Generator().manual_seed(seed)
-    ids = data.train[torch.randperm(len(data.train), generator=generator)[trained : trained + count]]
-    return data.x[ids], data.y[ids]
-
-
 def planted(count: int, each: int, brightness: float, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Images of which some of two classes share a bright corner: a strong signal that says nothing of the class. Also the
     positions of those images, of either class."""

@@ -106,18 +106,17 @@ class Tables:
 
     def again(self) -> dict[str, xr.DataArray]:
         """What was trained again, by its name, steps counted from the beginning of the window: sharpness (change, seed,
-        step) of what is trained on; loss (change, seed, step), the mean over held-out images; ascent and spikes (change,
-        seed) of the same."""
+        step) and mean loss (change, seed, step) of what is trained on; ascent and spikes (change, seed) of that loss."""
         names = list(self.runs[0]["trials"])
         labels = {"change": names, "seed": self.seeds}
         sharp = np.array([[r["trials"][n]["sharpness"] for r in self.runs] for n in names])
         losses = np.array([[r["trials"][n]["losses"] for r in self.runs] for n in names])
         looks = np.array(self.runs[0]["trials"][names[0]]["states"]) - self.runs[0]["sgd"]["first"]
         moved = {key: np.array([[unrest(v)[key] for v in row] for row in losses]) for key in ("ascent", "spikes")}
-        steps = np.arange(losses.shape[2])
+        steps = np.arange(losses.shape[-1])
         return {
             "sharpness": xr.DataArray(sharp, {**labels, "step": looks}, name="sharpness"),
-            "loss": xr.DataArray(losses.mean(-1), {**labels, "step": steps}, name="held-out loss (nats)"),
+            "loss": xr.DataArray(losses, {**labels, "step": steps}, name="mean loss (nats)"),
             **{key: xr.DataArray(v, labels, name=key) for key, v in moved.items()},
         }
 
