@@ -167,7 +167,7 @@ def _branches(setting: Setting, parts: SeedParts, network: Network, run: Run, mo
         child = replay(run, start, other, model=model, loss=cross_entropy, store=store, overwrite=True, progress=False)
         ends = {"run": (run, run.steps), "branch": (child, child.steps)}
         found = connectivity(ends, model, network.held_out_loss, setting.positions, progress=False)
-        barrier = float(found["barrier"].sel(point="run", other="branch"))
+        barrier = float(found["barrier"].sel(point="run", other="branch").isel(query=0))
         rows.append({"share": share, "start": start, "barrier": barrier})
     return rows
 
