@@ -94,7 +94,7 @@ def test_left_out_examples_are_the_largest_of_the_account(digits_run: tuple[Netw
     model = network.build()
     queries = network.queries(TOY.queries)
     result = attrib.attribute(run, model, queries, loss=cross_entropy, keep=("example",), progress=False)
-    rows = recipe._dropped(TOY, network, run, model, result)
+    rows = recipe._dropped(TOY, network, run, model, result, 0)
     assert [(r["query"], r["kind"]) for r in rows] == [(2, "largest"), (2, "random")]
     largest = np.sort(result.by("example").values[2])[::-1][: TOY.dropped]
     assert rows[0]["accounted"] == pytest.approx(-largest.sum())

@@ -173,7 +173,7 @@ def _branches(setting: Setting, parts: SeedParts, network: Network, run: Run, mo
 
 
 def _dropped(
-    setting: Setting, network: Network, run: Run, model: Any, result: Result, seed: int = 0
+    setting: Setting, network: Network, run: Run, model: Any, result: Result, seed: int
 ) -> list[dict[str, Any]]:
     """For single queries: the examples that raised them most, and as many at random, left out from the start; the
     change of the log-probability, and what the account says they contributed."""

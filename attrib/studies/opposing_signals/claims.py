@@ -39,8 +39,7 @@ def _few(t: Tables) -> Claim:
     yes = (data <= 0.25) & (gross >= 2 * data)
     return Claim(
         "A few examples make up much of what moves: two opposing groups, a quarter of the data at most, with at least "
-        "twice their share of the gross change of the "
-        "losses.",
+        "twice their share of the gross change of the losses.",
         ROSENFELD,
         verdict(yes),
         f"{of(yes)}; share of the data {span(data, 2)}, of the gross change {span(gross, 2)}",
@@ -177,9 +176,8 @@ def _planted(t: Tables) -> Claim:
         f"{span(found.sel(brightness=b, measure='recall').values, 2)}" for b in found["brightness"].values
     )  # fmt: skip
     return Claim(
-        "A planted signal, a bright corner that two classes share, is found: precision and recall of 0.95 at least "
-        "where the corner is ten times as bright as the brightest "
-        "pixel.",
+        "A planted signal, a bright corner that two classes share, is found: precision and recall of 0.95 at least where "
+        f"the corner is {float(strong['brightness']):g} times as bright as the brightest pixel.",
         "this study, where the right answer is known",
         verdict(yes),
         f"{of(yes)}; {said}",

@@ -1,7 +1,7 @@
 """Everything done with one seed.
 
 1. Gradient descent on all images at every step, recorded, until well into the edge of stability; its sharpness.
-2. From where the sharpness passes 2 / lr: the change of every image's loss in every step, over the images that caused it.
+2. From where the sharpness passes 2 / lr: the change of every loss in every step, over the images that caused it.
 3. Opposing pairs and groups of that matrix, and how the groups' losses move in the steps that follow.
 4. Trained again without the groups, with the groups down-weighted, without others.
 5. The same with shuffled labels, with Adam, and with a planted signal, of which the right answer is known.
@@ -39,9 +39,7 @@ def study_seed(setting: Setting, parts: SeedParts) -> dict[str, Any]:
     x, y = images(setting.images, parts.seed)
     found["images"] = x[:, 0].numpy(), y.numpy()
     found["sgd"] = _studied(setting, parts, "sgd", x, y)
-    found["projections"] = parts.part(
-        "projections", "project", lambda: _projections(setting, parts, found["sgd"], x, y)
-    )
+    found["projections"] = parts.part("projections", "project", lambda: _projections(parts, found["sgd"], x, y))
     found["trials"] = {
         name: parts.trial(name, lambda n=name, w=weights: _again(setting, parts, found["sgd"]["first"], n, w, x, y))  # type: ignore[misc]
         for name, weights in _changes(found["sgd"], parts.seed).items()
@@ -74,14 +72,14 @@ def _studied(
     first = int(looks[int(np.argmax(reached))]) if reached.any() else run.steps - setting.window
     inside, first = first <= run.steps - setting.window, min(first, run.steps - setting.window)
     half, short = first + setting.window // 2, setting.adam_steps
-    told = range(half - setting.adam_steps, half) if name == "adam" else range(first, first + setting.window)
+    told = range(half - short if name == "adam" else first, half)
     given = parts.dataset(
-        f"{name} matrix", "who changed whose loss", lambda: _told(run, model, x, y, told, half, short, setting.lead)
+        f"{name} matrix", "who changed whose loss", lambda: _told(run, model, x, y, told, short, setting.lead)
     )
-    groups = parts.part(f"{name} groups", "who opposes whom", lambda: grouped(given["early"].values))
+    groups = parts.part(f"{name} groups", "who opposes whom", lambda: grouped(given["all"].values))
     brief = parts.part(f"{name} brief groups", "who opposes whom", lambda: grouped(given["brief"].values))["groups"]
     return {
-        "ledger": done["ledger"], "rate": rate, "first": first, "half": half, "brief": brief,
+        "ledger": done["ledger"], "first": first, "half": half, "brief": brief,
         "reached": bool(reached.any()) and inside,
         "last": first + setting.window, "losses": losses, "sharpness": seen["eigenvalue"], "vectors": seen["vector"],
         "matrix": given, "labels": y.numpy(), **groups,
@@ -95,7 +93,6 @@ def _train(parts: SeedParts, name: str, x: Tensor, y: Tensor, steps: int, rate: 
     kind = torch.optim.Adam if name == "adam" else torch.optim.SGD
     batches = ((torch.arange(len(x)), x, y) for _ in range(steps))
     train_recorded(model, kind(model.parameters(), lr=rate), cross_entropy, batches, store, overwrite=True)
-
     return {"ledger": _ledger(open_run(store), model, cross_entropy, (x, y))}
 
 
@@ -119,25 +116,22 @@ def _looks(run: Run, model: DigitsCnn, x: Tensor, y: Tensor, looks: Sequence[int
     return sharp.assign(losses=(("state", "image"), losses), vector=sharp["vector"].astype("float32"))
 
 
-def _told(
-    run: Run, model: DigitsCnn, x: Tensor, y: Tensor, steps: range, half: int, brief: int, lead: int
-) -> xr.Dataset:
-    """Who changed whose loss, (whose, who): early, late: summed over the steps before `half` and from then on; brief: over
-    the last so many of the early ones; largest: in the step in which the losses moved most. left: of each step, the share
-    of the gross change that momentum from before the lead made; gap: what is missing of the change itself, over its gross
-    size."""
-    whole, short = np.zeros((2, len(x), len(x))), np.zeros((len(x), len(x)))
-    largest, left, gap, size, at = whole[0], [], [], -1.0, steps.start
+def _told(run: Run, model: DigitsCnn, x: Tensor, y: Tensor, steps: range, brief: int, lead: int) -> xr.Dataset:
+    """Who changed whose loss, (whose, who): all: summed over the steps; brief: over the last so many of them; largest: in
+    the step in which the losses moved most. left: of each step, the share of the gross change that momentum from before
+    the lead made; gap: what is missing of the change itself, over its gross size."""
+    whole, short = np.zeros((2, len(x), len(x)))
+    largest, left, gap, size, at = whole, [], [], -1.0, steps.start
     for move in moves(run, model, measure.loss(x, y), steps, loss=cross_entropy, lead=lead):
-        whole[int(move.step >= half)] += move.contributions
-        if half - brief <= move.step < half:
+        whole += move.contributions
+        if move.step >= steps.stop - brief:
             short += move.contributions
         left.append(float(np.abs(move.inherited).sum() / np.abs(move.change).sum()))
         gap.append(_gap(move))
         if np.abs(move.change).sum() > size:
             largest, size, at = move.contributions, float(np.abs(move.change).sum()), move.step
     axes = ("whose", "who")
-    arrays = {"early": (axes, whole[0]), "late": (axes, whole[1]), "largest": (axes, largest), "brief": (axes, short)}
+    arrays = {"all": (axes, whole), "brief": (axes, short), "largest": (axes, largest)}
     return xr.Dataset({**arrays, "left": ("step", left), "gap": ("step", gap), "at": at}, {"step": list(steps)})
 
 
@@ -166,9 +160,7 @@ def grouped(matrix: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _projections(
-    setting: Setting, parts: SeedParts, seen: dict[str, Any], x: Tensor, y: Tensor
-) -> list[dict[str, float]]:
+def _projections(parts: SeedParts, seen: dict[str, Any], x: Tensor, y: Tensor) -> list[dict[str, float]]:
     """At the looks of the second half of the window: the gradient of each group's mean loss along the sharpest direction,
     and its length."""
     run, model = open_run(parts.folder / "sgd.zarr"), DigitsCnn()
@@ -247,7 +239,7 @@ def _planted(setting: Setting, parts: SeedParts, brightness: float) -> dict[str,
     told = range(middle, middle + setting.planted_window)
 
     def find() -> dict[str, Any]:
-        matrix = _told(run, DigitsCnn(), x, y, told, told.stop, 0, 0)["early"].values
+        matrix = _told(run, DigitsCnn(), x, y, told, 0, 0)["all"].values
         groups = grouped(matrix)["groups"]
         sides = (truth[0].tolist(), truth[1].tolist())
         quality = recovered(groups[0] if groups else {"first": [], "second": []}, sides)

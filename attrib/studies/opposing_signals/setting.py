@@ -13,8 +13,8 @@ CLASSES = (3, 8)  # of the planted signal
 @dataclass(frozen=True, kw_only=True)
 class Setting(frame.Setting):
     """images: that are trained on, all of them at every step; lr, steps: of gradient descent. every: states between two
-    looks at the sharpness. window: steps from where the sharpness passes 2 / lr, in which it is told who changed whose
-    loss; groups come from the first half of them, how they move is judged in the second. shuffled_steps,
+    looks at the sharpness. window: steps from where the sharpness passes 2 / lr: of the first half it is told who
+    changed whose loss, and groups follow; how they move is judged in the second. shuffled_steps,
     shuffled_every: of the run with shuffled labels, which takes longer to get there. adam_lr: of the Adam run;
     adam_steps: told apart in it, with `lead` steps of momentum. retrain: steps that are trained again from the
     beginning of the window with examples left out or down-weighted. planted_images, planted: images in all, and with a

@@ -82,8 +82,8 @@ class Tables:
         return xr.DataArray(np.array(rows), labels, name="mean loss (nats)")
 
     def matrix(self, run: Run, most: int = 40) -> xr.DataArray:
-        """(whose, who): in the step in which the losses moved most, by the images of the groups, strongest first, and
-        others; numbers are positions, the groups' bounds are in the attributes."""
+        """(whose, who): in the step in which the losses moved most, by the strongest images of the groups, by
+        digit, and others; numbers are positions, the groups' bounds are in the attributes."""
         labels = run["sgd"]["labels"]
         first, second = (side[:most][np.argsort(labels[side[:most]], kind="stable")] for side in self.sides(run))
         rest = np.setdiff1d(np.arange(len(labels)), np.concatenate(self.sides(run)))[:most]
