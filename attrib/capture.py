@@ -10,16 +10,16 @@ The last two are taken from the user's own backward pass where that can be follo
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checks import RandomWatch, Reduction, batch_identity, share_bound
-from .errors import BatchError, BatchIdentityError, LossError
-from .functional import random_state
-from .gradients import Shares, Watch, describe, to_tensors
+from .checks import RandomWatch, Reduction, ShareBound, batch_identity, split_bound, split_gaps
+from .errors import BatchError, BatchIdentityError, LossError, SplitIdentityError
+from .generators import generators, random_state
+from .gradients import Shares, Watch, describe, random_weights, to_tensors
 from .kernels import factors
 from .kernels.factors import Factor
 from .layout import Layout
@@ -28,6 +28,17 @@ log = logging.getLogger("attrib")
 
 CHECK_FIRST = 2
 Arrays = dict[str, np.ndarray]  # of a step, by name, (B, ...) each
+Found = dict[str, list[Factor]]  # of each parameter the factors that sum to its shares
+
+
+class Step(NamedTuple):
+    """What is at hand when a step is taken. theta, gradient (P,); before: the generators' state before its forward pass."""
+
+    number: int
+    theta: Tensor
+    gradient: Tensor
+    batch: tuple[Tensor, ...]
+    before: Tensor
 
 
 class Capture:
@@ -60,13 +71,14 @@ class Capture:
 
     @property
     def random(self) -> np.ndarray | None:
-        """The generator's state before the forward pass of the step, where the loss draws numbers."""
-        before = self._random.before
-        return before.numpy() if self._random.stochastic and before is not None else None
+        """The generators' state before the forward pass of the step, where the loss draws numbers."""
+        stored = self._random.stored
+        return None if stored is None else stored.numpy()
 
     def clear(self) -> None:
         """Forget the step: its gradients are gone, or it is recorded."""
         self._scale.clear()
+        self._random.clear()
         if self._watch is not None:
             self._watch.take(0)
 
@@ -104,30 +116,33 @@ class Capture:
         the step are added to `facts`.
 
         Raises:
-            BatchIdentityError, CoupledExamplesError, LossError, ChangedOutsideError.
+            BatchIdentityError, SplitIdentityError, LossError, ChangedOutsideError.
         """
-        with self._quiet():
+        with self._quiet(), torch.enable_grad():
             size, clip = len(batch[0]), self._scale.clipping()
             if number:
-                self._random.settle(number, self._random.drew)
+                self._random.check(number)
             active = (n for n, p in zip(self._layout.names, self._parameters, strict=True) if p.grad is not None)
             self._shares.active = frozenset(active)
-            before = self._random.before if self._random.before is not None else torch.get_rng_state()
-            found = self._watched(theta, batch, before) if self._watch is not None else None
+            before = self._random.before if self._random.before is not None else generators()
+            step = Step(number, theta, gradient, batch, before)
+            found = self._watched(step) if self._watch is not None else None
             due = number < CHECK_FIRST or number % self._check_every == 0
-            if due or (found is None and not (self.kind == "replay" and self._scale.settled(size))):
-                scale = self._check(theta, gradient, batch, number, facts, clip, before)
+            if due or (self.kind != "replay" and found is None):
+                whole = self._check(step, clip, facts)
             else:
-                scale = self._scale.expected(size, clip)
+                whole = self._scale.expected(size, clip)
             if self.kind == "replay":
-                return scale, {}
+                return whole, {}
+            scale = whole
             if found is not None:  # the reduction is in the gradients that came back, clipping is not
                 scale = clip
             else:
                 with random_state(before):
                     found = self._shares.factors(theta, batch)
             if due:
-                self._check_found(found, gradient, scale, number)
+                self._check_found(step, found, scale)
+                facts["split_identity"] = self._check_split(step, found, scale, whole)
             return scale, self._arrays(found, scale, batch, number)
 
     @contextmanager
@@ -142,46 +157,49 @@ class Capture:
             for h in hooked:
                 h.busy = False
 
-    def _watched(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> dict[str, list[Factor]] | None:
+    def _watched(self, step: Step) -> Found | None:
         assert self._watch is not None
-        seen = self._watch.take(len(batch[0]))
+        seen = self._watch.take(len(step.batch[0]))
         if seen is None:
             return None
-        with random_state(before):
-            return self._shares.watched(theta, batch, *seen)
+        with random_state(step.before):
+            return self._shares.watched(step.theta, step.batch, *seen)
 
-    def _check(
-        self,
-        theta: Tensor,
-        gradient: Tensor,
-        batch: tuple[Tensor, ...],
-        number: int,
-        facts: dict[str, float],
-        clip: float,
-        before: Tensor,
-    ) -> float:
+    def _check(self, step: Step, clip: float, facts: dict[str, float]) -> float:
         """Compute the shares' sum with the loss as it was given; fit the scale between it and p.grad."""
-        with random_state(before):
-            losses, total = self._shares.total(theta, batch)
-            self._random.settle(number, not torch.equal(torch.get_rng_state(), before))
-        if number == 0:  # so that what cannot be split is refused now, not when attributing
-            with random_state(before):
-                self._shares.check_split(theta, batch)
+        with random_state(step.before):
+            losses, total = self._shares.total(step.theta, step.batch)
+            self._random.settle(step.number, step.before, generators())
         facts["loss"] = float(losses.double().mean())
-        within = share_bound(gradient, lambda: clip * self._gross(theta, batch, before), self._taken)
-        scale = self._scale.fit(gradient, total, len(batch[0]), clip, within)
+        bound = ShareBound(step.gradient, lambda: clip * self._gross(step), self._taken)
+        scale = self._scale.fit(step.gradient, total, len(losses), clip, bound)
         try:
-            facts["batch_identity"] = batch_identity(self._layout, gradient, scale * total, number, within)
+            facts["batch_identity"] = batch_identity(self._layout, step.gradient, scale * total, step.number, bound)
         except BatchIdentityError as error:
-            if not self._random.stochastic:
-                raise
-            hint = "If the step made several forward passes: the loss draws random numbers, so make one, through model(...)."
-            raise BatchIdentityError(f"{error} {hint}") from None
+            raise BatchIdentityError(f"{error}{self._hint(step, losses)}") from None
         return scale
 
-    def _check_found(self, found: dict[str, list[Factor]], gradient: Tensor, scale: float, number: int) -> None:
+    def _hint(self, step: Step, losses: Tensor) -> str:
+        """What in the loop may be why shares and p.grad differ."""
+        passes = self._random.passes
+        if self._random.stochastic and passes > 1:
+            return (
+                f" The step made {passes} forward passes and the loss draws random numbers (dropout), which are drawn again "
+                f"as for one: make one forward pass a step, or put dropout into eval mode."
+            )
+        with random_state(step.before):
+            again = self._shares.vector.values(step.theta, step.batch)
+        if torch.equal(losses, again):
+            return ""
+        return (
+            f" The loss gives other values when it is computed again (up to {float((losses - again).abs().max()):.2g} "
+            f"apart): it draws random numbers from a generator of its own. Draw them with torch's, Python's or numpy's "
+            f"global one."
+        )
+
+    def _check_found(self, step: Step, found: Found, scale: float) -> None:
         """What is stored must sum to p.grad as well."""
-        sums = gradient.new_zeros(self._layout.size)
+        sums = step.gradient.new_zeros(self._layout.size)
         for name, part in self._layout.slices():
             for factor in found[name]:
                 sums[part] += factors.total(factor)
@@ -189,20 +207,56 @@ class Capture:
         def gross() -> float:
             return scale * sum(float(factors.rows(f).double().norm(dim=1).sum()) for s in found.values() for f in s)
 
-        batch_identity(self._layout, gradient, scale * sums, number, share_bound(gradient, gross, self._taken))
+        bound = ShareBound(step.gradient, gross, self._taken)
+        batch_identity(self._layout, step.gradient, scale * sums, step.number, bound)
 
-    def _gross(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> float:
-        """sum_i |g_i|, unscaled by the reduction: no larger than what the optimizer's gradient may have cancelled from."""
-        norms = [float(rows.double().norm(dim=1).sum()) for rows in self._share_rows(theta, batch, before)]
-        return sum(norms) / (len(batch[0]) if self._scale.kind != "sum" else 1)
+    def _check_split(self, step: Step, found: Found, scale: float, whole: float) -> float:
+        """And each be its own example's: for random weights they sum to the gradient of the losses so weighted. `whole`: the
+        factor between the gradient of a loss and its share, of which `scale` is left to be multiplied.
 
-    def _share_rows(self, theta: Tensor, batch: tuple[Tensor, ...], before: Tensor) -> Iterator[Tensor]:
-        """The gradients of the examples in slices (b, P); of a random loss all at once: a slice draws other numbers."""
-        size = len(batch[0])
-        at_once = size if self._random.stochastic else self._shares.rows_at_once()
+        Raises:
+            SplitIdentityError: naming the parameter and the example.
+        """
+        names = self._layout.names
+        weights = random_weights(len(step.batch[0]), step.number, step.theta)
+        with random_state(step.before):
+            truth = self._shares.vector.gradient(step.theta, step.batch, weights)[1]
+        sums = {n: sum((factors.total(factors.weighted(f, weights)) for f in found[n]), 0.0) for n in names}
+        off = np.array([float((scale * sums[n] - whole * truth[n].flatten()).double().norm()) for n in names])
+        sizes = np.array([abs(whole) * float(truth[n].double().norm()) for n in names])
+        gaps, bound = split_gaps(off, sizes, step.theta.dtype), split_bound(step.theta.dtype)
+        worst = int(gaps.argmax())
+        if not gaps[worst] <= bound:
+            slot = self._worst_slot(step, found, scale, whole, names[worst])
+            raise SplitIdentityError(
+                f"the shares to be stored are other examples': got a gap of {gaps[worst]:.3g} of their size, expected at "
+                f"most {bound:.1g}, at parameter {names[worst]!r}, slot {slot} of the batch, step {step.number}. Record "
+                f'with capture="replay". The step was refused.'
+            )
+        return float(gaps[worst])
+
+    def _worst_slot(self, step: Step, found: Found, scale: float, whole: float, name: str) -> int:
+        """Whose stored share of a parameter is furthest from the gradient of its loss."""
+        stored = sum(factors.rows(factor) for factor in found[name])
+        with random_state(step.before):
+            truth = torch.stack(
+                [row[name].flatten() for row in self._shares.vector.rows(step.theta, step.batch, [name])]
+            )
+        return int((scale * stored - whole * truth).norm(dim=1).argmax())
+
+    def _gross(self, step: Step) -> float:
+        """sum_i |g_i|, times the reduction: no larger than what the optimizer's gradient may have cancelled from."""
+        norms = [float(rows.double().norm(dim=1).sum()) for rows in self._share_rows(step)]
+        return sum(norms) / (len(step.batch[0]) if self._scale.kind != "sum" else 1)
+
+    def _share_rows(self, step: Step) -> Iterator[Tensor]:
+        """The gradients of the examples in slices (b, P); where a slice would draw other numbers, or have other losses, all
+        at once."""
+        size = len(step.batch[0])
+        at_once = size if self._random.stochastic or self._shares.coupled else self._shares.rows_at_once()
         for lo in range(0, size, at_once):
-            with random_state(before):
-                yield self._shares.rows(theta, tuple(b[lo : lo + at_once] for b in batch))
+            with random_state(step.before):
+                yield self._shares.rows(step.theta, tuple(b[lo : lo + at_once] for b in step.batch))
 
     def _arrays(self, found: dict[str, list[Factor]], scale: float, batch: tuple[Any, ...], number: int) -> Arrays:
         if self.kind == "gradients":

@@ -10,10 +10,11 @@
 State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,21 +25,27 @@ from tqdm import tqdm
 
 from .budget import Budget, divide
 from .errors import Interrupted, MeasurementError
+from .functional import differentiable
 from .interrupt import Request, interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
 from .measure import Measurement
 from .optim import Parts, decay_rates, pullback
-from .path import Path, PathGradient, Query, Secant
+from .path import Path, PathGradient, Query, Secant, limit_gap
 from .plan import sizes_of
 from .result import Result, join
 from .run import Block, Run, check_model
 from .sink import Sink, Terms
-from .source import Contract, shares_source
+from .source import Source
 
 log = logging.getLogger("attrib")
 
+IDENTITIES = ("split", "limit")  # those that take passes of their own
+LIMIT_STEPS = 2  # that the limit is looked at, side by side
+GRADIENT, START, END = 3, 4, 5  # where these stand among the sums of a step, see `Terms`
 
+
+@differentiable
 def attribute(
     run: Run,
     model: nn.Module,
@@ -53,6 +60,7 @@ def attribute(
     progress: bool = True,
     cube: Any = None,
     memory: int | None = None,
+    identities: Sequence[str] = IDENTITIES,
 ) -> Result:
     """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups.
 
@@ -74,28 +82,29 @@ def attribute(
         cube: path or zarr Store to write all contributions to, (query, step, slot, group).
         memory: bytes to hold at most, beside the process as it stands (`attrib.plan`), in as many sweeps as that takes;
             None: 4 GiB, or what one query takes.
-
-    `print(result.check())` verifies that the result is complete and shows the ledger.
+        identities: those checked beside the three that cost nothing: "split", at a few steps, each share against the
+            derivative of its own loss; "limit", that the path tends to the gradient. What is left out the result says.
 
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
         Interrupted: Ctrl-C; its `result` is complete for what was done. A second Ctrl-C stops at once.
     """
-    _check_arguments(run, model, path, steps)
+    _check_arguments(run, model, path, steps, identities)
     start, stop = _window(run, steps)
     query = _query(run, model, measurement, dtype, run.vector(stop).to(next(model.parameters()).device))
     labels, member = group_tensors(run.layout.names, groups)
     sizes = {"step": stop - start, "example": len(run.examples), "group": len(labels)}
     kept = choose(keep, query.count, sizes)
     budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), memory, cube)
-    contract = shares_source(run, model, loss, dtype or run.dtype, query.example.device, budget.slices)
-    facts, parts = _facts(run, measurement, path or Secant(), dtype), query.parts(budget.at_once)
-    names = measurement.names if isinstance(measurement, Measurement) else ()
+    source = Source(run, model, loss, dtype or run.dtype, query.example.device, budget.slices, member)
+    facts, parts = _facts(run, measurement, path or Secant(), dtype, identities), query.parts(budget.at_once)
     sink = partial(Sink, run, start, labels, member, sizes, kept, cube, dtype or run.dtype)
     bar = tqdm(total=sizes["step"] * len(parts), desc="attribute", unit="step", delay=2, disable=not progress)
     with bar, interruptible() as request:
-        sweep = Sweep(run, range(start, stop), path or Secant(), contract, bar, request)
-        found = join(_sweeps(sweep, parts, sink, facts), names)
+        sweep = Sweep(run, range(start, stop), path or Secant(), source, bar, request, tuple(identities))
+        found = join(
+            _sweeps(sweep, parts, sink, facts), measurement.names if isinstance(measurement, Measurement) else ()
+        )
     if request.asked:
         raise _interrupted(Result(found), query.count)
     return Result(found)
@@ -103,14 +112,26 @@ def attribute(
 
 @dataclass(frozen=True)
 class Sweep:
-    """What every sweep through the steps needs; `request` says whether to stop."""
+    """What every sweep through the steps needs; `request` says whether to stop; `identities`: those beside the three."""
 
     run: Run
     steps: range
     path: Path
-    contract: Contract
+    source: Source
     bar: Any
     request: Request
+    identities: tuple[str, ...]
+
+    @cached_property
+    def drawn(self) -> frozenset[int]:
+        """The steps whose split is checked: one in each of as many equal parts of the window, two in a hundred, four at
+        most."""
+        if "split" not in self.identities:
+            return frozenset()
+        count = min(len(self.steps), max(2, min(4, len(self.steps) // 50)))
+        cuts = np.linspace(self.steps.start, self.steps.stop, count + 1).astype(int)
+        random = np.random.default_rng(len(self.steps))
+        return frozenset(int(random.integers(a, b)) for a, b in itertools.pairwise(cuts))
 
 
 def _sweeps(
@@ -122,10 +143,20 @@ def _sweeps(
         sink = make_sink(part.count)
         reached = _sweep(sweep, part, sink)
         if reached == sweep.steps.start or not found:
-            found.append(sink.dataset(facts, reached))
+            found.append(sink.dataset({**facts, "shares": _definition(sweep)}, reached))
         if sweep.request.asked:
             break
     return found
+
+
+def _definition(sweep: Sweep) -> str:
+    """In a sentence, what a share is in this result."""
+    if sweep.source.coupled:
+        return (
+            "the gradient of the example's own loss; the losses of a batch depend on each other, so it goes through what "
+            "the other examples do to it, too"
+        )
+    return "the gradient of the example's own loss"
 
 
 def _interrupted(result: Result, asked: int) -> Interrupted:
@@ -145,6 +176,9 @@ def _sweep(sweep: Sweep, query: Query, sink: Sink) -> int:
     carry = torch.zeros(query.count, run.layout.size, dtype=torch.float64, device=device)
     integrate = sweep.path.bind(query)
     for block in run.blocks(first, sweep.steps.stop):
+        if "limit" in sweep.identities and block.steps.stop == sweep.steps.stop:
+            at = min(len(block.steps), query.steps_at_once(), LIMIT_STEPS)
+            sink.add_limit(limit_gap(query, integrate, block.theta[-at - 1 :].to(device)), query.dtype)
         for done in _sweep_block(sweep, block, integrate, query.steps_at_once(), carry, sink):
             if sweep.request.asked and done > first:
                 momentum = next(run.blocks(done, done + 1)).momentum
@@ -165,7 +199,13 @@ def _sweep_block(
         found: list[np.ndarray] = []
         for n in range(steps.start, stop):
             at = n - steps.start
-            found.append(sweep.contract(block, n, theta[at], sensitivity[at]).cpu().numpy())
+            gradient = terms[GRADIENT][at]
+            here = sweep.source.contract(block, n, theta[at], sensitivity[at], gradient)
+            if block.start + n in sweep.drawn:
+                seen = np.abs(terms[START][at]) + np.abs(terms[END][at])
+                split = sweep.source.split(block, n, theta[at], sensitivity[at], here, seen)
+                sink.add_split(block.start + n, block.index[n], split)
+            found.append(here.values)
             sweep.bar.update()
         sink.add(block.start + steps.start, block.index[steps], Terms(found, *terms))
         del found, sensitivity  # of many queries they are as large as all that the next steps need
@@ -241,7 +281,7 @@ def _divided(run: Run, queries: int, kept: int, memory: int | None, cube: Any) -
     return budget
 
 
-def _check_arguments(run: Any, model: nn.Module, path: Any, steps: Any) -> None:
+def _check_arguments(run: Any, model: nn.Module, path: Any, steps: Any, identities: Any) -> None:
     for name, value, kind, hint in (
         ("run", run, Run, "Open it with attrib.open_run(path)."),
         ("steps", steps, slice | None, "Pass slice(a, b), or None for the whole run."),
@@ -250,6 +290,8 @@ def _check_arguments(run: Any, model: nn.Module, path: Any, steps: Any) -> None:
             raise TypeError(f"{name} is not what it should be: got {value!r}. {hint}")
     if path is not None and (isinstance(path, type) or not hasattr(path, "bind")):
         raise TypeError(f"path is not a path: got {path!r}, expected an object such as attrib.Secant().")
+    if isinstance(identities, str) or not set(identities) <= set(IDENTITIES):
+        raise ValueError(f"identities are none: got {identities!r}, expected some of {IDENTITIES}, such as ('split',).")
     check_model(run, model)
 
 
@@ -265,13 +307,16 @@ def _window(run: Run, steps: slice | None) -> tuple[int, int]:
     return start, stop
 
 
-def _facts(run: Run, measurement: Any, path: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+def _facts(
+    run: Run, measurement: Any, path: Path, dtype: torch.dtype | None, identities: Sequence[str]
+) -> dict[str, Any]:
     h = run.header
     return {
         "run": str(run.reader.target),
         "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
         "units": getattr(measurement, "units", ""),
         "path": repr(path),
+        "identities": ["batch", "step", "measurement", *identities],
         "dtype": str(dtype or run.dtype).removeprefix("torch."),
         **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
         "parameters": run.layout.size,

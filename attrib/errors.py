@@ -26,16 +26,20 @@ class BatchIdentityError(AttribError):
     """The shares of the examples do not sum to the gradient that the optimizer saw."""
 
 
+class SplitIdentityError(AttribError):
+    """A share is not that of its example, though all of them sum to the gradient."""
+
+
+class LimitIdentityError(AttribError):
+    """The path's vector does not tend to the gradient of the measurement: an operation has a wrong rule or derivative."""
+
+
 class StepIdentityError(AttribError):
     """The replayed update is not the update that the optimizer made."""
 
 
 class ChangedOutsideError(AttribError):
     """Parameters, buffers or optimizer state changed between two recorded steps."""
-
-
-class CoupledExamplesError(AttribError):
-    """A module makes one example's loss depend on the others of its batch."""
 
 
 class ModelMismatchError(AttribError, ValueError):

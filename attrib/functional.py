@@ -1,11 +1,12 @@
 """A function of a module, as a pure function of its trainable parameters.
 
-The caller's module is never written to: parameters are handed in by name, buffers and frozen parameters are copies.
+The caller's module comes back as it was: parameters are handed in by name, buffers and frozen parameters are copies.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,8 @@ from torch import Tensor, nn
 from .errors import ChangedOutsideError
 from .layout import Layout
 
-PREFIX = "model."
-
-
-class _Bound(nn.Module):
-    """Holds the model so that `functional_call` reaches every use the function makes of it."""
-
-    def __init__(self, model: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(self.model, *args)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def constants_of(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
@@ -40,6 +30,22 @@ def cast(t: Any, dtype: torch.dtype) -> Any:
     return t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
 
 
+def ordinary(t: Any) -> Any:
+    """A tensor made under `torch.inference_mode` as one that can be differentiated through; all else as it is."""
+    return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+
+
+def differentiable(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with gradients on, whether or not it is called under `torch.no_grad` or `torch.inference_mode`."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.enable_grad():
+            return function(*args, **kwargs)
+
+    return called
+
+
 class Functional:
     """`function(model, *args)` with the model's state given: `f(parameters, *args)`.
 
@@ -52,14 +58,39 @@ class Functional:
 
     def __init__(self, model: nn.Module, function: Callable[..., Any], layout: Layout, dtype: torch.dtype) -> None:
         self.layout, self.dtype = layout, dtype
-        self._bound = _Bound(model, function)
+        self._model, self._function = model, function
         self._constants = {n: cast(t, dtype).clone() for n, t in constants_of(model, layout).items()}
         self._versions = {n: t._version for n, t in self._constants.items()}
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
-        state = {PREFIX + n: t for n, t in (*self._constants.items(), *parameters.items())}
-        batch = tuple(cast(a, self.dtype) for a in args)
-        return torch.func.functional_call(self._bound, state, batch)
+        with self.bound(parameters):
+            return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """The function with the model as it is: within `bound`."""
+        return self._function(self._model, *(cast(a, self.dtype) for a in args))
+
+    @contextmanager
+    def bound(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it the model holds the given parameters, so that a backward pass that runs parts of it again (activation
+        checkpointing) runs them with these."""
+        given = {**self._constants, **parameters}
+        held = {
+            id(t): given[n] for n, t in (*self._model.named_parameters(), *self._model.named_buffers()) if n in given
+        }
+        swapped = []
+        for module in self._model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, t in tensors.items():
+                    if t is not None and id(t) in held:
+                        swapped.append((tensors, name, t))
+        for tensors, name, t in swapped:
+            tensors[name] = held[id(t)]
+        try:
+            yield
+        finally:
+            for tensors, name, t in swapped:
+                tensors[name] = t
 
     def check_constants(self) -> None:
         """Raise ChangedOutsideError if a call wrote to a buffer: then it is not a function of the parameters."""
@@ -83,17 +114,3 @@ def training_modes(model: nn.Module, training: Sequence[str]) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
-
-
-@contextmanager
-def random_state(state: Tensor | None) -> Iterator[None]:
-    """Run with torch's CPU generator at `state` and put it back afterwards; None leaves it alone."""
-    if state is None:
-        yield
-        return
-    before = torch.get_rng_state()
-    torch.set_rng_state(state)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)

@@ -1,4 +1,4 @@
-"""The ledger: initial + examples + decay + inherited + residual = final, per query, and the three identities of the run."""
+"""The ledger: initial + examples + decay + inherited + residual = final, per query, and the five identities of the run."""
 
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +15,8 @@ SHOWN = 8  # queries printed
 class Ledger:
     """The terms, each (query,), in the measurement's units; printed, or shown as a table in a notebook.
 
-    identities: name -> the largest relative gap over all steps (see the README for what each is relative to).
+    identities: name -> the largest relative gap over the steps where it was checked, NaN for none (see the README for what
+    each is relative to).
     """
 
     terms: xr.Dataset
@@ -42,7 +43,7 @@ class Ledger:
             lines.append(str(name).ljust(width) + "".join(_number(n, row[n]).rjust(14) for n in TERMS))
         if len(table) > SHOWN:
             lines.append(f"... and {len(table) - SHOWN} more queries")
-        lines += [f"{name} identity".ljust(24) + f"{gap:.2e}" for name, gap in self.identities.items()]
+        lines += [f"{name} identity".ljust(24) + _gap(gap) for name, gap in self.identities.items()]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -50,8 +51,12 @@ class Ledger:
         formats = {n: (lambda v, n=n: _number(n, v)) for n in TERMS}
         shown = table.head(SHOWN).to_html(formatters=formats, escape=True, border=0)
         more = f"<p>... and {len(table) - SHOWN} more queries</p>" if len(table) > SHOWN else ""
-        gaps = "; ".join(f"{escape(name)} {gap:.1e}" for name, gap in self.identities.items())
+        gaps = "; ".join(f"{escape(name)} {_gap(gap)}" for name, gap in self.identities.items())
         return f"{shown}{more}<p>Identities, largest gap: {gaps}</p>"
+
+
+def _gap(gap: float) -> str:
+    return f"{gap:.2e}" if gap == gap else "not checked"
 
 
 def query_names(labelled: xr.Dataset | xr.DataArray) -> list[str]:

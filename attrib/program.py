@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from .generators import generators, set_generators
 
 log = logging.getLogger("attrib")
 
@@ -21,7 +24,26 @@ TRACE_AFTER = 3  # calls of a kind
 KINDS = 64  # traced at most
 
 
+# calls by which Python reads a value of a tensor
+_READS = {"tolist", "item", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__index__"}
+_READS |= {"__contains__", "__array__"}
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class _Unread(TorchFunctionMode):
+    """While active, reading a value off a tensor computed from the tape's inputs is an error: a tape would keep what it
+    was. (`tolist` and `numpy` make no ATen operation.)"""
+
+    def __init__(self, tape: "Tape") -> None:
+        super().__init__()
+        self._tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _READS:
+            for t in tree_flatten((args, kwargs))[0]:
+                if isinstance(t, Tensor) and self._tape.moves(t):
+                    raise TypeError(f"{func.__name__} reads a value")
+        return func(*args, **(kwargs or {}))
 
 
 class Tape(TorchDispatchMode):
@@ -36,19 +58,30 @@ class Tape(TorchDispatchMode):
         self.graph = fx.Graph()
         self.constants: list[Tensor] = []
         self._known: dict[int, tuple[fx.Node, Tensor]] = {}  # held, so that no id is given twice
+        self._moving: set[fx.Node] = set()  # that depend on the inputs
         for n, t in enumerate(inputs):
             self._known[id(t)] = self.graph.placeholder(f"input_{n}"), t
+        self._moving.update(self.graph.nodes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _DEPENDS_ON_VALUES.isdisjoint(func.tags):
+        if not _DEPENDS_ON_VALUES.isdisjoint(func.tags) and any(map(self.moves, tree_flatten((args, kwargs))[0])):
             raise TypeError(f"{func} depends on values")
         out = func(*args, **(kwargs or {}))
         node = self.graph.call_function(func, *tree_map(self._node, (tuple(args), kwargs or {})))
+        if not self._moving.isdisjoint(node.all_input_nodes):
+            self._moving.add(node)
         several = isinstance(out, tuple | list)
         for k, t in enumerate(out if several else (out,)):
             if isinstance(t, Tensor):
-                self._known[id(t)] = self.graph.call_function(operator.getitem, (node, k)) if several else node, t
+                part = self.graph.call_function(operator.getitem, (node, k)) if several else node
+                if node in self._moving:
+                    self._moving.add(part)
+                self._known[id(t)] = part, t
         return out
+
+    def moves(self, t: Any) -> bool:
+        """Whether a tensor was computed from the inputs."""
+        return id(t) in self._known and self._known[id(t)][0] in self._moving
 
     def _node(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -106,27 +139,28 @@ class Program:
         leaves, self._spec = tree_flatten(result)
         self._constants = [_Here() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-        random = torch.get_rng_state()
+        random = generators()
         given = [t.detach() for t in inputs]
         try:
-            with Tape(given) as tape:
+            tape = Tape(given)
+            with tape, _Unread(tape):
                 outputs = [leaf for leaf in tree_flatten(function(given))[0] if isinstance(leaf, Tensor)]
             self._graph, self._outside = tape.module(outputs), tape.constants
         except Exception as error:  # whatever a model does that a graph cannot hold
             log.debug("not traced, run as it is: %s: %s", type(error).__name__, error)
         finally:
-            torch.set_rng_state(random)
+            set_generators(random)
 
     def _check(self, result: Any, inputs: Sequence[Tensor]) -> None:
         """Against the function's own result: the graph must not hold what belonged to the inputs it was traced with."""
-        random = torch.get_rng_state()
+        random = generators()
         try:
             mine, theirs = tree_flatten(self._run(inputs))[0], tree_flatten(result)[0]
             self._checked = len(mine) == len(theirs) and all(map(_same, mine, theirs))
         except Exception as error:
             log.debug("the traced graph fails: %s", error)
         finally:
-            torch.set_rng_state(random)
+            set_generators(random)
         if not self._checked:
             self._graph = None
             log.debug("the traced graph gives other numbers than the loss: it is run as it is")

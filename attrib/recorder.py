@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .capture import Capture
 from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity, tensor_option
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
+from .functional import ordinary
 from .interrupt import shielded
 from .layout import Layout
 from .optim import Replay, Rerun, read_hyper, read_state, rule_of
@@ -68,7 +69,7 @@ def record(
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
 
     Raises:
-        UnsupportedOptimizerError, StoreExistsError, CoupledExamplesError, ValueError: before anything is written.
+        UnsupportedOptimizerError, StoreExistsError, ChangedOutsideError, ValueError: before anything is written.
 
     Example:
         >>> recorder = attrib.record(optimizer, model, loss, "run.zarr")  # doctest: +SKIP
@@ -184,11 +185,16 @@ class Recorder(torch.optim.Optimizer):
             batch: what `loss` takes after the model: tensors with B rows each.
 
         Raises:
-            BatchError, LossError, BatchIdentityError, ChangedOutsideError, CoupledExamplesError: the step was refused;
+            BatchError, LossError, BatchIdentityError, SplitIdentityError, ChangedOutsideError: the step was refused;
                 parameters, optimizer and store are as they were.
             StepIdentityError: the optimizer did something else than its rule; recording ends before this step.
         """
+        with torch.inference_mode(False), torch.enable_grad():  # however it is called
+            self._step(index, batch)
+
+    def _step(self, index: Any, batch: tuple[Tensor, ...]) -> None:
         began = time.perf_counter()
+        batch = tuple(ordinary(b) for b in batch)
         ids, rows = check_batch(index, batch)
         if not self._open:
             raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
@@ -209,7 +215,8 @@ class Recorder(torch.optim.Optimizer):
         hyper = read_hyper(self._rule, self.optimizer)
         with shielded():  # from Ctrl-C: a step that is made is recorded
             moved = time.perf_counter()
-            self.optimizer.step()
+            with torch.no_grad():
+                self.optimizer.step()
             facts["seconds"] = (began - self._left) + (time.perf_counter() - moved)
             after = self._layout.flatten(self._parameters)
             self._guard.stepped(after, self.optimizer)

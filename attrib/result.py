@@ -16,13 +16,22 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from .errors import CompletenessError, KeptAxesError, StoreError, StoreExistsError
+from .errors import (
+    CompletenessError,
+    KeptAxesError,
+    LimitIdentityError,
+    SplitIdentityError,
+    StoreError,
+    StoreExistsError,
+)
 from .ledger import Ledger, query_names
 from .marginals import order
 
 # string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
 LABELS = {"group": "group", "query_name": "query"}
 PREFIX = "contribution"
+SUMMED = ("batch", "step", "measurement")  # the identities that completeness is made of
+IDENTITIES = (*SUMMED, "split", "limit")
 
 
 def join(parts: Sequence[xr.Dataset], names: Sequence[str] = ()) -> xr.Dataset:
@@ -35,6 +44,8 @@ def join(parts: Sequence[xr.Dataset], names: Sequence[str] = ()) -> xr.Dataset:
         whole = xr.concat(parts, "query", data_vars="minimal", coords="minimal", compat="override")
         for name in (n for n, values in parts[0].items() if "query" not in values.dims):  # the gaps: the largest counts
             whole[name] = xr.concat([p[name] for p in parts], "sweep").max("sweep")
+    for failure in (k for p in parts for k in p.attrs if k.endswith("_failure")):
+        whole.attrs.setdefault(failure, next(p.attrs[failure] for p in parts if failure in p.attrs))
     whole = whole.assign_coords(query=np.arange(whole.sizes["query"]))
     return whole.assign_coords(query_name=("query", list(names[: whole.sizes["query"]]))) if names else whole
 
@@ -183,11 +194,13 @@ class Result:
                 "final": self.final,
             }
         )
-        identities = {
-            name: float(np.nanmax(self.dataset[f"{name}_identity"].values, initial=0.0))
-            for name in ("batch", "step", "measurement")
-        }
-        return Ledger(terms, identities)
+        return Ledger(terms, {name: self._gap(name) for name in IDENTITIES})
+
+    def _gap(self, name: str) -> float:
+        """The largest of an identity; NaN where it was not checked at all."""
+        gaps = self.dataset.get(f"{name}_identity")
+        known = np.array([]) if gaps is None else gaps.values[~np.isnan(gaps.values)]
+        return float(known.max()) if len(known) else float("nan")
 
     def check(self, rtol: float = 1e-6) -> Ledger:
         """Check that initial + examples + decay + inherited == final, as far as numbers can be stored.
@@ -200,8 +213,13 @@ class Result:
 
         Raises:
             CompletenessError: with the worst query, its residual and the identity that is furthest off.
+            SplitIdentityError: a share is not that of its example, though all add up; names step, example and group.
+            LimitIdentityError: the path's vector is not a gradient in the limit; names query and parameter.
         """
         ledger = self.ledger()
+        for name, error in (("split", SplitIdentityError), ("limit", LimitIdentityError)):
+            if (failure := self.dataset.attrs.get(f"{name}_failure")) is not None:
+                raise error(f"{failure}\n{ledger}")
         residual = np.abs(ledger.terms["residual"].values)
         sizes = [
             np.abs(ledger.terms["initial"].values),
@@ -214,7 +232,8 @@ class Result:
         gap = np.where(np.isfinite(residual), gap, np.inf)
         worst = int(np.argmax(gap))
         if not gap[worst] <= rtol:
-            name = max(ledger.identities, key=ledger.identities.__getitem__)
+            summed = {n: gap for n, gap in ledger.identities.items() if n in SUMMED and not np.isnan(gap)}
+            name = max(summed, key=summed.__getitem__)
             at = self.dataset[f"{name}_identity"]
             step = int(at["step"].values[int(np.nanargmax(at.values))])
             hint = " Are model and loss those that were recorded?" if name == "batch" else ""

@@ -132,7 +132,7 @@ class Run:
         return tuple(torch.from_numpy(a) for a in self.reader.batch(kind, rows))
 
     def scale(self, step: int) -> float:
-        """The common factor between an example's gradient and its share."""
+        """The common factor between an example's gradient and its share; NaN where it is fitted when attributing."""
         return float(self.reader.read("scale", self._step(step)))
 
     def vector(self, step: int) -> Tensor:
@@ -158,14 +158,16 @@ class Run:
         return from_tensors(chosen, lambda name: torch.from_numpy(self.reader.read(name, at))[:size])
 
     def random_state(self, step: int) -> Tensor | None:
-        """State of torch's generator before the forward pass of a step; None where the loss drew no numbers."""
+        """State of the generators before the forward pass of a step (`generators`); None where the loss drew no numbers."""
         if "random" not in self.reader:
             return None
         return torch.from_numpy(self.reader.read("random", self._step(step)))
 
     def log(self, name: str) -> np.ndarray:
-        """(T,) of "loss", "batch_identity" or "step_identity", NaN where it was not checked; of "seconds", what the step
-        took without being recorded, NaN for the first."""
+        """(T,) of "loss", "batch_identity", "step_identity" or, with stored shares, "split_identity", NaN where it was not
+        checked; of "seconds", what the step took without being recorded, NaN for the first."""
+        if name == "split_identity" and f"log/{name}" not in self.reader:  # recorded before there was one
+            return np.full(self.steps, np.nan)
         return self.reader.read(f"log/{name}", slice(0, self.steps))
 
     def load(self, model: nn.Module, step: int) -> None:

@@ -9,8 +9,10 @@ import torch
 import xarray as xr
 
 from .marginals import Marginals, Places
+from .path import Limit, limit_bound
 from .result import PREFIX
 from .run import Run
+from .source import Split
 from .store import CubeWriter
 
 log = logging.getLogger("attrib")
@@ -62,6 +64,9 @@ class Sink:
         self._warned = False
         self._places: Places | None = None
         self.gaps = {name: np.zeros(steps) for name in ("batch", "step", "measurement")}
+        self.gaps |= {name: np.full(steps, np.nan) for name in ("split", "limit")}
+        self.failures: dict[str, str] = {}  # of an identity, in a sentence
+        self._recorded = run.log("split_identity") if run.capture != "replay" else None
         self._cube = None if cube is None else CubeWriter(cube, start, queries, steps, labels)
 
     def add(self, first: int, index: list[np.ndarray], t: Terms) -> None:
@@ -87,21 +92,54 @@ class Sink:
     def _add_examples(
         self, n: int, index: np.ndarray, contributions: np.ndarray, gradient: np.ndarray, least: np.ndarray
     ) -> None:
-        """One step: (B,) ids, (Q, B, K), and <U, gradient> (Q, K), which the contributions must sum to; least (Q,): of what
-        is smaller, as it is where nothing is left to learn, the gap is that of rounding."""
+        """One step: (B,) ids, (Q, B, K), and <U, gradient> (Q, K), which contributions must sum to, group by group; least
+        (Q,): of what is smaller, as it is where nothing is left to learn, the gap is that of rounding."""
         if self._places is None or not np.array_equal(self._places.ids, index):
             self._places = Places(self.run.examples, index)
+        if len(self.labels) < len(self.member):
+            contributions, gradient = contributions @ self.member, gradient @ self.member
         shares = contributions.sum(1)
         self.gross += np.abs(shares).sum(1)
         sizes = np.array([np.abs(c).sum() for c in contributions])
         self.gaps["batch"][n] = _gap(np.abs(shares - gradient).max(1), np.maximum(sizes, least))
         self._warn(self.first + n, self.gaps["batch"][n])
-        if len(self.labels) < len(self.member):
-            contributions = contributions @ self.member
         self.examples += shares.sum(1)
         self.marginals.add(n, self._places, contributions)
         if self._cube is not None:
             self._cube.put(n, index, contributions)
+
+    def add_split(self, step: int, index: np.ndarray, split: Split | None) -> None:
+        """The gap of a drawn step; without a loss, what was recorded with it."""
+        if split is None:
+            if self._recorded is not None:
+                known = slice(self.first, self.first + len(self.gaps["split"]))
+                self.gaps["split"] = self._recorded[known].copy()
+            return
+        self.gaps["split"][step - self.first] = split.gap
+        if split.slot is not None and split.group is not None:
+            self._fail(
+                "split",
+                f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, expected at most "
+                f"{self._bound:.1g}, at step {step}, example {index[split.slot]}, group {self.labels[split.group]!r}. Does "
+                f"the loss draw random numbers outside of model(...), or keep something from call to call?",
+            )
+
+    def add_limit(self, limit: Limit, dtype: torch.dtype) -> None:
+        """The gap at the start of the sweep, in the last step of the window."""
+        self.gaps["limit"][-1] = limit.gap
+        if limit.tensor is not None:
+            self._fail(
+                "limit",
+                f"the path does not tend to the gradient of the measurement: got a gap of {limit.gap:.3g}, expected "
+                f"at most {limit_bound(dtype):.1g}, at query {limit.query}, parameter {limit.tensor!r}. An operation of the "
+                f"measurement has a wrong derivative under this path: try another, such as "
+                f"path=attrib.GaussLegendre(nodes=4).",
+            )
+
+    def _fail(self, name: str, sentence: str) -> None:
+        if name not in self.failures:
+            self.failures[name] = sentence
+            log.warning("the %s identity fails: %s", name, sentence)
 
     def _warn(self, step: int, gap: float) -> None:
         if gap > self._bound and not self._warned:
@@ -146,7 +184,8 @@ class Sink:
             "example": self.run.examples,
             "group": list(self.labels),
         }
-        facts = {**facts, "window": [reached, self.first + steps]}
+        failures = {f"{name}_failure": sentence for name, sentence in self.failures.items()}
+        facts = {**facts, **failures, "window": [reached, self.first + steps]}
         done = dict.fromkeys(("step", "update_step", "state"), slice(skipped, None))
         return xr.Dataset(variables, coordinates, facts).isel(done)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .checks import batch_identity, same_state, share_bound, step_identity
+from .checks import ShareBound, batch_identity, same_state, step_identity
 from .errors import AttribError
 from .kernels import factors
 from .run import Run
@@ -52,7 +52,7 @@ def verify(run: Run, progress: bool = True) -> Verification:
                     found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step))
                     if run.capture != "replay":
                         gradient, penalty = block.examples[n], None if block.penalty is None else block.penalty[n]
-                        within = share_bound(gradient, lambda: 0.0, penalty)
+                        within = ShareBound(gradient, lambda: 0.0, penalty)
                         found.note("batch", batch_identity(run.layout, gradient, _total(run, step), step, within))
                     bar.update()
                 after = block.state_after

@@ -95,6 +95,21 @@ def rows(factor: Factor) -> Tensor:
     return factor.values.flatten(1)
 
 
+def weighted(factor: Factor, weights: Tensor) -> Factor:
+    """Each example's gradient times its weight, (B,)."""
+
+    def times(t: Tensor) -> Tensor:
+        return t * weights.view(-1, *(1,) * (t.dim() - 1))
+
+    if isinstance(factor, Outer):
+        return factor._replace(left=times(factor.left))
+    if isinstance(factor, Convolution):
+        return factor._replace(delta=times(factor.delta))
+    if isinstance(factor, Lookup):
+        return factor._replace(rows=times(factor.rows))
+    return Dense(times(factor.values))
+
+
 def total(factor: Factor) -> Tensor:
     """The sum over the examples, (entries,)."""
     if isinstance(factor, Outer):

@@ -78,7 +78,7 @@ def test_setups_of_every_kind_are_taken(
     options = ["--queries", "2", "--window", "3:", "--keep", "step,group", "--keep", "example", "--memory", "1G"]
     found = said(capsys, "attribute", run, "--setup", setup, "-o", out, *options)
     assert found["result"] == out
-    assert set(found["identities"]) == {"batch", "step", "measurement"}
+    assert set(found["identities"]) == {"batch", "step", "measurement", "split", "limit"}
     result = attrib.open_result(out)
     assert found["queries"][0]["final"] == float(result.final[0])
     assert result.dataset.attrs["window"] == [3, 9]

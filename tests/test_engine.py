@@ -189,13 +189,21 @@ def test_loss_is_asked_for_under_replay(trained: Trained) -> None:
 
 def test_another_loss_is_found_out(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
     def other(m: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return 2 * trained.case.loss(m, x, y)
+        return trained.case.loss(m, x, y) ** 2
 
     with caplog.at_level(logging.WARNING, logger="attrib"):
         result = trained.attribute(loss=other)
     assert sum("not the one that was recorded" in message for message in caplog.messages) == 1
     with pytest.raises(errors.CompletenessError, match="batch identity is furthest off"):
         result.check()
+
+
+def test_a_loss_that_is_recorded_times_a_number_is_the_same_account(trained: Trained) -> None:
+    """What was recorded of the scale is assumed at steps that are not checked: p.grad says what it is."""
+    plain = trained.attribute()
+    scaled = trained.attribute(loss=lambda m, x, y: 2 * trained.case.loss(m, x, y))
+    scaled.check()
+    np.testing.assert_allclose(scaled.by("example"), plain.by("example"), rtol=1e-9)
 
 
 def test_arguments_of_another_kind_are_refused_in_words(trained: Trained) -> None:

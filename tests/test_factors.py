@@ -146,11 +146,9 @@ def test_slices_of_a_batch_change_nothing() -> None:
     directions = torch.randn(2, layout.size, dtype=torch.float64)
     whole = Shares(loss, model, layout, torch.float64)
     whole.contract(theta, (x,), directions)
-    assert whole._bytes
-    for size in (
-        1,
-        *(int(whole._bytes * k) for k in range(1, 9)),
-    ):  # of 1 to 7 examples; of 4 to 6 the last one overlaps
+    bytes_ = whole._forms.of(theta, (x,)).bytes
+    assert bytes_
+    for size in (1, *(int(bytes_ * k) for k in range(1, 9))):  # of 1 to 7 examples; of 4 to 6 the last one overlaps
         shares = Shares(loss, model, layout, torch.float64, slices=size)
         losses, contracted = shares.contract(theta, (x,), directions)
         np.testing.assert_allclose(contracted.sum(-1), directions.numpy() @ expected.T, atol=1e-9)

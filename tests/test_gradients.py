@@ -1,5 +1,7 @@
 """Per-example gradients of every layer against batches of one."""
 
+from collections.abc import Callable
+
 import numpy as np
 import oracles
 import pytest
@@ -92,21 +94,13 @@ def test_listed_functions_make_no_detour(name: str) -> None:
     model, layout, theta, x, _ = setting(name, 4)
     shares = Shares(loss, model, layout, torch.float64)
     shares.contract(theta, (x,), theta[None])
-    (plan,) = shares._plans.values()
-    assert plan.whole == ()
-    sites = shares._trace(theta, (x,)).sites
+    (plan,) = shares._forms.plans.values()
+    assert plan.whole == {}
+    parameters = shares.vector.parameters(theta)
+    with shares._loss.bound(parameters):
+        sites = shares._forms.follow(parameters, (x,)).sites
     assert sites
     assert all(site.call.function in FUNCTIONS for site in sites)
-
-
-class Coupled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        return y - y.mean(0)
 
 
 class TimeFirstFlat(nn.Module):
@@ -150,27 +144,6 @@ def test_examples_without_a_gradient_do_not_hide_the_layout(zero: bool, length: 
     directions = torch.randn(2, layout.size, dtype=torch.float64)
     contracted = shares.contract(moved, (x,), directions)[1].sum(-1)
     np.testing.assert_allclose(contracted, directions.numpy() @ expected.T, atol=1e-11)
-
-
-def test_packed_tokens_are_refused_by_name() -> None:
-    """Which rows are whose depends on the mask: on another batch the split would be another."""
-
-    class Packed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(3, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            mask = x[..., 0] > -50
-            out = torch.zeros(*x.shape[:2], 4, dtype=x.dtype)
-            out[mask] = self.inner(x[mask]).tanh()
-            return out.sum(1)
-
-    model = Packed().double()
-    layout, theta = layout_of(model)
-    x = torch.randn(4, 5, 3, dtype=torch.float64)
-    with pytest.raises(attrib.errors.CoupledExamplesError, match="'inner"):
-        Shares(loss, model, layout, torch.float64).contract(theta, (x,), theta[None])
 
 
 def test_frozen_parameters_have_no_shares() -> None:
@@ -226,17 +199,10 @@ def test_products_with_a_vector_or_a_stack_of_matrices(shape: tuple[int, ...]) -
     )
 
 
-def test_coupled_examples_are_refused_by_name() -> None:
-    model = Coupled().double()
-    layout, theta = layout_of(model)
-    x = torch.randn(4, 3, dtype=torch.float64)
-    with pytest.raises(attrib.errors.CoupledExamplesError, match=r"linear\.(weight|bias)"):
-        Shares(loss, model, layout, torch.float64).contract(theta, (x,), theta[None])
-
-
-def test_batch_norm_in_train_mode_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
-    with pytest.raises(attrib.errors.CoupledExamplesError, match=r"BatchNorm1d in train mode.*'1'"):
+@pytest.mark.parametrize("build", [nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d])
+def test_running_statistics_in_train_mode_are_refused_by_name(build: Callable[..., nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), build(3, track_running_stats=True)).double()
+    with pytest.raises(attrib.errors.ChangedOutsideError, match=r"running statistics.*in train mode.*'1'"):
         Shares(loss, model, layout_of(model)[0], torch.float64)
 
 

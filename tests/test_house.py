@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 # a module imports only strictly lower floors, siblings within one folder excepted
 FLOORS = [
     {"kernels"},
-    {"budget", "errors", "layout", "functional", "interrupt", "ledger", "marginals", "program", "result"},
+    {"budget", "errors", "layout", "functional", "generators", "interrupt", "ledger", "marginals", "program", "result"},
     {"checks", "gradients", "optim", "path", "store", "measure"},
     {"capture", "trajectory"},
     {"recorder", "run"},
-    {"plan", "sink", "source"},
+    {"plan", "source"},
+    {"sink"},
     {"engine", "verify"},
     {"intervention", "phases", "report", "scale", "setup"},
     {"development"},

@@ -61,7 +61,7 @@ def test_ctrl_c_leaves_a_complete_window(
     assert float(abs(result.inherited).max()) > 0  # momentum from before the window
     press(0)
     window = trained.attribute(steps=slice(first, None))
-    for name in window.dataset.data_vars:
+    for name in set(window.dataset.data_vars) - {"split_identity", "limit_identity"}:  # checked at steps of their own
         np.testing.assert_allclose(
             result.dataset[name], window.dataset[name], rtol=1e-10, atol=1e-13, err_msg=str(name)
         )

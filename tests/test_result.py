@@ -40,7 +40,7 @@ def test_the_ledger_adds_up_term_by_term(result: attrib.Result) -> None:
     text = str(ledger)
     for word in ("initial", "examples", "decay", "inherited", "residual", "final", "batch identity", "step identity"):
         assert word in text
-    assert set(ledger.identities) == {"batch", "step", "measurement"}
+    assert set(ledger.identities) == {"batch", "step", "measurement", "split", "limit"}
 
 
 def test_a_sign_is_positive_where_the_example_raised_the_measurement() -> None:

@@ -13,7 +13,7 @@ import attrib
 from attrib.layout import Layout
 from attrib.path import Query, rules
 from attrib.path.graph import Graph
-from attrib.path.quadrature import gradient_of
+from attrib.path.quadrature import gradients_one_by_one, gradients_side_by_side
 
 
 def ends(case: OperationCase, seed: int, distance: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,12 +158,13 @@ def test_gauss_legendre_reaches_rounding_on_a_smooth_network() -> None:
     assert gap.abs().max() <= 1e-10
 
 
-def test_gradient_of_agrees_with_autograd() -> None:
+def test_gradients_of_a_query_are_those_of_autograd() -> None:
     query, theta, _ = model_query("gpt")
     leaf = theta.clone().requires_grad_()
     value = query.of_parameters(query.layout.unflatten(leaf), *query.batch)
     expected = torch.stack([torch.autograd.grad(v, leaf, retain_graph=True)[0] for v in value])
-    torch.testing.assert_close(gradient_of(query)(theta), expected, rtol=1e-12, atol=1e-12)
+    for gradient in (gradients_one_by_one, gradients_side_by_side):
+        torch.testing.assert_close(gradient(query)(theta), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_operations_without_a_rule_are_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,23 +8,26 @@
 """
 
 from .guard import Guard
-from .identities import batch_identity, same_bits, same_state, share_bound, step_identity
+from .identities import ShareBound, batch_identity, same_bits, same_state, split_bound, split_gaps, step_identity
 from .intake import check_batch, check_gradient, check_options, names_of, tensor_option
 from .randomness import RandomWatch
-from .reduction import Reduction
+from .reduction import Reduction, fit_scale
 
 __all__ = [
     "Guard",
     "RandomWatch",
     "Reduction",
+    "ShareBound",
     "batch_identity",
     "check_batch",
     "check_gradient",
     "check_options",
+    "fit_scale",
     "names_of",
     "same_bits",
     "same_state",
-    "share_bound",
+    "split_bound",
+    "split_gaps",
     "step_identity",
     "tensor_option",
 ]

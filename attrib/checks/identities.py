@@ -1,12 +1,17 @@
-"""The first two identities, as numbers and as errors: shares sum to p.grad; the replayed update is the real one."""
+"""Identities as numbers and as errors: shares sum to p.grad; the replayed update is the real one; each share is that of its
+own example."""
 
+import logging
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import BatchIdentityError, ChangedOutsideError, StepIdentityError
 from ..layout import Layout
+
+log = logging.getLogger("attrib")
 
 
 def _root(dtype: torch.dtype) -> float:
@@ -15,21 +20,35 @@ def _root(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.5)
 
 
-def share_bound(gradient: Tensor, gross: Callable[[], float], penalty: Tensor | None = None) -> Callable[[float], bool]:
+class ShareBound:
     """Whether a gap between p.grad and the sum of shares is no more than rounding, that of a penalty which was in p.grad
     and is taken off included.
 
-    At an optimum p.grad cancels to rounding itself; what the rounding is of is the gross size, sum_i |g_i|, which is
-    asked for only where the cheap bound does not settle it.
+    At an optimum p.grad cancels to rounding itself; what the rounding is of is the gross size, sum_i |g_i|, which is asked
+    for once, and only where the cheap bound does not settle it. Where it cannot be had it is 0: the gap stands.
     """
-    norm, eps = float(gradient.double().norm()), float(torch.finfo(gradient.dtype).eps)
-    # taking it off leaves eps of it, as does each of the sums that p.grad was made by: a few eps
-    taken = 0.0 if penalty is None else 16 * eps * float(penalty.double().norm())
 
-    def within(gap: float) -> bool:
-        return gap <= eps**0.5 * norm + taken or gap <= 16 * eps * gross() + taken
+    def __init__(self, gradient: Tensor, gross: Callable[[], float], penalty: Tensor | None = None) -> None:
+        self._eps = float(torch.finfo(gradient.dtype).eps)
+        self._norm, self._gross = float(gradient.double().norm()), gross
+        # taking it off leaves eps of it, as does each of the sums that p.grad was made by: a few eps
+        self._taken = 0.0 if penalty is None else 16 * self._eps * float(penalty.double().norm())
+        self._known: float | None = None
 
-    return within
+    def cheap(self, gap: float) -> bool:
+        return gap <= self._eps**0.5 * self._norm + self._taken
+
+    def gross(self, gap: float) -> bool:
+        if self._known is None:
+            try:
+                self._known = self._gross()
+            except Exception as error:  # it must not hide what is wrong
+                log.debug("the size of the shares cannot be had: %s", error)
+                self._known = 0.0
+        return gap <= 16 * self._eps * self._known + self._taken
+
+    def __call__(self, gap: float) -> bool:
+        return self.cheap(gap) or self.gross(gap)
 
 
 def batch_identity(
@@ -40,7 +59,7 @@ def batch_identity(
     Raises:
         BatchIdentityError: naming the parameter, where a gap is not `within` rounding (sqrt(eps) of |p.grad| by default).
     """
-    within = within or share_bound(gradient, lambda: 0.0)
+    within = within or ShareBound(gradient, lambda: 0.0)
     norm = float(gradient.double().norm()) or 1.0
     gaps = {name: float((gradient[part] - shares[part]).double().norm()) for name, part in layout.slices()}
     worst = max(gaps, key=gaps.__getitem__)
@@ -53,6 +72,25 @@ def batch_identity(
             f"one backpropagated. The step was refused."
         )
     return gaps[worst] / norm
+
+
+def split_bound(dtype: torch.dtype) -> float:
+    """On the gaps below, in the precision that shares are computed in."""
+    return _root(dtype)
+
+
+def split_gaps(
+    differences: np.ndarray, sizes: np.ndarray, dtype: torch.dtype, least: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """How far shares are from those of their own examples, of each group relative to its size; (..., G) each.
+
+    Both are norms of one random combination of the examples' shares, so of the size of sqrt(sum_i c_i^2): an example in the
+    wrong place is not outvoted by the others. Where a group is next to nothing beside the others, rounding is of those: it
+    is counted as no smaller than 100 sqrt(eps) of all, nor than `least`.
+    """
+    whole = np.sqrt(np.square(sizes).sum(-1, keepdims=True))
+    floor = np.maximum(np.maximum(sizes, 100 * _root(dtype) * whole), least)
+    return differences / np.where(floor > 0, floor, 1.0)
 
 
 def step_identity(layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int) -> float:

@@ -2,17 +2,18 @@
 
     p.grad = scale * sum_i d loss_i / d theta,     scale = reduction * clipping
 
-The reduction ("mean": 1/B, "sum": 1) is fitted where the shares are computed; clipping, whatever changed all gradients by
-one factor after backward, is read off the norms before and after.
+The reduction ("mean": 1/B, "sum": 1, or any other factor) is fitted where the shares are computed; clipping, whatever
+changed all gradients by one factor after backward, is read off the norms before and after.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import BatchIdentityError
+from .identities import ShareBound
 
 log = logging.getLogger("attrib")
 
@@ -64,25 +65,46 @@ class Reduction:
             )
         return factor
 
-    def settled(self, size: int) -> bool:
-        """Whether the scale of a batch of this size is known without computing its shares."""
-        return self.kind in ("mean", "sum") or (self.kind == "single" and size == 1)
-
     def expected(self, size: int, clip: float) -> float:
-        """The scale where the shares are not computed."""
-        return clip / size if self.kind == "mean" else clip
+        """The scale where the shares are not computed; NaN where it is not known, to be fitted when they are."""
+        if size == 1 and self.kind in ("mean", "sum", "single"):
+            return clip
+        return {"mean": clip / size, "sum": clip}.get(self.kind or "", float("nan"))
 
-    def fit(self, gradient: Tensor, total: Tensor, size: int, clip: float, within: Callable[[float], bool]) -> float:
-        """The scale from p.grad and the unscaled sum of shares, (P,) each: the mean or the sum where the gap that
-        leaves is `within` rounding, fitted otherwise."""
+    def fit(self, gradient: Tensor, total: Tensor, size: int, clip: float, bound: ShareBound) -> float:
+        """The scale from p.grad and the unscaled sum of shares, (P,) each: the mean or the sum where the gap that leaves is
+        within rounding, fitted otherwise. What rounding is of, where gradients cancel, is asked for only where neither of
+        them nor the fit is within the cheap bound.
+        """
         scales = {"mean": clip / size, "sum": clip}
-        for kind in ["mean", "sum"] if self.kind not in scales else [self.kind]:
-            if within(float((gradient - scales[kind] * total).double().norm())):
-                if self.kind in (None, "single"):
-                    self.kind = "single" if size == 1 else kind
-                return scales[kind]
+        fitted = fit_scale(gradient, total)
+        for within in (bound.cheap, bound.gross):
+            fitting = [kind for kind, scale in scales.items() if within(_gap(gradient, total, scale))]
+            if fitting:
+                return scales[self._settle(fitting, size)]
+            if fitted is not None and within(_gap(gradient, total, fitted)):
+                break
         if self.kind != "other":
-            log.info("the reduction of the loss is neither its mean nor its sum: shares are computed at every step")
+            log.info("the reduction of the loss is neither its mean nor its sum: its scale is fitted when attributing")
         self.kind = "other"
-        square = float(total.double().square().sum())
-        return float((gradient.double() * total.double()).sum()) / square if square else clip
+        return clip if fitted is None else fitted
+
+    def _settle(self, fitting: list[str], size: int) -> str:
+        """One of the kinds that fit, and what is thought of the run from then on. Where both do (a batch of one, gradients
+        of zero) nothing is learnt."""
+        if len(fitting) == 1:
+            self.kind = "other" if self.kind not in (None, "single", fitting[0]) else fitting[0]
+            return fitting[0]
+        if size == 1 and self.kind is None:
+            self.kind = "single"
+        return self.kind if self.kind in fitting else fitting[0]
+
+
+def _gap(gradient: Tensor, total: Tensor, scale: float) -> float:
+    return float((gradient - scale * total).double().norm())
+
+
+def fit_scale(gradient: Tensor, total: Tensor) -> float | None:
+    """The factor that takes `total` nearest to `gradient`, of one shape each; None where total is zero."""
+    square = float(total.double().square().sum())
+    return float((gradient.double() * total.double()).sum()) / square if square else None

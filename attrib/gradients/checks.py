@@ -1,21 +1,28 @@
-"""What a loss and a model must be for their gradient to split over examples."""
+"""What a loss and a model must be."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CoupledExamplesError, LossError
+from ..errors import ChangedOutsideError, LossError
 
 
-def refuse_coupling(model: nn.Module) -> None:
-    """Raise CoupledExamplesError for a module that uses the statistics of its batch."""
+def refuse_written_buffers(model: nn.Module) -> None:
+    """Raise ChangedOutsideError for a module that writes running statistics: they change from step to step, and are not
+    recorded."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise CoupledExamplesError(
-                f"a module couples the examples of a batch: got {type(module).__name__} in train mode, expected eval "
-                f"mode, at {name!r}. Call model.get_submodule({name!r}).eval() before training, or use GroupNorm."
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+            raise ChangedOutsideError(
+                f"a module writes its running statistics while it trains: got {type(module).__name__} in train mode, "
+                f"expected buffers that stay as they are, at {name!r}. Build it with track_running_stats=False, to "
+                f"train on the statistics of each batch, or call model.get_submodule({name!r}).eval() before training."
             )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
 def check_losses(losses: Any, batch: tuple[Any, ...]) -> Tensor:

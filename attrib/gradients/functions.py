@@ -133,7 +133,7 @@ def _elementwise(product: bool) -> Function:
     return Function(("input", "other"), {"input": rule("input", "other"), "other": rule("other", "input")})
 
 
-# Product with a weight matrix on the right
+# Product with a weight matrix on the right, with a bias before it or without
 
 
 def _matmul(b: Bound, delta: Tensor, split: Split) -> Factor:
@@ -141,6 +141,14 @@ def _matmul(b: Bound, delta: Tensor, split: Split) -> Factor:
         raise NotImplementedError("only a matrix is met once at each position")
     inner, out = b["other"].shape
     return Outer(_per_position(b["input"], split, inner), _per_position(delta, split, out))
+
+
+def _addmm_matrix(b: Bound, delta: Tensor, split: Split) -> Factor:
+    return _matmul({"input": b["mat1"], "other": b["mat2"]}, delta * b.get("alpha", 1), split)
+
+
+def _addmm_bias(b: Bound, delta: Tensor, split: Split) -> Factor:
+    return _broadcast(delta * b.get("beta", 1), b["input"].shape, split)
 
 
 _LINEAR = ("input", "weight", "bias")
@@ -156,6 +164,10 @@ _CONVOLVED = Function(_CONVOLUTION, {"weight": _convolution, "bias": _bias_of_ch
 FUNCTIONS: dict[Callable[..., Any], Function] = {
     F.linear: Function(_LINEAR, {"weight": _linear, "bias": _bias_of_last}),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONVOLVED),
+    **dict.fromkeys(
+        (torch.addmm, Tensor.addmm),
+        Function(("input", "mat1", "mat2"), {"input": _addmm_bias, "mat2": _addmm_matrix}),
+    ),
     F.embedding: Function(_EMBEDDING, {"weight": _embedding}),
     F.layer_norm: _norm_last(F.layer_norm, _LAYER_NORM),
     F.rms_norm: _norm_last(F.rms_norm, _RMS_NORM),

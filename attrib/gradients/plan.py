@@ -1,43 +1,25 @@
-"""How the sites of one kind of batch split over its examples: read off a few of them, and checked.
+"""How the sites of one kind of batch split over its examples: read off some of them, and proven.
 
-Each example is replaced in turn to see what changes (`batchwise`), and what contraction gives is compared with the gradients
-of single losses. A parameter that fails goes through `vmap` of the whole loss.
+Each of a few examples is replaced in turn to see what changes (`batchwise`), which also tells whether the losses depend on
+each other. What contraction gives is then compared with the gradients of single losses, and on the whole batch with one
+backward pass for random weights of the examples: v . (<U, g_i>)_i = <d (v . loss) / d theta, U>, for every parameter by
+itself. What fails goes by the derivative along U (`along`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import random_state
+from ..generators import random_state
+from .along import random_weights
 from .batchwise import Batchwise, find
 from .sites import Site
-from .terms import contract, names_of, terms_at
+from .terms import contract, jvp_flow, names_of, terms_at
 
-PLAN_BATCH = 7  # examples that a plan is made on
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the sites of one kind of batch split: a reading per site, the parameters that go through vmap, and the calls
-    that the sites are."""
-
-    readings: list[Batchwise | None]
-    whole: tuple[str, ...]
-    calls: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One traced forward pass. bytes: of what the calls on data returned, all examples together."""
-
-    parameters: dict[str, Tensor]
-    sites: list[Site]
-    unsplit: set[str]
-    losses: Tensor
-    bytes: int = 0
+PLAN_BATCH = 7  # examples that a plan is made on, or that are replaced
 
 
 @dataclass(frozen=True)
@@ -49,11 +31,40 @@ class Probe:
     gradients: dict[str, Tensor | None]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the sites of one kind of batch split.
+
+    readings: of each site which rows are whose. whole: parameter -> why its shares go by the derivative along U. calls:
+    what the sites are. volatile: sites whose reading has to be checked in every batch. coupled: whether the losses depend on
+    each other.
+    """
+
+    readings: list[Batchwise | None]
+    whole: dict[str, str]
+    calls: tuple[Any, ...]
+    volatile: tuple[int, ...] = ()
+    coupled: bool = False
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One traced forward pass. bytes: of what the calls on data returned, all examples together. start: the state of the
+    generators before it."""
+
+    parameters: dict[str, Tensor]
+    sites: list[Site]
+    unsplit: set[str]
+    losses: Tensor
+    bytes: int = 0
+    start: Tensor | None = None
+
+
 Follow = Callable[[tuple[Any, ...]], Trace]  # a batch -> its forward pass, with the values at the sites
 
 
 def few(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The examples that a plan is made on."""
+    """The first examples of a batch."""
     return tuple(a[:PLAN_BATCH] if isinstance(a, Tensor) else a for a in batch)
 
 
@@ -68,81 +79,162 @@ def calls_of(trace: Trace) -> tuple[Any, ...]:
     return tuple((site.call.function, *sorted(names_of(site))) for site in trace.sites)
 
 
-def make_plan(follow: Follow, batch: tuple[Any, ...]) -> tuple[Plan, list[Probe]]:
-    """A plan from a few examples, one backward pass for each of three, and what those gave."""
-    start = torch.get_rng_state()
-    trace = follow(batch)
+def make_plan(follow: Follow, batch: tuple[Any, ...], start: Tensor | None) -> tuple[Trace, Plan]:
+    """A plan from some examples, one backward pass for each of three; `start`: the generators' state for every pass."""
+    with random_state(start):
+        trace = follow(batch)
     size, count = len(trace.losses), len(trace.sites)
-    readings = _readings(follow, batch, trace, start)
+    readings, coupled = _readings(follow, batch, trace, start)
     wanted = [*(s.edge for s in trace.sites), *trace.parameters.values()]
     probes = []
     for i in sorted({0, size // 2, size - 1}):
         found = torch.autograd.grad(trace.losses[i], wanted, retain_graph=True, allow_unused=True)
         probes.append(Probe(i, found[:count], dict(zip(trace.parameters, found[count:], strict=True))))
-    whole = set(trace.unsplit)
+    whole = dict.fromkeys(trace.unsplit, "which rows are whose depends on the content of the batch")
     for name in trace.parameters:
-        if name not in whole and not _splits(name, trace.sites, readings, probes, size):
-            whole.add(name)
-    return Plan(readings, tuple(sorted(whole)), calls_of(trace)), probes
+        if name not in whole and (reason := _unsplit(name, trace.sites, readings, probes, size)):
+            whole[name] = reason
+    volatile = tuple(n for n, site in enumerate(trace.sites) if site.volatile)
+    return trace, Plan(readings, whole, calls_of(trace), volatile, coupled)
+
+
+def unproven(trace: Trace, plan: Plan) -> dict[str, str]:
+    """On a whole batch: the parameters whose contraction, times random weights of the examples, is not that of the
+    gradient of the losses so weighted."""
+    size, names = len(trace.losses), [n for n in trace.parameters if n not in plan.whole]
+    if not names or not trace.losses.requires_grad:
+        return {}
+    weights = random_weights(size, size, trace.losses)
+    leaves, edges = [trace.parameters[n] for n in names], [s.edge for s in trace.sites]
+    pulled = torch.autograd.grad((trace.losses * weights).sum(), leaves, retain_graph=True, allow_unused=True)
+    deltas = torch.autograd.grad(trace.losses.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
+    wrong = {}
+    for name, gradient in zip(names, pulled, strict=True):
+        want = torch.zeros_like(trace.parameters[name]) if gradient is None else gradient
+        if (found := _contracted(name, trace.sites, plan.readings, deltas, want, size)) is None:
+            wrong[name] = "its sites cannot be contracted"
+        elif abs(float(weights.double() @ found.products) - found.direct) > found.bound * float(weights.abs().max()):
+            wrong[name] = "its rows do not agree with a backward pass of the batch"
+    return wrong
+
+
+def ownership(
+    trace: Trace, plan: Plan, ones: dict[int, Tensor | None], weighted: dict[int, Tensor | None], weights: Tensor
+) -> dict[int, Tensor]:
+    """Of each site how far off that is, relative to the largest."""
+    size, found = len(trace.losses), {}
+    for n, delta in weighted.items():
+        reading, plain = plan.readings[n], ones[n]
+        if delta is None or plain is None or reading is None:
+            continue
+        rows, plain = reading.split(delta, size), reading.split(plain, size)
+        expected = plain * weights.view(-1, *(1,) * (plain.dim() - 1))
+        largest = expected.abs().amax()
+        gap = (rows - expected).abs().amax() / torch.where(largest > 0, largest, torch.ones_like(largest))
+        found[n] = gap
+    return found
 
 
 def _kind(site: Site, size: int) -> tuple[Any, ...]:
     """Its call, its parameters, its shape but for the size of the batch."""
     shape = tuple((n // size, True) if n % size == 0 else (n, False) for n in site.shape)
-    return (site.call.function, *sorted(names_of(site)), shape)
+    return (site.call.function, *sorted(names_of(site)), shape, site.volatile)
 
 
-def _readings(follow: Follow, batch: tuple[Any, ...], trace: Trace, start: Tensor) -> list[Batchwise | None]:
-    """Replace each example in turn by its neighbour, the random numbers being the same, and see what changes."""
+def _readings(
+    follow: Follow, batch: tuple[Any, ...], trace: Trace, start: Tensor | None
+) -> tuple[list[Batchwise | None], bool]:
+    """Replace some examples in turn by their neighbours, the random numbers being the same, and see what changes; and
+    whether the loss of another example does."""
     size = len(trace.losses)
     if size == 1:
-        return [Batchwise(0) if site.shape else None for site in trace.sites]
+        return [Batchwise(0) if site.shape else None for site in trace.sites], False
     changes: list[list[tuple[int, Tensor]]] = [[] for _ in trace.sites]
-    for i in range(size):
+    coupled = False
+    for i in torch.linspace(0, size - 1, min(size, PLAN_BATCH)).long().tolist():
         order = torch.arange(size)
         order[i] = (i + 1) % size
         other = tuple(a[order.to(a.device)] if isinstance(a, Tensor) else a for a in batch)
         with random_state(start):
             replaced = follow(other)
+        moved = _differs(replaced.losses.detach(), trace.losses.detach())
+        moved[i] = False
+        coupled = coupled or bool(moved.any())
         for change, before, after in zip(changes, trace.sites, replaced.sites, strict=False):
             assert before.value is not None
             assert after.value is not None
             if before.shape == after.shape:
-                change.append((i, (after.value != before.value)))
-    return [find(site.shape, size, change) for site, change in zip(trace.sites, changes, strict=True)]
+                change.append((i, _differs(after.value, before.value)))
+    return [find(site.shape, size, change) for site, change in zip(trace.sites, changes, strict=True)], coupled
 
 
-def _splits(name: str, sites: list[Site], readings: list[Batchwise | None], probes: list[Probe], size: int) -> bool:
-    """Whether contracting the probes' deltas gives what their own gradients give."""
-    mine = [(s, r, n) for n, (s, r) in enumerate(zip(sites, readings, strict=True)) if name in names_of(s)]
-    if any(reading is None for _, reading, _ in mine):
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    """Beyond what the same sums, made in another order, differ by."""
+    if not a.is_floating_point():
+        return a != b
+    both = torch.isfinite(a) & torch.isfinite(b)
+    largest = float(torch.where(both, b.abs(), 0.0).max()) if b.numel() else 0.0
+    return torch.where(both, (a - b).abs() > torch.finfo(a.dtype).eps ** 0.75 * largest, a != b)
+
+
+def _unsplit(
+    name: str, sites: list[Site], readings: list[Batchwise | None], probes: list[Probe], size: int
+) -> str | None:
+    """Why contracting the probes' deltas does not give what their own gradients give; None where it does."""
+    if any(readings[n] is None for n, s in enumerate(sites) if name in names_of(s)):
+        return "which rows are whose cannot be read off"
+    if not all(_agrees(name, sites, readings, probe, size) for probe in probes):
+        return "its rows do not agree with the gradient of a single loss"
+    return None
+
+
+def _agrees(name: str, sites: list[Site], readings: list[Batchwise | None], probe: Probe, size: int) -> bool:
+    """What a single loss gives: the gradient at its own example, nothing at the others."""
+    gradient = probe.gradients[name]
+    if gradient is None:
+        return True
+    found = _contracted(name, sites, readings, probe.deltas, gradient, size)
+    if found is None:
         return False
-    for probe in probes:
-        gradient = probe.gradients[name]
-        if gradient is None:
+    off = found.products.clone()
+    off[probe.example] -= found.direct
+    return float(off.abs().sum()) <= found.bound
+
+
+class _Contracted(NamedTuple):
+    """products (B,): <U, g_i> by the sites, along a fixed direction; direct: <U, gradient>; bound: sqrt(eps) of what flows
+    through the sites, which may cancel (a key's bias in attention has no gradient): a wrong split is wrong by order one."""
+
+    products: Tensor
+    direct: float
+    bound: float
+
+
+def _contracted(
+    name: str,
+    sites: list[Site],
+    readings: list[Batchwise | None],
+    deltas: Sequence[Tensor | None],
+    gradient: Tensor,
+    size: int,
+) -> _Contracted | None:
+    direction = direction_like(gradient)
+    products = torch.zeros(size, dtype=torch.float64, device=gradient.device)
+    flow = float((direction * gradient).abs().sum())
+    for site, reading, delta in zip(sites, readings, deltas, strict=True):
+        if delta is None or reading is None or name not in names_of(site):
             continue
-        direction = direction_like(gradient)
-        got = torch.zeros(size, dtype=torch.float64, device=gradient.device)
-        for site, reading, n in mine:
-            delta = probe.deltas[n]
-            try:
-                if delta is not None and reading is not None:
-                    along = {name: direction[None]}
-                    got += sum(contract(t, along[name])[0] for t in terms_at(site, reading, delta, along, size))
-            except (NotImplementedError, RuntimeError, IndexError):
-                return False
-        if not close(got[probe.example], direction * gradient):
-            return False
-    return True
+        along = {name: direction[None]}
+        try:
+            products += sum(contract(t, along[name])[0] for t in terms_at(site, reading, delta, along, size))
+            flow += jvp_flow(site, name, delta, direction)
+        except (NotImplementedError, RuntimeError, IndexError):
+            return None
+    direct = float((direction * gradient).double().sum())
+    return _Contracted(products, direct, torch.finfo(gradient.dtype).eps ** 0.5 * flow)
 
 
 def direction_like(like: Tensor) -> Tensor:
     """A fixed dense direction that no user's random generator is drawn for."""
     steps = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
     return torch.cos(steps * 1.7).to(like.dtype).reshape(like.shape)
-
-
-def close(got: Tensor, products: Tensor) -> bool:
-    """Against the sum of `products`, to sqrt(eps) of their absolute sum: a wrong split is wrong by order one."""
-    scale = products.abs().sum().double()
-    return bool((got - products.sum().double()).abs() <= torch.finfo(products.dtype).eps ** 0.5 * scale)

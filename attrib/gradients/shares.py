@@ -1,32 +1,34 @@
 """Shares of the examples of a batch in its gradient: their total, their products with directions, their rows.
 
     total     sum_i g_i                   (P,)         one backward pass
-    contract  <U_q, g_{i,k}>              (Q, B, K)    K parameter tensors; one backward pass to the sites, no g made
+    contract  <U_q, g_{i,k}>              (Q, B, K)    K parameter tensors
     rows      g_i                         (B, P)       materialised
     factors   g_i                                      in the form the layers give it
 
-with g_i = d loss_i / d theta. Examples do not see each other, so a batch is worked through in slices whose activations fit
-the cache: faster than the whole at once, and in memory that does not depend on its size.
+with g_i = d loss_i / d theta, the batch and all. The truth is the loss vector's derivative (`along`), which asks nothing of
+the model. The fast form reads the shares off where parameters meet data (`sites`), one backward pass to the sites and no g
+made; it is used for the parameters for which it was proven equal on a batch of that kind (`plan`, `forms`). Where examples
+do not see each other a batch is worked through in slices that fit the cache, in memory that does not depend on its size.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..budget import slice_bytes
-from ..errors import CoupledExamplesError
 from ..functional import Functional
+from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
 from ..layout import Layout
 from ..program import Programs
 from ..program import kind_of as kind_of_inputs
-from .checks import check_losses, refuse_coupling
-from .plan import Plan, Probe, Trace, calls_of, close, direction_like, few, kind_of, make_plan
-from .sites import SiteTracer
+from .along import Batch, LossVector, random_weights
+from .checks import check_losses, refuse_written_buffers
+from .forms import Form, Forms
+from .mapped import agree, rows_by_vmap
+from .plan import Plan, Trace, calls_of, kind_of, ownership
 from .terms import Reached, Term, contract, factors_of, names_of, rows_of, terms_at
 
 log = logging.getLogger("attrib")
@@ -36,8 +38,6 @@ ROWS_BYTES = 32 << 20  # gradient rows held at once
 
 class Shares:
     """Per-example gradients of `loss(model, *batch) -> (B,)`.
-
-    active: names of the parameters that have a gradient at the step; the others' shares are zero. May be set between calls.
 
     Args:
         loss: called with the model and a batch; returns one loss per example.
@@ -55,52 +55,79 @@ class Shares:
         dtype: torch.dtype,
         slices: int | None = None,
     ) -> None:
-        refuse_coupling(model)
-        self._slice_bytes = slices or slice_bytes(layout.size, dtype.itemsize)
+        refuse_written_buffers(model)
         self.layout = layout
         self._loss = Functional(model, loss, layout, dtype)
-        self.active = frozenset(layout.names)
-        self._plans: dict[Any, Plan] = {}
+        self.vector = LossVector(self._loss, layout)
+        self._forms = Forms(self._loss, self.vector, slices or slice_bytes(layout.size, dtype.itemsize))
         self._programs = Programs()
-        self._bytes: float | None = None  # of activations per example
 
-    def total(self, theta: Tensor, batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    @property
+    def active(self) -> frozenset[str]:
+        """Names of the parameters that have a gradient at the step; the others' shares are zero. May be set."""
+        return self.vector.active
+
+    @active.setter
+    def active(self, names: frozenset[str]) -> None:
+        self.vector.active = names
+
+    def total(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(P,), batch -> losses (B,), sum of all shares (P,)."""
-        parameters = self._parameters(theta)
-        moving = {n: p for n, p in parameters.items() if p.requires_grad}
-        losses: list[Tensor] = []
-        sums: dict[str, Tensor] = {n: torch.zeros_like(p) for n, p in parameters.items()}
-        for part, fresh in self._slices(theta, batch):
-            with torch.enable_grad():
-                found = self._losses(parameters, part)[fresh:]
-                grads = torch.autograd.grad(found.sum(), list(moving.values()), allow_unused=True)
-            losses.append(found.detach())
-            for n, g in zip(moving, grads, strict=True):
-                if g is not None:
-                    sums[n] += g
-        return torch.cat(losses), self.layout.flatten(sums.values())
+        return self.gradient(theta, batch, torch.ones(len(batch[0]), dtype=theta.dtype, device=theta.device))
 
-    def contract(self, theta: Tensor, batch: tuple[Any, ...], directions: Tensor) -> tuple[Tensor, Tensor]:
-        """(P,), batch, U (Q, P) -> losses (B,), <U_q, g_i> per parameter tensor, (Q, B, K) float64."""
+    @property
+    def coupled(self) -> bool:
+        """Whether a batch was met whose losses depend on each other."""
+        return self._forms.coupled
+
+    def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,), batch, v (B,) -> losses (B,), the gradient of v . losses (P,): by backward passes, not by sites."""
+        form = self._forms.of(theta, batch)
+        losses: list[Tensor] = []
+        sums, done = theta.new_zeros(self.layout.size), 0
+        for part, fresh in self._forms.slices(form, batch):
+            here = weights[done - fresh : done - fresh + len(part[0])].clone()
+            here[:fresh] = 0.0
+            found, pulled = self.vector.gradient(theta, part, here)
+            losses.append(found[fresh:])
+            sums += self.layout.flatten(pulled.values())
+            done += len(found) - fresh
+        return torch.cat(losses), sums
+
+    def contract(
+        self, theta: Tensor, batch: Batch, directions: Tensor, groups: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(P,), batch, U (Q, P) -> losses (B,), <U_q, g_i> per parameter tensor, (Q, B, K) float64.
+
+        groups: of each tensor the number of its group. What goes by the derivative along U is had per group, and stands at
+        the first of its tensors; None tells all tensors apart.
+        """
+        form = self._forms.of(theta, batch)
         named = self.layout.unflatten(directions.to(theta.dtype))
         number = {name: k for k, name in enumerate(self.layout.names)}
         shape = len(number), len(directions), len(batch[0])
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
         losses: list[Tensor] = []
         done = 0
-        for part, fresh in self._slices(theta, batch):
-            found, terms, whole = self._terms(theta, part, named)
+        for part, fresh in self._forms.slices(form, batch):
+            start = None if form.bytes else generators()  # a batch that may be cut draws no numbers
+            found, terms, whole = self._terms(theta, part, named, form)
             out = products[..., done - fresh : done - fresh + len(found)]
             out[..., :fresh] = 0.0  # they come again: the same sums
             for term in terms:
-                out[number[term.name]] += contract(term, named[term.name])
-            for name in whole:
-                out[number[name]] = self._contract_whole(theta, part, name, named[name])
+                if term.name not in whole:
+                    out[number[term.name]] += contract(term, named[term.name])
+            if whole:
+                together = _together(whole, number, groups)
+                with random_state(start):
+                    along = self.vector.along(theta, part, named, together)[1]
+                for g, names in enumerate(together):
+                    out[number[names[0]]] = along[..., g]
             losses.append(found[fresh:])
             done += len(found) - fresh
         return torch.cat(losses), products.permute(1, 2, 0)
 
-    def rows(self, theta: Tensor, batch: tuple[Any, ...]) -> Tensor:
+    def rows(self, theta: Tensor, batch: Batch) -> Tensor:
         """(P,), batch -> the gradient of each example, (B, P)."""
         found = self.factors(theta, batch)
         out = theta.new_zeros(len(batch[0]), self.layout.size)
@@ -108,27 +135,46 @@ class Shares:
             out[:, part] = rows_of(found[name])
         return out
 
-    def factors(self, theta: Tensor, batch: tuple[Any, ...]) -> dict[str, list[Factor]]:
+    def factors(self, theta: Tensor, batch: Batch) -> dict[str, list[Factor]]:
         """(P,), batch -> of each parameter the factors that sum to its gradients; written out where there are none."""
-        trace = self._trace(theta, batch)
-        plan = self._plan(theta, trace, batch)
-        return self._factors(theta, batch, plan, _reached(trace, plan), len(trace.losses))
+        form, start = self._forms.of(theta, batch), generators()
+        if form.reason is not None:
+            return self._written_out(theta, batch, list(self.layout.names), start)
+        parameters = self.vector.parameters(theta)
+        with self._loss.bound(parameters):
+            trace = self._forms.follow(parameters, batch)
+            plan = self._forms.plan(theta, trace, batch, form)
+            reached, gaps = _reached(trace, plan)
+        whole = {*plan.whole, *self._forms.misread(gaps)}
+        out: dict[str, list[Factor]] = {}
+        for name in self.layout.names:
+            found = None if name in whole else factors_of(_at(reached, name), name, len(trace.losses))
+            if found is not None:
+                out[name] = found
+        missing = [name for name in self.layout.names if name not in out]
+        return out | self._written_out(theta, batch, missing, start)
 
     def watched(
-        self, theta: Tensor, batch: tuple[Any, ...], trace: Trace, deltas: list[Tensor | None]
+        self, theta: Tensor, batch: Batch, trace: Trace, deltas: list[Tensor | None]
     ) -> dict[str, list[Factor]] | None:
         """`factors` from a pass that was made already: its sites and the gradients of their outputs, whatever reduction
-        they have in them. None where its sites are not those of the loss."""
-        plan = self._plan(theta, trace, batch)
-        if plan.calls != calls_of(trace) or plan.whole:
+        they have in them. None where they do not say it all: the sites are not those of the loss, a parameter has no closed
+        form, or which rows are whose has to be read off this very batch."""
+        form = self._forms.of(theta, batch)
+        if form.reason is not None:
+            return None
+        plan = self._forms.plans.get(kind_of(trace))
+        if plan is None or plan.calls != calls_of(trace) or plan.whole or plan.volatile:
             return None
         found = zip(trace.sites, plan.readings, deltas, strict=True)
         reached = [(site, reading, d) for site, reading, d in found if d is not None and reading is not None]
-        return self._factors(theta, batch, plan, reached, len(trace.losses))
-
-    def check_split(self, theta: Tensor, batch: tuple[Any, ...]) -> None:
-        """Raise CoupledExamplesError, on a few examples, where the gradient does not split over examples."""
-        self._plan(theta, self._trace(theta, few(batch)), batch)
+        out: dict[str, list[Factor]] = {}
+        for name in self.layout.names:
+            factors = factors_of(_at(reached, name), name, len(trace.losses))
+            if factors is None:
+                return None
+            out[name] = factors
+        return out
 
     def rows_at_once(self) -> int:
         """How many rows fit the budget."""
@@ -136,150 +182,93 @@ class Shares:
 
     # one traced pass
 
-    def _slices(self, theta: Tensor, batch: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], int]]:
-        """The batch in slices of one size, so the last may begin with examples seen already: how many."""
-        size = len(batch[0])
-        if self._bytes is None:
-            self._bytes = self._activations(theta, few(batch))
-        most = max(1, int(self._slice_bytes // self._bytes)) if self._bytes else size
-        length = -(-size // -(-size // most))
-        for lo in range(0, size, length):
-            at = min(lo, size - length)
-            yield tuple(a[at : at + length] if isinstance(a, Tensor) else a for a in batch), lo - at
-
-    def _activations(self, theta: Tensor, batch: tuple[Any, ...]) -> float:
-        """Bytes per example; of a loss that draws random numbers 0, not to be sliced: a slice would draw others."""
-        before = torch.get_rng_state()
-        found = self._trace(theta, batch).bytes / len(batch[0])
-        drew = not torch.equal(torch.get_rng_state(), before)
-        torch.set_rng_state(before)
-        return 0.0 if drew else max(1.0, found)
-
-    def _parameters(self, theta: Tensor) -> dict[str, Tensor]:
-        named = self.layout.unflatten(theta.detach())
-        return {name: t.clone().requires_grad_(name in self.active) for name, t in named.items()}
-
-    def _losses(self, parameters: dict[str, Tensor], batch: tuple[Any, ...]) -> Tensor:
-        losses = self._loss(parameters, *batch)
-        self._loss.check_constants()
-        return check_losses(losses, batch)
-
-    def _trace(self, theta: Tensor, batch: tuple[Any, ...], values: bool = False) -> Trace:
-        return self._follow(self._parameters(theta), batch, values)
-
-    def _follow(
-        self, parameters: dict[str, Tensor], batch: tuple[Any, ...], values: bool = False, checked: bool = True
-    ) -> Trace:
-        batch = tuple(a.detach() if isinstance(a, Tensor) else a for a in batch)
-        data = [a for a in batch if isinstance(a, Tensor)]
-        moving = {n: p for n, p in parameters.items() if p.requires_grad}
-        with torch.enable_grad(), SiteTracer(moving, data, values) as tracer:
-            losses = self._losses(parameters, batch) if checked else self._loss(parameters, *batch)
-        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes)
-
     def _terms(
-        self, theta: Tensor, batch: tuple[Any, ...], directions: dict[str, Tensor]
-    ) -> tuple[Tensor, list[Term], tuple[str, ...]]:
-        """Losses, terms of all sites, and the parameters that go through vmap; from a traced graph once there is one."""
+        self, theta: Tensor, batch: Batch, directions: dict[str, Tensor], form: Form
+    ) -> tuple[Tensor, list[Term], list[str]]:
+        """Losses, terms of all sites, and the parameters that go along U; from a traced graph once there is one."""
         moving = [n for n in self.layout.names if n in self.active]
+        if form.reason is not None:
+            return self.vector.values(theta, batch), [], moving
         count, tensors = len(self.layout.names), [isinstance(a, Tensor) for a in batch]
         known: list[Plan] = []  # from the call that comes before tracing
 
-        def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], tuple[str, ...]]:
+        def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], dict[str, Tensor], list[str]]:
             named = zip(self.layout.names, inputs[:count], strict=True)
             parameters = {n: p.detach().requires_grad_(n in self.active) for n, p in named}
             along = dict(zip(moving, inputs[count : count + len(moving)], strict=True))
             rest = iter(inputs[count + len(moving) :])
             given = tuple(next(rest) if t else a for t, a in zip(tensors, batch, strict=True))
-            trace = self._follow(parameters, given, checked=not known)
-            if not known:
-                known.append(self._plan(theta, trace, batch))
-            (plan,), size = known, len(trace.losses)
-            along = {name: u for name, u in along.items() if name not in plan.whole}
-            found = (terms_at(*at, along, size) for at in _reached(trace, plan))
-            return trace.losses.detach(), [term for terms in found for term in terms], plan.whole
+            with self._loss.bound(parameters):
+                trace = self._forms.follow(parameters, given, checked=not known)
+                if not known:
+                    known.append(self._forms.plan(theta, trace, batch, form))
+                (plan,), size = known, len(trace.losses)
+                along = {name: u for name, u in along.items() if name not in plan.whole}
+                reached, gaps = _reached(trace, plan)
+                found = [term for at in reached for term in terms_at(*at, along, size)]
+            return trace.losses.detach(), found, gaps, list(plan.whole)
 
         parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
         inputs = [*parameters, *(directions[n] for n in moving), *(a for a in batch if isinstance(a, Tensor))]
         fixed = tuple(a for a in batch if not isinstance(a, Tensor))
-        losses, terms, whole = self._programs((kind_of_inputs(inputs), self.active, repr(fixed)), function, inputs)
-        return check_losses(losses, batch), terms, whole
+        kind = kind_of_inputs(inputs), self.active, repr(fixed)
+        losses, terms, gaps, whole = self._programs(kind, function, inputs)
+        return check_losses(losses, batch), terms, sorted({*whole, *self._forms.misread(gaps)})
 
-    def _plan(self, theta: Tensor, trace: Trace, batch: tuple[Any, ...]) -> Plan:
-        key = kind_of(trace)
-        if key not in self._plans:
-            part = few(batch)
-            plan, probes = make_plan(lambda b: self._trace(theta, b, values=True), part)
-            for name in plan.whole:
-                self._check_whole(theta, part, name, probes)
-                log.info("per-example gradients of %s go through vmap of the whole loss", name)
-            self._plans[key] = plan
-        return self._plans[key]
+    # written out
 
-    def _factors(
-        self, theta: Tensor, batch: tuple[Any, ...], plan: Plan, reached: Reached, size: int
-    ) -> dict[str, list[Factor]]:
-        out: dict[str, list[Factor]] = {}
-        for name in self.layout.names:
-            found = (
-                None if name in plan.whole else factors_of([r for r in reached if name in names_of(r[0])], name, size)
-            )
-            out[name] = [Dense(self._materialised(theta, batch, name))] if found is None else found
-        return out
-
-    # the last resort: vmap of the gradient of the whole loss
-
-    def _rows_whole(self, theta: Tensor, batch: tuple[Any, ...], name: str) -> Tensor:
-        named = {n: t.detach() for n, t in self.layout.unflatten(theta).items()}
-
-        def one(parameter: Tensor, *example: Any) -> Tensor:
-            rows = tuple(e[None] if isinstance(e, Tensor) else e for e in example)
-            return self._loss({**named, name: parameter}, *rows)[0]
-
-        dims = (None, *(0 if isinstance(a, Tensor) else None for a in batch))
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not map over examples
-            return torch.vmap(torch.func.grad(one), in_dims=dims)(named[name], *batch)
-
-    def _contract_whole(self, theta: Tensor, batch: tuple[Any, ...], name: str, direction: Tensor) -> Tensor:
-        """(Q, *parameter) -> (Q, B) float64, the rows of a few examples at a time."""
-        size, flat = len(batch[0]), direction.flatten(1)
-        at_once = max(1, ROWS_BYTES // (8 * max(1, flat.shape[1])))
-        slices = (slice(lo, lo + at_once) for lo in range(0, size, at_once))
-        part = (tuple(a[s] if isinstance(a, Tensor) else a for a in batch) for s in slices)
-        return torch.cat([(flat @ self._rows_whole(theta, b, name).flatten(1).T).double() for b in part], 1)
-
-    def _materialised(self, theta: Tensor, batch: tuple[Any, ...], name: str) -> Tensor:
-        try:
-            return self._rows_whole(theta, batch, name)
-        except RuntimeError as error:
-            raise CoupledExamplesError(
-                f"the gradient of a parameter cannot be written out per example: got {str(error).splitlines()[0]}, at "
-                f'{name!r}. Record with capture="replay", which does not need the rows.'
-            ) from error
-
-    def _check_whole(self, theta: Tensor, batch: tuple[Any, ...], name: str, probes: list[Probe]) -> None:
-        reason = "its rows do not agree with the gradient of a single loss"
-        try:
-            rows = self._rows_whole(theta, batch, name)
-            good = all(
-                close((direction_like(t) * rows[p.example]).sum(), direction_like(t) * t)
-                for p in probes
-                if (t := p.gradients[name]) is not None
-            )
-        except RuntimeError as error:
-            good, reason = False, str(error).splitlines()[0]
-        if not good:
-            raise CoupledExamplesError(
-                f"the gradient of a parameter cannot be split over examples: got {reason}, expected each loss to "
-                f"depend on its own example alone, at {name!r}. Check that loss(model, *batch)[i] uses only row i "
-                f"of the batch (no batch statistics, no reduction across examples)."
-            )
+    def _written_out(self, theta: Tensor, batch: Batch, names: list[str], start: Tensor) -> dict[str, list[Factor]]:
+        """The gradient of each example: all at once by vmap where that agrees with a backward pass, else one by one."""
+        out: dict[str, Tensor] = {}
+        moving = [name for name in names if name in self.active]
+        if moving:
+            parameters = self.vector.parameters(theta)
+            mapped = rows_by_vmap(self._loss, parameters, batch, moving)
+            with random_state(start):
+                weights = random_weights(len(batch[0]), len(batch[0]), theta)
+                pulled = self.vector.gradient(theta, batch, weights)[1] if mapped else {}
+            out |= {n: rows for n, rows in mapped.items() if agree(rows, pulled[n], weights)}
+        rest = [name for name in moving if name not in out]
+        if rest:
+            with random_state(start):
+                rows = list(self.vector.rows(theta, batch, rest))
+            out |= {name: torch.stack([r[name] for r in rows]) for name in rest}
+        shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
+        return {n: [Dense(out[n] if n in out else theta.new_zeros(len(batch[0]), *shapes[n]))] for n in names}
 
 
-def _reached(trace: Trace, plan: Plan) -> Reached:
-    """The sites that the losses depend on and that split, each with its reading and the gradient of its output."""
+def _together(names: Sequence[str], number: dict[str, int], groups: Sequence[int] | None) -> list[list[str]]:
+    """The names by the number of their group."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        found.setdefault(number[name] if groups is None else groups[number[name]], []).append(name)
+    return list(found.values())
+
+
+def _at(reached: Reached, name: str) -> Reached:
+    return [r for r in reached if name in names_of(r[0])]
+
+
+def _reached(trace: Trace, plan: Plan) -> tuple[Reached, dict[str, Tensor]]:
+    """The sites that the losses depend on and that split, each with its reading and the gradient of its output; and of the
+    parameters at volatile ones, how far off the reading is in this batch: for weighted losses the gradient there must be
+    that of their sum, each row times the weight of its example."""
     used = [n for n, s in enumerate(trace.sites) if plan.readings[n] is not None and not names_of(s) <= set(plan.whole)]
     edges = [trace.sites[n].edge for n in used]
-    deltas = torch.autograd.grad(trace.losses.sum(), edges, allow_unused=True) if edges else ()
-    found = zip(used, deltas, strict=True)
-    return [(trace.sites[n], r, d) for n, d in found if d is not None and (r := plan.readings[n]) is not None]
+    volatile = [n for n in used if n in plan.volatile]
+    total = trace.losses.sum()
+    deltas = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=bool(volatile)) if edges else ()
+    found = dict(zip(used, deltas, strict=True))
+    gaps: dict[str, Tensor] = {}
+    if volatile:
+        weights = random_weights(len(trace.losses), len(trace.losses), trace.losses)
+        again = torch.autograd.grad(
+            (trace.losses * weights).sum(), [trace.sites[n].edge for n in volatile], allow_unused=True
+        )
+        for n, gap in ownership(trace, plan, found, dict(zip(volatile, again, strict=True)), weights).items():
+            for name in names_of(trace.sites[n]):
+                gaps[name] = torch.maximum(gaps[name], gap) if name in gaps else gap
+    reached = [
+        (trace.sites[n], r, d) for n, d in found.items() if d is not None and (r := plan.readings[n]) is not None
+    ]
+    return reached, gaps

@@ -7,12 +7,16 @@ arithmetic, so tied weights, bare `nn.Parameter`s and reused layers need no case
     weight    a parameter, or computed from parameters alone (a transpose, a slice, a weight norm)
     constant  neither
 
+Of data it is noted whether which row is whose may depend on its content: `ragged` where the very shape does (packing,
+selecting by a mask), `volatile` where rows were picked by an index that is data itself (a batch sorted inside), where
+Python read a value of the data, or where it came out of a call that is not seen from here (an autograd.Function).
+
 A call with data and weight among its arguments is a site: y = f(data, weight). By the chain rule the share of
 example i along a direction U of the parameters is sum over sites of <dl_i/dy, df/dweight U>.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import FunctionType
@@ -26,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..functional import random_state
+from ..generators import random_state
 from .functions import FUNCTIONS
 
 
@@ -68,12 +72,16 @@ class Call:
 
 @dataclass(frozen=True)
 class Site:
-    """A call where weights meet data: its output's shape, place in the autograd graph and, on request, value."""
+    """A call where weights meet data: its output's shape, place in the autograd graph and, on request, value.
+
+    volatile: which of its rows are whose may differ from batch to batch of one shape.
+    """
 
     call: Call
     shape: torch.Size
     edge: GradientEdge
     value: Tensor | None = None
+    volatile: bool = False
 
 
 class SiteTracer(TorchFunctionMode):
@@ -94,8 +102,10 @@ class SiteTracer(TorchFunctionMode):
         self.bytes = 0  # that the calls on data returned
         # parameters used by a call that cannot run a second time, or on data whose layout depends on their content
         self.unsplit: set[str] = set()
+        self.escaped = False  # whether Python has read a value of the data
         self._data = WeakTensorKeyDictionary()
         self._ragged = WeakTensorKeyDictionary()
+        self._volatile = WeakTensorKeyDictionary()
         self._weights = WeakTensorKeyDictionary()
         for t in data:
             if isinstance(t, Tensor):
@@ -111,25 +121,44 @@ class SiteTracer(TorchFunctionMode):
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [(i, t) for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         weights = {i: self._weights[t] for i, t in tensors if t in self._weights}
+        self._meet(t for i, t in tensors if i not in weights)
         random = torch.get_rng_state() if weights and func not in FUNCTIONS else None
         out = func(*args, **kwargs)
         outputs = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
-        data = any(t in self._data for _, t in tensors)
-        ragged = any(t in self._ragged for _, t in tensors) or (data and _is_ragged(func, tensors))
+        if _writes(func) and tensors:
+            outputs.append(tensors[0][1])
+        ragged, volatile = self._spread(func, tensors, outputs)
+        if weights and outputs:
+            if ragged or _writes(func):
+                self.unsplit.update(*(w.names for w in weights.values()))
+            else:
+                self._note(Call(func, tuple(leaves), spec, weights, None, random), out, volatile)
+        return out
+
+    def _meet(self, tensors: Iterable[Tensor]) -> None:
+        """What has a gradient and comes from nowhere came out of a call that was not seen: taken for data of any layout."""
+        for t in tensors:
+            if t.requires_grad and t not in self._data:
+                self._data[t] = self._volatile[t] = True
+
+    def _spread(self, func: Any, tensors: list[tuple[int, Tensor]], outputs: list[Tensor]) -> tuple[bool, bool]:
+        """Whether the outputs are ragged, and volatile: noted for each, as whether they are data."""
+        read = [t for _, t in tensors if t in self._data]
+        data = bool(read)
+        self.escaped = self.escaped or (data and _name(func) in _ESCAPES)
+        ragged = any(t in self._ragged for t in read) or (data and _is_ragged(func, tensors))
+        volatile = data and (self.escaped or any(t in self._volatile for t in read) or _picks_by_data(func, read))
         for t in outputs:
             if data:
                 self._data[t] = True
                 self.bytes += t.nbytes
             if ragged:
                 self._ragged[t] = True
-        if weights and outputs:
-            if ragged or _writes(func):
-                self.unsplit.update(*(w.names for w in weights.values()))
-            else:
-                self._note(Call(func, tuple(leaves), spec, weights, None, random), out)
-        return out
+            if volatile:
+                self._volatile[t] = True
+        return ragged, volatile
 
-    def _note(self, call: Call, out: Any) -> None:
+    def _note(self, call: Call, out: Any, volatile: bool) -> None:
         several = isinstance(out, tuple | list)
         for k, t in enumerate(out if several else (out,)):
             if not (isinstance(t, Tensor) and t.requires_grad):
@@ -139,7 +168,7 @@ class SiteTracer(TorchFunctionMode):
                 value = t.detach().clone() if self._values else None
                 if self._keep:
                     t.register_hook(partial(self._note_gradient, len(self.sites)))
-                self.sites.append(Site(this, t.shape, get_gradient_edge(t), value))
+                self.sites.append(Site(this, t.shape, get_gradient_edge(t), value, volatile))
             else:
                 names = frozenset().union(*(w.names for w in call.weights.values()))
                 self._weights[t] = Weight(t, names, this)
@@ -162,29 +191,78 @@ _COMPOSITES = {F.multi_head_attention_forward: _opened(F.multi_head_attention_fo
 # calls whose output's layout over examples depends on the content of the data: packing, selecting
 _RAGGED = {"masked_select", "nonzero", "argwhere", "_pack_padded_sequence", "unique", "unique_consecutive"}
 
+# calls that place or order the rows of one tensor by the content of another, or of itself
+_PICKING = {"__getitem__", "__setitem__", "index_select", "gather", "take", "take_along_dim", "index_put", "index_add"}
+_PICKING |= {"index_copy", "scatter", "scatter_add", "scatter_reduce", "index_put_", "index_add_", "index_copy_"}
+_PICKING |= {"scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter", "masked_scatter_"}
+_ORDERING = {"sort", "topk", "msort", "kthvalue"}
+
+# calls that hand a value of a tensor to Python
+_ESCAPES = {
+    "tolist",
+    "item",
+    "numpy",
+    "equal",
+    "allclose",
+    "is_nonzero",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+}
+_ESCAPES |= {"__contains__", "__array__", "__iter__"}
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
 
 def _is_ragged(func: Any, tensors: list[tuple[int, Tensor]]) -> bool:
-    name = getattr(func, "__name__", "")
-    picks = name == "__getitem__" and any(t.dtype in (torch.bool, torch.uint8) for _, t in tensors[1:])
-    return picks or name in _RAGGED
+    picks = _name(func) == "__getitem__" and any(t.dtype in (torch.bool, torch.uint8) for _, t in tensors[1:])
+    return picks or _name(func) in _RAGGED or (_name(func) == "where" and len(tensors) == 1)
+
+
+def _picks_by_data(func: Any, read: list[Tensor]) -> bool:
+    """read: the arguments that are data."""
+    name = _name(func)
+    index = any(not (t.is_floating_point() or t.is_complex()) for t in read)
+    return name in _ORDERING or (name in _PICKING and index and len(read) > 1)
 
 
 def _writes(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")
+    name = _name(func)
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
 
 
-def tangent(weight: Weight, name: str, direction: Tensor) -> Tensor:
-    """How a weight moves when the parameter `name` moves along `direction`: (*parameter) -> (*weight)."""
+def tangent(weight: Weight, name: str, direction: Tensor, known: dict[int, Tensor] | None = None) -> Tensor:
+    """How a weight moves when the parameter `name` moves along `direction`: (*parameter) -> (*weight).
+
+    known: by id of a weight's tensor, what was found for this direction already: a weight may be used many times over.
+    """
     if weight.maker is None:
         return direction
-    call = weight.maker
-    moving = {i: w for i, w in call.weights.items() if name in w.names}
-    return jvp(call, {i: (w.tensor, tangent(w, name, direction)) for i, w in moving.items()})
+    known = {} if known is None else known
+    if id(weight.tensor) not in known:
+        moving = {i: w for i, w in weight.maker.weights.items() if name in w.names}
+        along = {i: (w.tensor, tangent(w, name, direction, known)) for i, w in moving.items()}
+        known[id(weight.tensor)] = jvp(weight.maker, along)
+    return known[id(weight.tensor)]
+
+
+def remade(weight: Weight, leaves: dict[str, Tensor], known: dict[int, Tensor] | None = None) -> Tensor:
+    """The weight computed again from parameters by name, with a graph of its own."""
+    if weight.maker is None:
+        return leaves[next(iter(weight.names))]
+    known = {} if known is None else known
+    if id(weight.tensor) not in known:
+        again = {i: remade(w, leaves, known) for i, w in weight.maker.weights.items()}
+        with random_state(weight.maker.random):
+            known[id(weight.tensor)] = weight.maker.run(again)
+    return known[id(weight.tensor)]
 
 
 @cache
-def _load_forward_mode() -> None:
+def load_forward_mode() -> None:
     """torch compiles its forward-mode rules at first use, with a deprecated compiler of its own that warns the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -198,7 +276,7 @@ def jvp(call: Call, moving: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
     def run(*primals: Tensor) -> Tensor:
         return call.run(dict(zip(positions, primals, strict=True)))
 
-    _load_forward_mode()
+    load_forward_mode()
     primals = tuple(moving[i][0].detach() for i in positions)
     tangents = tuple(moving[i][1].to(moving[i][0].dtype) for i in positions)
     with random_state(call.random):

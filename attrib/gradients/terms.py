@@ -5,7 +5,7 @@ weight first: <g, U> of the parameter is <factor, dweight/dparameter U> of the w
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..kernels import factors
 from ..kernels.factors import Dense, Factor
 from .batchwise import Batchwise
 from .functions import FUNCTIONS
-from .sites import Site, Weight, jvp, tangent
+from .sites import Site, Weight, jvp, remade, tangent
 
 Reached = list[tuple[Site, Batchwise, Tensor]]  # sites with the reading of their output and its gradient
 
@@ -95,6 +95,17 @@ def rows_of(found: Sequence[Factor]) -> Tensor | float:
     return sum((factors.rows(factor) for factor in found), 0.0)
 
 
+def jvp_flow(site: Site, name: str, delta: Tensor, direction: Tensor) -> float:
+    """sum |delta * dy/dU|: what the share of a parameter along a direction is the sum of, before anything cancels."""
+    flow = 0.0
+    with torch.no_grad():
+        for position, weight in site.call.weights.items():
+            if name in weight.names:
+                moved = jvp(site.call, {position: (weight.tensor, tangent(weight, name, direction))})
+                flow += float((delta * moved).abs().sum())
+    return flow
+
+
 def _forward(
     site: Site, position: int, weight: Weight, delta: Tensor, direction: Tensor, reading: Batchwise, size: int
 ) -> Tensor:
@@ -105,10 +116,13 @@ def _forward(
 
 
 def _through_maker(weight: Weight, name: str, factor: Factor) -> Dense:
-    """The gradient of a weight -> of the parameter that it was made of."""
+    """The gradient of a weight -> of the parameter that it was made of, through a graph of its own: that of the user's pass
+    may be gone."""
     rows = factors.rows(factor).unflatten(1, weight.tensor.shape)
-    source: Any = _source(weight, name)
-    pulled = torch.autograd.grad(weight.tensor, source, grad_outputs=rows, is_grads_batched=True, retain_graph=True)
+    leaf = _source(weight, name).detach().requires_grad_()
+    with torch.enable_grad():
+        again = remade(weight, {name: leaf})
+    pulled = torch.autograd.grad(again, leaf, grad_outputs=rows, is_grads_batched=True)
     return Dense(pulled[0])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import ReplayError
-from ..functional import random_state
+from ..generators import generators, random_state
 from ..optim import set_options
 from ..recorder import Recorder, record
 from ..run import Run, check_model, open_run
@@ -80,7 +80,7 @@ def replay(
     _check_record(course, store, options)
     steps = tqdm(course.steps, desc="replay", unit="step", delay=2, disable=not progress)
     with (
-        random_state(torch.get_rng_state()),
+        random_state(generators()),
         record(course.optimizer, course.model, course.loss, store, penalty=course.penalty, **options) as recorder,
     ):
         described = [change.describe() for change in course.interventions]
@@ -191,7 +191,7 @@ class Course:
             else:
                 optimizer.step()
             if given.random is not None or self.random is not None:
-                self.random = torch.get_rng_state()
+                self.random = generators()
 
     def _batch(self, step: int, index: np.ndarray, batch: tuple[Tensor, ...]) -> tuple[np.ndarray, tuple[Tensor, ...]]:
         for change in self.interventions:

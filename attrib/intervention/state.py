@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReplayError
-from ..functional import random_state
+from ..generators import random_state
 from ..run import Run
 from .base import Groups, Intervention, chosen
 

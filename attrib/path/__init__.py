@@ -6,8 +6,9 @@ Three ways behind one interface, `path.bind(query)(theta0, theta1) -> PathGradie
 - `GaussLegendre(nodes=4)`, `Midpoint(nodes=100)`: quadrature of the path integral; exact in the limit, on smooth networks
 """
 
+from .limit import Limit, limit_bound, limit_gap
 from .quadrature import GaussLegendre, Midpoint
 from .query import Path, PathGradient, Query
 from .secant import Secant
 
-__all__ = ["GaussLegendre", "Midpoint", "Path", "PathGradient", "Query", "Secant"]
+__all__ = ["GaussLegendre", "Limit", "Midpoint", "Path", "PathGradient", "Query", "Secant", "limit_bound", "limit_gap"]

@@ -41,6 +41,36 @@ def _var_mean(
     return _centred(x, dim, correction, keepdim), x.mean(dims, keepdim=keepdim)
 
 
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lookups, and sums (0), means (1) or maxima (2) over each bag. torch runs it where it keeps no derivative."""
+    starts = offsets[:-1] if include_last_offset else offsets
+    bag = (torch.arange(len(indices), device=indices.device).unsqueeze(1) >= starts).sum(1) - 1
+    inside = bag == torch.arange(len(starts), device=indices.device).unsqueeze(1)
+    if padding_idx >= 0:
+        inside = inside & (indices != padding_idx)
+    rows = aten.embedding(weight, indices)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(1)
+    if mode == 2:
+        largest = rows.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1)
+        out = torch.where(inside.any(1).unsqueeze(1), largest, torch.zeros_like(largest))
+    else:
+        member = inside.to(weight.dtype)
+        out = member @ rows
+        out = out / member.sum(1, keepdim=True).clamp(min=1.0) if mode == 1 else out
+    return out, bag, inside.sum(1), bag
+
+
 # Normalisations fall apart into products, means and reciprocal roots, each of which has an exact rule.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **get_decompositions(
@@ -59,6 +89,8 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
             aten.std_mean,
         ]
     ),
+    aten._embedding_bag.default: _embedding_bag,
+    aten._embedding_bag_forward_only.default: _embedding_bag,
     aten.var.correction: _var,
     aten.var_mean.correction: _var_mean,
 }

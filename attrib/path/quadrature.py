@@ -5,6 +5,7 @@ al. 2025 (ExPLAIND, arXiv 2505.20076). Gauss-Legendre is exact for polynomials o
 kinks the integrand jumps, and no fixed rule is exact: see `Secant`.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from .query import PathGradient, Query
 
+log = logging.getLogger("attrib")
+
 
 class Quadrature:
     """Shared by the rules below, each of which gives `points()`: pairs of position in [0, 1] and weight."""
@@ -22,17 +25,29 @@ class Quadrature:
         raise NotImplementedError
 
     def bind(self, query: Query) -> Callable[[Tensor, Tensor], PathGradient]:
-        gradient = gradient_of(query)
+        gradient = gradients_side_by_side(query)
+        single = gradients_one_by_one(query)
+        mapped = _agree(query, gradient)
 
         def integrate(theta0: Tensor, theta1: Tensor) -> PathGradient:
             start, end = theta0.to(query.dtype), theta1.to(query.dtype)
             total: Tensor | float = 0.0
             for position, weight in self.points():
-                total = total + weight * gradient(torch.lerp(start, end, position))
+                total = total + weight * (gradient if mapped else single)(torch.lerp(start, end, position))
             assert isinstance(total, Tensor)
             return PathGradient(total, query.values(theta0), query.values(theta1))
 
-        return query.over_steps(integrate)
+        if mapped:
+            return query.over_steps(integrate)
+        log.info("gradients of the measurement do not map over queries: one backward pass for each")
+
+        def over_steps(theta0: Tensor, theta1: Tensor) -> PathGradient:
+            if theta0.dim() == 1:
+                return integrate(theta0, theta1)
+            steps = [integrate(a, b) for a, b in zip(theta0, theta1, strict=True)]
+            return PathGradient(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+
+        return over_steps
 
 
 @dataclass(frozen=True)
@@ -67,8 +82,11 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is not a count: got {value!r}, expected an integer of at least 1.")
 
 
-def gradient_of(query: Query) -> Callable[[Tensor], Tensor]:
-    """The function theta (P,) -> gradient of the measurement (Q, P)."""
+Gradient = Callable[[Tensor], Tensor]  # theta (P,) -> (Q, P)
+
+
+def gradients_side_by_side(query: Query) -> Gradient:
+    """The gradients of the queries, mapped over them."""
 
     def one(named: dict[str, Tensor], *row: Tensor) -> Tensor:
         return query.of_parameters(named, *(r[None] for r in row))[0]
@@ -81,7 +99,35 @@ def gradient_of(query: Query) -> Callable[[Tensor], Tensor]:
 
     def gradient(theta: Tensor) -> Tensor:
         named = query.named(theta)
-        found = by_rows(named) if query.batch else jacobian(named)
+        with query.bound(named):
+            found = by_rows(named) if query.batch else jacobian(named)
         return torch.cat([found[name].reshape(query.count, -1) for name in query.layout.names], dim=1)
 
     return gradient
+
+
+def gradients_one_by_one(query: Query) -> Gradient:
+    """A backward pass for each query."""
+
+    def gradient(theta: Tensor) -> Tensor:
+        eye = torch.eye(query.count, dtype=query.dtype, device=theta.device)
+        return torch.stack([query.gradient(theta, weights) for weights in eye])
+
+    return gradient
+
+
+def _agree(query: Query, gradient: Gradient) -> bool:
+    """Whether mapped gradients are torch's own: some operations do not map, or map to something else (in torch 2.13 the
+    weight of prelu gets none)."""
+    try:
+        found = gradient(query.example.to(query.dtype))
+    except (RuntimeError, NotImplementedError) as error:
+        log.debug("gradients do not map: %s", error)
+        return False
+    sizes = found.norm(dim=1)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(query.count, generator=generator, dtype=torch.float64).to(found)
+    weights = weights / torch.where(sizes > 0, sizes, 1.0)
+    whole = query.gradient(query.example, weights)
+    gaps = ((weights @ found - whole)[part].norm() / max(whole[part].norm(), 1e-3) for _, part in query.layout.slices())
+    return all(float(gap) <= torch.finfo(query.dtype).eps ** 0.5 for gap in gaps)

@@ -1,6 +1,7 @@
 """A measurement as a pure function of the flat parameter vector, and what every path makes of it."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import copy
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MeasurementError
-from ..functional import Functional, cast
+from ..functional import Functional, cast, ordinary
 from ..layout import Layout
 from ..program import Programs, kind_of
 
@@ -56,7 +57,7 @@ class Query:
         rows, batch = getattr(measurement, "rows", None), getattr(measurement, "batch", ())
         self.batch: tuple[Tensor, ...] = ()
         if rows is not None and batch:
-            self.batch = tuple(cast(b.to(example.device), dtype) for b in batch)
+            self.batch = tuple(cast(ordinary(b.to(example.device)), dtype) for b in batch)
             self._function = Functional(model, rows, layout, dtype)
         else:
             self._function = Functional(model, lambda m: measurement(m), layout, dtype)
@@ -76,6 +77,20 @@ class Query:
         with sdpa_kernel(SDPBackend.MATH):
             values = self._function(parameters, *batch)
         return values if self._chosen is None else values[self._chosen]
+
+    def bound(self, parameters: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """Within it the model holds these parameters: for backward passes that run parts of it again."""
+        return self._function.bound(parameters)
+
+    def gradient(self, theta: Tensor, weights: Tensor) -> Tensor:
+        """(P,), (Q,) -> (P,): the gradient of the queries' sum with these weights, by one backward pass of torch's."""
+        with torch.enable_grad():
+            leaf = theta.detach().to(self.dtype).requires_grad_()
+            named = self.layout.unflatten(leaf)
+            with self.bound(named):
+                values = self.of_parameters(named, *self.batch)
+                found = torch.autograd.grad((values * weights).sum(), leaf, allow_unused=True)[0]
+        return torch.zeros_like(leaf) if found is None else found
 
     def parts(self, at_once: int) -> "list[Query]":
         """The same queries, so many to a part."""

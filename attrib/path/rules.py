@@ -254,7 +254,28 @@ def _written_out(node: fx.Node, c: Tensor, ends: Ends, rule: Callable[..., Itera
 # anything else
 
 
+# piecewise constant: no derivative is none; of any other operation, one that cannot be had is an error
+CONSTANT: set[Any] = {
+    *(aten.floor, aten.ceil, aten.round, aten.trunc, aten.fix, aten.sign, aten.sgn, aten.heaviside, aten.floor_divide),
+    *(
+        aten.bucketize,
+        aten.searchsorted,
+        aten.one_hot,
+        aten.argmax,
+        aten.argmin,
+        aten.argsort,
+        aten.histc,
+        aten.bincount,
+    ),
+    *(aten.isnan, aten.isinf, aten.isfinite, aten.signbit, aten.count_nonzero, aten.any, aten.all),
+}
+
 _reported: set[str] = set()
+
+
+def _rounds(node: fx.Node) -> bool:
+    """Division to whole numbers."""
+    return bool(node.kwargs.get("rounding_mode"))
 
 
 def _gonzalez(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> Pairs:
@@ -268,11 +289,12 @@ def _gonzalez(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> Pairs:
     if not inputs or (isinstance(y0, Tensor) and not y0.is_floating_point()):
         return
     points = [_between(*ends.of(n)) for n in inputs]
-    try:
-        halves = [_vjp(node, c, inputs, {n: end[n] for n in node.all_input_nodes}, points) for end in ends]
-    except RuntimeError:  # floor and the like have no derivative; all of the change goes by the correction
+    operation = getattr(node.target, "overloadpacket", node.target)
+    if operation in CONSTANT or _rounds(node):  # all of the change goes by the correction
         total = sum(ck.sum() for ck in (c.values() if isinstance(c, dict) else [c]))
         halves = [[torch.zeros_like(p) * total for p in points]] * 2
+    else:
+        halves = [_vjp(node, c, inputs, {n: end[n] for n in node.all_input_nodes}, points) for end in ends]
     means = [(a + b) / 2 for a, b in zip(*halves, strict=True)]
     parts = c.items() if isinstance(c, dict) else [(None, c)]
     change = [(ck * slopes.difference(*((y0, y1) if k is None else (y0[k], y1[k])))).sum() for k, ck in parts]

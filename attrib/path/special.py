@@ -106,6 +106,15 @@ def _divide(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
         yield b, (c * (a0 + a1) / 2 * slopes.reciprocal(b0, b1)).sum_to_size(b0.shape)
 
 
+def _prelu(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    """relu(x) + w n with n = min(x, 0) = x - relu(x): a product, so each factor's change times the mean of the other."""
+    x, w = node.args[:2]
+    (x0, x1), (w0, w1) = ends.of(x), ends.of(w)
+    rising = slopes.relu(x0, x1)
+    yield x, c * (rising + (w0 + w1) / 2 * (1 - rising))
+    yield w, (c * (x0.clamp(max=0) + x1.clamp(max=0)) / 2).sum_to_size(w0.shape)
+
+
 def _power(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
     base, exponent = node.args
     if isinstance(base, fx.Node):
@@ -142,6 +151,7 @@ SPECIAL: dict[Any, Callable[[fx.Node, Any, Ends], Pairs]] = {
     aten.minimum: partial(_larger, -1),
     aten.max_pool2d_with_indices: partial(_max_pool, 2),
     aten.max_pool3d_with_indices: partial(_max_pool, 3),
+    aten._prelu_kernel: _prelu,
     aten.div: _divide,
     aten.pow: _power,
     **dict.fromkeys((aten.gt, aten.ge, aten.lt, aten.le, aten.eq, aten.ne), _compare),

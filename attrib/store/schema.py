@@ -10,13 +10,15 @@
     index        [step, slot]                  ids of the training examples, -1 where the batch was smaller
     kind         [step]                        which table of examples/ holds the inputs of the batch
     row          [step, slot]                  which row of it those of the slot
-    scale        [step]                        share = scale * gradient of the example's loss (reduction, clipping)
+    scale        [step]                        share = scale * gradient of the example's loss (reduction, clipping); NaN
+                                               where it is to be fitted to p.grad when it is asked for
     examples/*/* [row, ...]                    the inputs: a table per shape, in it an array per tensor of the batch
     gradients    [step, slot, parameter]       per-example shares, with capture="gradients"
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
-    random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it
+    random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it;
+                                               of Python's and numpy's global ones behind it, where it uses those
     constants/*                                buffers and frozen parameters
-    log/*        [step]                        mean loss and the two identities, NaN where not checked; seconds of training
+    log/*        [step]                        mean loss and the identities, NaN where not checked; seconds of training
 
 Everything about one step can be rebuilt from these: the coefficients of the update follow from the gradients and the last
 state, so they are not stored a second time.
@@ -35,7 +37,7 @@ BLOCK_STEPS = 64
 CHUNK_BYTES = 2 << 20
 STATE_BYTES = 8 << 20  # of a chunk of parameters or gradients, which are read whole: larger chunks cost less to write
 
-LOGS = ("loss", "batch_identity", "step_identity", "seconds")
+LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "seconds")
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "theta": ("state", "parameter"),

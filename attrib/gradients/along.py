@@ -1,0 +1,211 @@
+"""The loss vector of a batch, and the truth about its derivatives.
+
+    gradient   G(v) = d (v . loss) / d theta                 one backward pass, for any weights v (B,) of the examples
+    along      <U_q, g_i> = d/de loss_i(theta + e U_q)       of all examples at once, per query and group of parameters
+    rows       g_i = d loss_i / d theta                      one backward pass per example
+
+with g_i = d loss_i / d theta, the batch and all. Nothing is assumed of the model: which rows are whose is not asked, and
+examples may see each other, as in batch norm or a contrastive loss. Three ways to the derivative along U:
+
+    forward    dual numbers: one tangent per query and group
+    double     s = <G(v), U> is linear in v, and ds/dv = (<U, g_i>)_i: where an operation has no forward-mode rule
+    single     a backward pass per example: where an operation has neither, and where that is fewer passes
+
+Forward mode goes through `torch.no_grad()` inside a model, which training does not: it is used where it agrees with a
+backward pass on the batch, v . (<U, g_i>)_i = <G(v), U> for random v. Source: the transposed product of Pearlmutter 1994.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import LossError
+from ..functional import Functional
+from ..generators import generators, set_generators
+from ..layout import Layout
+from .checks import check_losses
+from .sites import load_forward_mode
+
+log = logging.getLogger("attrib")
+
+Named = dict[str, Tensor]
+Batch = tuple[Any, ...]
+
+# what torch raises where an operation lacks a derivative of the asked kind
+LACKING = (NotImplementedError, RuntimeError)
+
+
+def random_weights(size: int, seed: int, like: Tensor) -> Tensor:
+    """(B,) of a normal distribution, the same for a seed; no generator of the user's is drawn from."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(size)).to(like)
+
+
+class LossVector:
+    """`loss(model, *batch) -> (B,)` as a function of the parameter vector.
+
+    active: names of the parameters that have a gradient. Every method evaluates the loss from the state of the generators
+    at its call, however often it has to, and leaves them as one evaluation does.
+    """
+
+    def __init__(self, loss: Functional, layout: Layout) -> None:
+        self._loss, self.layout = loss, layout
+        self.active = frozenset(layout.names)
+        self._ways: dict[Any, str] = {}
+
+    def values(self, theta: Tensor, batch: Batch) -> Tensor:
+        """(P,), batch -> (B,)."""
+        with torch.no_grad():
+            return self._evaluate(self.parameters(theta), batch)
+
+    def parameters(self, theta: Tensor) -> Named:
+        """Leaves by name, copies of the slices of theta."""
+        named = self.layout.unflatten(theta.detach())
+        return {name: t.clone().requires_grad_(name in self.active) for name, t in named.items()}
+
+    def gradient(self, theta: Tensor, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Named]:
+        """(P,), batch, v (B,) or None for ones -> losses (B,), G(v) by name; of what the loss does not depend on, zeros."""
+        with self._graph(theta, batch) as (parameters, losses):
+            total = losses.sum() if weights is None else (losses * weights).sum()
+            found = self._pull(total, parameters)
+        return losses.detach(), found
+
+    def along(
+        self, theta: Tensor, batch: Batch, directions: Named, groups: Sequence[Sequence[str]]
+    ) -> tuple[Tensor, Tensor]:
+        """(P,), batch, U by name (Q, *parameter), names of each group -> losses (B,), (Q, B, G) float64."""
+        start, queries = generators(), len(next(iter(directions.values())))
+        passes = queries * len(groups)
+        way = "single" if passes > len(batch[0]) else self._way(theta, batch, directions, start)
+        set_generators(start)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have one derivative
+            return getattr(self, f"_{way}")(theta, batch, directions, groups, start)
+
+    def rows(self, theta: Tensor, batch: Batch, names: Sequence[str]) -> Iterator[Named]:
+        """(P,), batch -> of each example in turn g_i by name."""
+        with self._graph(theta, batch) as (parameters, losses):
+            chosen = {name: parameters[name] for name in names}
+            for loss in losses:
+                yield self._pull(loss, chosen, retain=True)
+
+    def seen(self, batch: Batch) -> str:
+        """In words: how the derivative along U is had for batches of this kind."""
+        return self._ways.get(self._kind(batch), "single")
+
+    # the three ways
+
+    def _forward(
+        self, theta: Tensor, batch: Batch, directions: Named, groups: Sequence[Sequence[str]], start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        load_forward_mode()
+        named = {n: t.detach() for n, t in self.layout.unflatten(theta).items()}
+        out: list[list[Tensor]] = []
+        for q in range(len(next(iter(directions.values())))):
+            out.append([])
+            for group in groups:
+                set_generators(start)
+                with torch.no_grad(), forward_ad.dual_level():
+                    moving = {n: forward_ad.make_dual(named[n], directions[n][q].to(named[n])) for n in group}
+                    found = forward_ad.unpack_dual(self._evaluate({**named, **moving}, batch))
+                losses = found.primal
+                out[-1].append(torch.zeros_like(losses) if found.tangent is None else found.tangent)
+        return losses, torch.stack([torch.stack(row, 1) for row in out]).double()
+
+    def _double(
+        self, theta: Tensor, batch: Batch, directions: Named, groups: Sequence[Sequence[str]], start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with self._graph(theta, batch) as (parameters, losses):
+            weights = torch.ones_like(losses, requires_grad=True)
+            pulled = self._pull((losses * weights).sum(), parameters, create=True)
+            out = losses.new_zeros(len(next(iter(directions.values()))), len(losses), len(groups))
+            for g, group in enumerate(groups):
+                for q in range(len(out)):
+                    products = [(pulled[n] * directions[n][q]).sum() for n in group if pulled[n].requires_grad]
+                    if products:
+                        total = torch.stack(products).sum()
+                        (found,) = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
+                        out[q, :, g] = 0.0 if found is None else found
+        return losses.detach(), out.double()
+
+    def _single(
+        self, theta: Tensor, batch: Batch, directions: Named, groups: Sequence[Sequence[str]], start: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        names = [name for group in groups for name in group]
+        flat = {name: directions[name].flatten(1) for name in names}
+        columns = []
+        for row in self.rows(theta, batch, names):
+            products = [sum((flat[n] @ row[n].flatten()).double() for n in group) for group in groups]
+            columns.append(torch.stack([torch.as_tensor(p) for p in products], 1))
+        set_generators(start)
+        return self.values(theta, batch), torch.stack(columns, 1)
+
+    # which way
+
+    def _way(self, theta: Tensor, batch: Batch, directions: Named, start: Tensor) -> str:
+        """The first that works and agrees with a backward pass, for batches of one kind."""
+        kind = self._kind(batch)
+        if kind not in self._ways:
+            one = {n: u[:1] for n, u in directions.items()}
+            self._ways[kind] = next(
+                w for w in ("forward", "double", "single") if self._works(w, theta, batch, one, start)
+            )
+            log.debug("the derivative along U goes by %s", self._ways[kind])
+        return self._ways[kind]
+
+    def _works(self, way: str, theta: Tensor, batch: Batch, one: Named, start: Tensor) -> bool:
+        if way == "single":
+            return True
+        function: Callable[..., tuple[Tensor, Tensor]] = getattr(self, f"_{way}")
+        try:
+            set_generators(start)
+            with sdpa_kernel(SDPBackend.MATH):
+                losses, found = function(theta, batch, one, [list(one)], start)
+        except LossError:
+            raise
+        except LACKING as error:
+            log.debug("no derivative along U by %s: %s", way, error)
+            return False
+        weights = random_weights(len(losses), len(losses), losses)
+        set_generators(start)
+        pulled = self.gradient(theta, batch, weights)[1]
+        parts = [(pulled[n] * u[0]).double() for n, u in one.items()]
+        terms, want = found[0, :, 0] * weights, sum(float(p.sum()) for p in parts)
+        # both are sums in the loss's precision; a derivative that is missing is missed by order one
+        scale = float(terms.abs().sum()) + sum(float(p.abs().sum()) for p in parts)
+        return abs(float(terms.sum()) - want) <= torch.finfo(theta.dtype).eps ** 0.5 * scale
+
+    def _kind(self, batch: Batch) -> Any:
+        return self.active, tuple((a.dim(), a.dtype) if isinstance(a, Tensor) else repr(a) for a in batch)
+
+    # evaluations
+
+    @contextmanager
+    def _graph(self, theta: Tensor, batch: Batch) -> Iterator[tuple[Named, Tensor]]:
+        """The leaves and the losses, to be differentiated within: the model holds the leaves until then."""
+        parameters = self.parameters(theta)
+        with torch.enable_grad(), self._loss.bound(parameters):
+            losses = check_losses(self._loss.run(*batch), batch)
+            self._loss.check_constants()
+            yield parameters, losses
+
+    def _evaluate(self, parameters: Named, batch: Batch) -> Tensor:
+        losses = self._loss(parameters, *batch)
+        self._loss.check_constants()
+        return check_losses(losses, batch)
+
+    def _pull(self, value: Tensor, parameters: Named, create: bool = False, retain: bool = False) -> Named:
+        moving = [n for n, p in parameters.items() if p.requires_grad] if value.requires_grad else []
+        pulled = torch.autograd.grad(
+            *(value, [parameters[n] for n in moving]),
+            retain_graph=retain or create,
+            create_graph=create,
+            allow_unused=True,
+        ) if moving else ()  # fmt: skip
+        found = dict(zip(moving, pulled, strict=True))
+        return {n: torch.zeros_like(p) if found.get(n) is None else found[n] for n, p in parameters.items()}

@@ -1,0 +1,159 @@
+"""How the batches of a run are worked through: followed once of each kind, judged, cut into slices, planned.
+
+    form    whether a few examples by themselves are as in their batch, so that it can be cut; whether losses see each other
+    plan    of one kind of forward pass: which rows of which site are whose (`plan`), proven on the batch at hand
+
+What goes the slow way is said once, with the reason and the cost.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ChangedOutsideError, LossError
+from ..functional import Functional
+from ..generators import generators, random_state, set_generators
+from .along import Batch, LossVector
+from .checks import check_losses, first_line
+from .plan import Plan, Trace, calls_of, few, kind_of, make_plan, unproven
+from .sites import SiteTracer
+
+log = logging.getLogger("attrib")
+
+PLANS = 24  # of other calls: where they are others each time, they are not followed any more
+_COUPLED = "the losses of a batch depend on each other"
+_OTHERS = "its calls are others from batch to batch"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How batches of one kind are worked through.
+
+    bytes: of activations per example, 0 where the batch is not cut. few: whether a few of the examples, by themselves, have
+    the losses that they have in the batch. reason: why nothing is read off the sites; None where it is.
+    """
+
+    bytes: float
+    few: bool
+    reason: str | None = None
+
+
+class Forms:
+    """coupled: whether a batch was met whose losses depend on each other. plans: by kind of forward pass.
+
+    Args:
+        loss, vector: the loss bound to the model, and as a vector.
+        slices: bytes of what the calls of a forward pass return for the examples of a slice.
+    """
+
+    def __init__(self, loss: Functional, vector: LossVector, slices: int) -> None:
+        self._loss, self.vector, self._slice_bytes = loss, vector, slices
+        self.coupled = False
+        self.plans: dict[Any, Plan] = {}
+        self._forms: dict[Any, Form] = {}
+        self._said: set[str] = set()
+
+    def of(self, theta: Tensor, batch: Batch) -> Form:
+        shapes = tuple((a.dim(), a.dtype) if isinstance(a, Tensor) else repr(a) for a in batch)
+        kind = self.vector.active, len(batch[0]) == 1, shapes
+        if kind not in self._forms:
+            with random_state(generators()):
+                self._forms[kind] = self._judge(theta, batch)
+            if reason := self._forms[kind].reason:
+                self._say(len(self.vector.active), reason)
+        return self._forms[kind]
+
+    def _judge(self, theta: Tensor, batch: Batch) -> Form:
+        start = generators()
+        losses = self.vector.values(theta, batch)
+        drew = not torch.equal(start, generators())
+        alike = not drew and self._alike(theta, few(batch), losses)
+        set_generators(start)
+        parameters = self.vector.parameters(theta)
+        try:
+            with self._loss.bound(parameters):
+                found = self.follow(parameters, few(batch) if alike else batch)
+                form = Form(max(1.0, found.bytes / len(found.losses)) if alike else 0.0, alike)
+                part, _ = next(iter(self.slices(form, batch)))
+                set_generators(start)
+                plan = self.plan(theta, self.follow(parameters, part), part, form)
+        except (LossError, ChangedOutsideError):
+            raise
+        except Exception as error:  # whatever a model does that cannot be followed call by call
+            return Form(0.0, False, f"its calls cannot be followed ({first_line(error)})")
+        if plan.coupled:
+            return Form(0.0, False, _COUPLED)
+        return form
+
+    def _alike(self, theta: Tensor, part: Batch, losses: Tensor) -> bool:
+        try:
+            alone = self.vector.values(theta, part)
+        except Exception as error:  # a loss that walks its batch in a way of its own
+            log.debug("the batch is not cut: a few of its examples have no loss by themselves: %s", first_line(error))
+            return False
+        bound = torch.finfo(losses.dtype).eps ** 0.75
+        return torch.allclose(alone, losses[: len(alone)], rtol=bound, atol=bound * float(losses.abs().max()))
+
+    def slices(self, form: Form, batch: Batch) -> Iterator[tuple[Batch, int]]:
+        """The batch in slices of one size, so the last may begin with examples seen already: how many."""
+        size = len(batch[0])
+        most = max(1, int(self._slice_bytes // form.bytes)) if form.bytes else size
+        length = -(-size // -(-size // most))
+        for lo in range(0, size, length):
+            at = min(lo, size - length)
+            yield tuple(a[at : at + length] if isinstance(a, Tensor) else a for a in batch), lo - at
+
+    def plan(self, theta: Tensor, trace: Trace, batch: Batch, form: Form) -> Plan:
+        """Of the trace's kind; the model is bound to the leaves of `trace`, which is of `batch`."""
+        key = kind_of(trace)
+        if key not in self.plans:
+            parameters = self.vector.parameters(theta)
+            with self._loss.bound(parameters):
+                part = few(batch) if form.few else batch
+                seen, plan = make_plan(lambda b: self.follow(parameters, b, values=True), part, trace.start)
+            kinds = {known.calls for known in self.plans.values()}
+            same = (calls_of(seen), seen.unsplit) == (calls_of(trace), trace.unsplit)
+            reason = _COUPLED if plan.coupled else None if same and len(kinds) < PLANS else _OTHERS
+            if reason is None:
+                plan = replace(plan, whole=plan.whole | unproven(trace, plan))
+            else:
+                plan = replace(plan, readings=[None] * len(trace.sites), whole=dict.fromkeys(trace.parameters, reason))
+            self.coupled = self.coupled or plan.coupled
+            for reason in set(plan.whole.values()):
+                self._say(sum(r == reason for r in plan.whole.values()), reason)
+            self.plans[key] = plan
+        return self.plans[key]
+
+    def _say(self, tensors: int, reason: str) -> None:
+        """Once, what is slow and why."""
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning(
+                "the shares of %d of %d tensors are slow: %s. They are had by the derivative of the loss along each "
+                "direction: about one pass over the batch per query and group; stored captures take one per example",
+                *(tensors, len(self.vector.layout.names), reason),
+            )
+
+    def follow(self, parameters: dict[str, Tensor], batch: Batch, values: bool = False, checked: bool = True) -> Trace:
+        """One forward pass, the model being bound to `parameters`."""
+        start = generators() if checked else None
+        batch = tuple(a.detach() if isinstance(a, Tensor) else a for a in batch)
+        data = [a for a in batch if isinstance(a, Tensor)]
+        moving = {n: p for n, p in parameters.items() if p.requires_grad}
+        with torch.enable_grad(), SiteTracer(moving, data, values) as tracer:
+            losses = self._loss.run(*batch)
+        if checked:
+            self._loss.check_constants()
+            check_losses(losses, batch)
+        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start)
+
+    def misread(self, gaps: dict[str, Tensor]) -> list[str]:
+        """Parameters with a site whose rows are other examples' in this batch than in the one that the plan was made on."""
+        wrong = [n for n, gap in gaps.items() if not float(gap) <= torch.finfo(gap.dtype).eps ** 0.5]
+        if wrong:
+            self._say(len(wrong), "which rows are whose depends on the content of the batch")
+        return wrong

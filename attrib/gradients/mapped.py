@@ -1,0 +1,36 @@
+"""The gradient of each example by `vmap` of the loss of one: where examples do not see each other and every call maps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..functional import Functional
+
+
+def rows_by_vmap(
+    loss: Functional, parameters: dict[str, Tensor], batch: tuple[Any, ...], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """(B, *parameter) by name; nothing where a call does not map over examples or draws random numbers. Whether the loss of
+    an example by itself is what it is in the batch has to be seen to."""
+    fixed = {n: t.detach() for n, t in parameters.items()}
+
+    def one(moving: dict[str, Tensor], *example: Any) -> Tensor:
+        rows = tuple(e[None] if isinstance(e, Tensor) else e for e in example)
+        return loss({**fixed, **moving}, *rows)[0]
+
+    dims = (None, *(0 if isinstance(a, Tensor) else None for a in batch))
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not map over examples
+            return torch.vmap(torch.func.grad(one), in_dims=dims)({n: fixed[n] for n in names}, *batch)
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return {}
+
+
+def agree(rows: Tensor, gradient: Tensor, weights: Tensor) -> bool:
+    """Whether rows (B, *parameter), times weights (B,), sum to the gradient of the losses so weighted."""
+    terms = rows * weights.view(-1, *(1,) * (rows.dim() - 1))
+    bound = torch.finfo(rows.dtype).eps ** 0.5 * float(terms.abs().sum(0).max()) if rows.numel() else 0.0
+    return bool(((terms.sum(0) - gradient).abs() <= bound).all())

@@ -1,0 +1,82 @@
+"""The limit of a path: as the ends of a step meet, its vector must become the gradient of the measurement.
+
+    |Gbar(theta, theta + e) - grad m(theta + e / 2)| = O(e^2)
+
+Completeness does not see a rule that gives a cotangent to the wrong input, or none; this does. The gradient is torch's, by
+one backward pass for a random combination of the queries, each scaled to its own size.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .query import PathGradient, Query
+
+TRIES = 3  # ever shorter displacements: a kink that one crosses is not there in the next
+
+
+class Limit(NamedTuple):
+    """The largest gap of a parameter tensor, relative to the gradient's size; where it is too large, the query and the
+    tensor that are furthest off."""
+
+    gap: float
+    query: int | None = None
+    tensor: str | None = None
+
+
+def limit_bound(dtype: torch.dtype) -> float:
+    """On the gap: the displacement is eps^(1/3) of the parameters, which leaves its square, times how the network bends,
+    and the rounding of differences over it, eps^(2/3) each. A rule that is wrong is wrong by order one."""
+    return float(torch.finfo(dtype).eps ** 0.25)
+
+
+def limit_gap(query: Query, integrate: Callable[[Tensor, Tensor], PathGradient], theta: Tensor) -> Limit:
+    """theta (n + 1, P): states of the run, n steps for `integrate` to run side by side as the sweep does."""
+    start = theta[:-1].to(query.dtype)
+    found = Limit(float("inf"))
+    for attempt in range(TRIES):
+        end = start + _displacement(start, theta.to(query.dtype)) / 16**attempt
+        vectors = integrate(start, end).gradient
+        steps = [_compared(query, v.to(query.dtype), m) for v, m in zip(vectors, (start + end) / 2, strict=True)]
+        found = min(found, max(steps, key=lambda s: s.gap), key=lambda s: s.gap)
+        if found.gap <= limit_bound(query.dtype):
+            return Limit(found.gap)
+    return found
+
+
+def _displacement(start: Tensor, theta: Tensor) -> Tensor:
+    """(n, P): along each update, of eps^(1/3) of the parameters' norm; along the parameters where there was none."""
+    update = theta[1:] - start
+    along = torch.where(update.norm(dim=1, keepdim=True) > 0, update, start)
+    norm = along.norm(dim=1, keepdim=True)
+    size = torch.finfo(start.dtype).eps ** (1 / 3) * start.norm(dim=1, keepdim=True)
+    return along * size / torch.where(norm > 0, norm, 1.0)
+
+
+def _compared(query: Query, vectors: Tensor, middle: Tensor) -> Limit:
+    """The gap at one step, (Q, P) against the gradient at the middle of the displacement."""
+    sizes = vectors.norm(dim=1)
+    weights = torch.where(sizes > 0, 1 / torch.where(sizes > 0, sizes, 1.0), 1.0)
+    generator = torch.Generator().manual_seed(0)
+    weights = weights * torch.randn(query.count, generator=generator, dtype=torch.float64).to(weights)
+    gradient = query.gradient(middle, weights)
+    gaps = _gaps(query, weights @ vectors, gradient)
+    name, gap = max(gaps.items(), key=lambda item: item[1])
+    if gap <= limit_bound(query.dtype):
+        return Limit(gap)
+    eye = torch.eye(query.count, dtype=query.dtype, device=middle.device)
+    single = [_gaps(query, vectors[q], query.gradient(middle, eye[q]))[name] for q in range(query.count)]
+    return Limit(gap, max(range(query.count), key=single.__getitem__), name)
+
+
+def _gaps(query: Query, mine: Tensor, gradient: Tensor) -> dict[str, float]:
+    """By tensor, relative to its gradient, counted as no smaller than 100 sqrt(eps) of all."""
+    floor = 100 * torch.finfo(query.dtype).eps ** 0.5 * float(gradient.norm())
+    out = {}
+    for name, part in query.layout.slices():
+        size = max(float(gradient[part].norm()), floor)
+        gap = float((mine[part] - gradient[part]).norm())
+        out[name] = gap / size if size else gap
+    return out
