@@ -76,12 +76,10 @@ def attribute(
         keep: axes to keep contributions along, one set or several, of "step", "example", "group"; None keeps all
             marginals that fit in memory.
         groups: {name: [parameter names or patterns]}; None makes each parameter tensor a group.
-        dtype: compute type. None: float64 for the measurement, the recorded type for the training gradients. Sums are
-            accumulated in float64 in any case.
+        dtype: compute type. None: float64 for the measurement, the recorded type for gradients. Sums are in float64.
         progress: show a bar on work longer than two seconds.
-        cube: path or zarr Store to write all contributions to, (query, step, slot, group).
-        memory: bytes to hold at most, beside the process as it stands (`attrib.plan`), in as many sweeps as that takes;
-            None: 4 GiB, or what one query takes.
+        cube: path or Store to write all contributions to, (query, step, slot, group).
+        memory: bytes to hold at most (`attrib.plan`), in as many sweeps as that takes; None: 4 GiB, or for one query.
         identities: those checked beside the three that cost nothing: "split", at a few steps, each share against the
             derivative of its own loss; "limit", that the path tends to the gradient. What is left out the result says.
 
@@ -99,12 +97,11 @@ def attribute(
     source = Source(run, model, loss, dtype or run.dtype, query.example.device, budget.slices, member)
     facts, parts = _facts(run, measurement, path or Secant(), dtype, identities), query.parts(budget.at_once)
     sink = partial(Sink, run, start, labels, member, sizes, kept, cube, dtype or run.dtype)
+    names = measurement.names if isinstance(measurement, Measurement) else ()
     bar = tqdm(total=sizes["step"] * len(parts), desc="attribute", unit="step", delay=2, disable=not progress)
     with bar, interruptible() as request:
         sweep = Sweep(run, range(start, stop), path or Secant(), source, bar, request, tuple(identities))
-        found = join(
-            _sweeps(sweep, parts, sink, facts), measurement.names if isinstance(measurement, Measurement) else ()
-        )
+        found = join(_sweeps(sweep, parts, sink, facts), names)
     if request.asked:
         raise _interrupted(Result(found), query.count)
     return Result(found)

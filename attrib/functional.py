@@ -3,6 +3,7 @@
 The caller's module comes back as it was: parameters are handed in by name, buffers and frozen parameters are copies.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -33,6 +34,19 @@ def cast(t: Any, dtype: torch.dtype) -> Any:
 def ordinary(t: Any) -> Any:
     """A tensor made under `torch.inference_mode` as one that can be differentiated through; all else as it is."""
     return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
+
+
+def mapped(function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | None = None) -> Callable[..., Any]:
+    """`torch.vmap`, without torch's warning where it goes through an operation row by row."""
+    over = torch.vmap(function, in_dims=in_dims, chunk_size=chunk_size)
+
+    @wraps(function)
+    def called(*args: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+            return over(*args)
+
+    return called
 
 
 def differentiable(function: Callable[P, R]) -> Callable[P, R]:

@@ -1,12 +1,13 @@
 """Slow, plain versions of everything that matters. They share no code with the library.
 
-- `single_gradients`: per-example gradients, one example at a time
+- `single_gradients`: per-example gradients, one example at a time; `losses_one_by_one`: one loss of a whole batch at a time
 - `frozen`: an optimizer's updates as explicit matrices over (update step, gradient step)
 - `contributions`: the double sum over gradient steps and update steps
 - `path_integral`: the gradient of a measurement averaged over nodes, one autograd call each
 - `relu_secant`: the discrete chain rule of one hidden ReLU layer, written out by hand
 """
 
+import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -161,3 +162,26 @@ def relu_secant(
         change = a[1][j] - a[0][j]
         back[j] *= (h[1][j] - h[0][j]) / change if change else 0.0
     return np.outer(back, x), bar2
+
+
+def losses_one_by_one(
+    model: nn.Module, theta: np.ndarray, loss: Callable[..., Tensor], batch: Sequence[Tensor]
+) -> np.ndarray:
+    """(B, P): the gradient of each example's loss within its batch, a pass over the whole batch for each of them."""
+    before = [p.detach().clone() for p in model.parameters()]
+    put(model, theta)
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    rows = []
+    for i in range(len(batch[0])):
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        np.random.set_state(state[2])  # noqa: NPY002
+        model.zero_grad()
+        loss(model, *batch)[i].backward()
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+        rows.append(np.concatenate([g.reshape(-1).numpy().copy() for g in grads]))
+    model.zero_grad()
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), before, strict=True):
+            p.copy_(value)
+    return np.array(rows)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..functional import Functional
+from ..functional import Functional, mapped
 
 
 def rows_by_vmap(
@@ -24,7 +24,7 @@ def rows_by_vmap(
     dims = (None, *(0 if isinstance(a, Tensor) else None for a in batch))
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not map over examples
-            return torch.vmap(torch.func.grad(one), in_dims=dims)({n: fixed[n] for n in names}, *batch)
+            return mapped(torch.func.grad(one), dims)({n: fixed[n] for n in names}, *batch)
     except (RuntimeError, IndexError, ValueError, TypeError):
         return {}
 

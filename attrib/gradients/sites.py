@@ -279,5 +279,24 @@ def jvp(call: Call, moving: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
     load_forward_mode()
     primals = tuple(moving[i][0].detach() for i in positions)
     tangents = tuple(moving[i][1].to(moving[i][0].dtype) for i in positions)
-    with random_state(call.random):
-        return torch.func.jvp(run, primals, tangents)[1]
+    try:
+        with random_state(call.random):
+            return torch.func.jvp(run, primals, tangents)[1]
+    except (NotImplementedError, RuntimeError) as error:
+        try:
+            with random_state(call.random):
+                return _transposed_twice(run, primals, tangents)
+        except RuntimeError:
+            raise error from None
+
+
+def _transposed_twice(run: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """The same where a call has no forward-mode rule: <c, jvp> = <vjp(c), tangent>, differentiated by c."""
+    with torch.enable_grad():
+        leaves = [p.detach().requires_grad_() for p in primals]
+        out = run(*leaves)
+        cotangent = torch.zeros_like(out, requires_grad=True)
+        pulled = torch.autograd.grad(out, leaves, cotangent, create_graph=True, allow_unused=True)
+        total = sum((p * t).sum() for p, t in zip(pulled, tangents, strict=True) if p is not None)
+        found = torch.autograd.grad(total, cotangent, allow_unused=True)[0] if isinstance(total, Tensor) else None
+    return torch.zeros_like(out) if found is None else found.detach()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..functional import mapped
 from .query import PathGradient, Query
 
 log = logging.getLogger("attrib")
@@ -27,27 +28,19 @@ class Quadrature:
     def bind(self, query: Query) -> Callable[[Tensor, Tensor], PathGradient]:
         gradient = gradients_side_by_side(query)
         single = gradients_one_by_one(query)
-        mapped = _agree(query, gradient)
+        side_by_side = _agree(query, gradient)
 
         def integrate(theta0: Tensor, theta1: Tensor) -> PathGradient:
             start, end = theta0.to(query.dtype), theta1.to(query.dtype)
             total: Tensor | float = 0.0
             for position, weight in self.points():
-                total = total + weight * (gradient if mapped else single)(torch.lerp(start, end, position))
+                total = total + weight * (gradient if side_by_side else single)(torch.lerp(start, end, position))
             assert isinstance(total, Tensor)
             return PathGradient(total, query.values(theta0), query.values(theta1))
 
-        if mapped:
-            return query.over_steps(integrate)
-        log.info("gradients of the measurement do not map over queries: one backward pass for each")
-
-        def over_steps(theta0: Tensor, theta1: Tensor) -> PathGradient:
-            if theta0.dim() == 1:
-                return integrate(theta0, theta1)
-            steps = [integrate(a, b) for a, b in zip(theta0, theta1, strict=True)]
-            return PathGradient(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
-
-        return over_steps
+        if not side_by_side:
+            log.info("gradients of the measurement do not map over queries: one backward pass for each")
+        return query.over_steps(integrate)
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ def gradients_side_by_side(query: Query) -> Gradient:
 
     def by_rows(named: dict[str, Tensor]) -> dict[str, Tensor]:
         dims = (None, *(0 for _ in query.batch))
-        return torch.vmap(torch.func.grad(one), in_dims=dims, chunk_size=query.at_once())(named, *query.batch)
+        return mapped(torch.func.grad(one), dims, query.at_once())(named, *query.batch)
 
     jacobian = torch.func.jacrev(query.of_parameters, chunk_size=query.at_once())
 
@@ -117,10 +110,11 @@ def gradients_one_by_one(query: Query) -> Gradient:
 
 
 def _agree(query: Query, gradient: Gradient) -> bool:
-    """Whether mapped gradients are torch's own: some operations do not map, or map to something else (in torch 2.13 the
-    weight of prelu gets none)."""
+    """Whether gradients mapped over queries are torch's own. Some operations do not map, or map to something else: in torch
+    2.13 the weight of prelu gets nothing."""
+    theta = query.example.to(query.dtype)
     try:
-        found = gradient(query.example.to(query.dtype))
+        found = gradient(theta)
     except (RuntimeError, NotImplementedError) as error:
         log.debug("gradients do not map: %s", error)
         return False
@@ -128,6 +122,6 @@ def _agree(query: Query, gradient: Gradient) -> bool:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(query.count, generator=generator, dtype=torch.float64).to(found)
     weights = weights / torch.where(sizes > 0, sizes, 1.0)
-    whole = query.gradient(query.example, weights)
+    whole = query.gradient(theta, weights)
     gaps = ((weights @ found - whole)[part].norm() / max(whole[part].norm(), 1e-3) for _, part in query.layout.slices())
     return all(float(gap) <= torch.finfo(query.dtype).eps ** 0.5 for gap in gaps)

@@ -1,5 +1,6 @@
 """A measurement as a pure function of the flat parameter vector, and what every path makes of it."""
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import copy
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MeasurementError
-from ..functional import Functional, cast, ordinary
+from ..functional import Functional, cast, mapped, ordinary
 from ..layout import Layout
 from ..program import Programs, kind_of
+
+log = logging.getLogger("attrib")
 
 GRADIENT_BYTES = 32 << 20  # gradients (q, P) of the queries run side by side
 STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
@@ -36,6 +39,11 @@ class Path(Protocol):
     def bind(self, query: "Query") -> Callable[[Tensor, Tensor], PathGradient]:
         """Prepare for one query; the returned function takes theta0, theta1, (P,) each or (n, P) for n steps at once. What
         it returns belongs to the caller, who may write over it."""
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two gradients (..., P) are the same but for rounding: some of torch's rules are not, mapped over rows."""
+    return bool((a - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
 
 
 class Query:
@@ -63,6 +71,22 @@ class Query:
             self._function = Functional(model, lambda m: measurement(m), layout, dtype)
         self._chosen: slice | None = None
         self.count = len(self._first_values(example))
+        if self.batch and self.count > 1 and not self._by_rows(example):
+            log.info("the rows of the measurement depend on each other: its queries are taken together")
+            self.batch, self._function = (), Functional(model, lambda m: measurement(m), layout, dtype)
+
+    def _by_rows(self, theta: Tensor) -> bool:
+        """Whether a query has the same value by itself."""
+        with torch.no_grad():
+            named, last = self.named(theta), tuple(b[-1:] for b in self.batch)
+            try:
+                alone = self.of_parameters(named, *last)[0]
+            except Exception as error:  # statistics of a single row, say
+                log.debug("a query by itself has no value: %s", error)
+                return False
+            together = self.of_parameters(named, *self.batch)
+        bound = torch.finfo(self.dtype).eps ** 0.5
+        return bool((alone - together[-1]).abs() <= bound * (1 + together.abs().max()))
 
     def values(self, theta: Tensor) -> Tensor:
         """(P,) -> (Q,)."""
@@ -113,12 +137,24 @@ class Query:
     def over_steps(self, single: Callable[[Tensor, Tensor], PathGradient]) -> Callable[[Tensor, Tensor], PathGradient]:
         """`single` takes theta0, theta1 (P,); the result takes (n, P) as well."""
 
+        side_by_side: list[bool] = []  # whether steps map: seen at the first that come together
+
         def either(theta0: Tensor, theta1: Tensor) -> PathGradient:
             if theta0.dim() == 1:
                 return single(theta0, theta1)
-            if len(theta0) == 1:
-                return PathGradient(*(t.unsqueeze(0) for t in single(theta0[0], theta1[0])))
-            return torch.vmap(single, chunk_size=self.steps_at_once())(theta0, theta1)
+            if len(theta0) == 1 or not all(side_by_side):
+                steps = [single(a, b) for a, b in zip(theta0, theta1, strict=True)]
+                return PathGradient(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+            over = mapped(single, 0, self.steps_at_once())
+            if side_by_side:
+                return over(theta0, theta1)
+            try:
+                found = over(theta0, theta1)
+                side_by_side.append(alike(found.gradient[-1], single(theta0[-1], theta1[-1]).gradient))
+            except RuntimeError as error:
+                log.debug("steps do not map: %s", error)
+                side_by_side.append(False)
+            return found if all(side_by_side) else either(theta0, theta1)
 
         if self.dtype.itemsize * self.layout.size * self.count > TRACED_BYTES:
             return either  # a trace holds every intermediate result for a while; here its gain would be small

@@ -115,8 +115,9 @@ MIDPOINT: set[Any] = {
 
 
 def _between(a: Any, b: Any, dtype: torch.dtype | None = None) -> Any:
-    """The average of the ends, in `dtype`; of a mask, how much of the way it holds."""
-    if not isinstance(a, Tensor) or not (a.is_floating_point() or a.dtype == torch.bool):
+    """The average of the ends, in `dtype`; of a mask, how much of the way it holds. Whole numbers are operands where a type
+    is asked for, else an index, which stays."""
+    if not isinstance(a, Tensor) or not (a.is_floating_point() or a.dtype == torch.bool or dtype is not None):
         return a
     dtype = dtype or a.dtype
     return (a.to(dtype) + b.to(dtype)) / 2
@@ -234,7 +235,7 @@ WRITTEN_OUT: dict[Any, Callable[..., Iterator[Any]]] = {
     aten.transpose: lambda c, x, i, j, at: iter([(x, c.transpose(i, j))]),
     aten.expand: lambda c, x, shape, at: iter([(x, _fit(c, at(x)))]),
     **dict.fromkeys((aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze), _reshaped),
-    **dict.fromkeys((aten.clone, aten.alias, aten.detach, aten._to_copy), lambda c, x, at, **_: iter([(x, c)])),
+    **dict.fromkeys((aten.clone, aten.alias, aten.detach), lambda c, x, at, **_: iter([(x, c)])),
 }
 
 
@@ -256,7 +257,7 @@ def _written_out(node: fx.Node, c: Tensor, ends: Ends, rule: Callable[..., Itera
 
 # piecewise constant: no derivative is none; of any other operation, one that cannot be had is an error
 CONSTANT: set[Any] = {
-    *(aten.floor, aten.ceil, aten.round, aten.trunc, aten.fix, aten.sign, aten.sgn, aten.heaviside, aten.floor_divide),
+    *(aten.heaviside, aten.floor_divide),
     *(
         aten.bucketize,
         aten.searchsorted,

@@ -9,15 +9,20 @@ The sum is exact for every rule set; the split differs from the path integral at
 """
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..functional import mapped
 from .graph import Graph
 from .quadrature import check_count
-from .query import PathGradient, Query
+from .query import PathGradient, Query, alike
+
+log = logging.getLogger("attrib")
 
 
 @dataclass(frozen=True)
@@ -66,24 +71,40 @@ def _trace(query: Query) -> Callable[[Tensor, Tensor], PathGradient]:
         start, end = ends.of(graph.output)
         return _join(graph.backward(torch.ones_like(start), ends)), start, end
 
+    side_by_side = mapped(one, (None, None, *(0 for _ in query.batch)), query.at_once())
+    maps = not query.batch or query.count == 1 or _maps(query, one, side_by_side, tensors)
+
     def by_rows(theta0: Tensor, theta1: Tensor) -> PathGradient:
         """Queries side by side: one graph of a single row, mapped over the rows."""
         moving0, moving1 = tensors(theta0), tensors(theta1)
         if query.count == 1:
             found = one(moving0, moving1, *(b[0] for b in query.batch))
             return PathGradient(*(t.unsqueeze(0) for t in found))
-        dims = (None, None, *(0 for _ in query.batch))
-        mapped = torch.vmap(one, in_dims=dims, chunk_size=query.at_once())
-        return PathGradient(*mapped(moving0, moving1, *query.batch))
+        if not maps:
+            rows = [one(moving0, moving1, *(b[q] for b in query.batch)) for q in range(query.count)]
+            return PathGradient(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
+        return PathGradient(*side_by_side(moving0, moving1, *query.batch))
 
     def by_cotangents(theta0: Tensor, theta1: Tensor) -> PathGradient:
         """Any measurement: one forward at each end, the backward sweep mapped over the queries."""
         ends = graph.forward(tensors(theta0), tensors(theta1), ())
         start, end = ends.of(graph.output)
-        sweep = torch.vmap(lambda c: _join(graph.backward(c, ends)), chunk_size=query.at_once())
+        sweep = mapped(lambda c: _join(graph.backward(c, ends)), 0, query.at_once())
         return PathGradient(sweep(torch.eye(query.count, dtype=start.dtype, device=start.device)), start, end)
 
     return by_rows if query.batch else by_cotangents
+
+
+def _maps(query: Query, one: Callable[..., Any], side_by_side: Callable[..., Any], tensors: Callable[..., Any]) -> bool:
+    """Whether mapped queries have the vectors that they have by themselves: some of torch's rules do not map, or map to
+    something else."""
+    ends, two = [tensors(query.example), tensors(query.example * 1.01)], tuple(b[:2] for b in query.batch)
+    try:
+        found = side_by_side(*ends, *two)[0][1]
+    except RuntimeError as error:
+        log.info("queries do not map (%s): one after the other", str(error).splitlines()[0])
+        return False
+    return alike(found, one(*ends, *(b[1] for b in two))[0])
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

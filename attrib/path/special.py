@@ -137,6 +137,21 @@ def _compare(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
         yield b, -inward.sum_to_size(b0.shape)
 
 
+def _rounded(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    """To whole numbers, or to the nearest of some: nothing but jumps."""
+    x = node.args[0]
+    yield x, c * slopes.step(*ends.of(node), *ends.of(x))
+
+
+def _converted(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
+    """To another type; to whole numbers, by its jumps."""
+    x = node.args[0]
+    if ends.first[x].is_floating_point() and not ends.first[node].is_floating_point():
+        yield from _rounded(node, c, ends)
+    else:
+        yield x, c
+
+
 SPECIAL: dict[Any, Callable[[fx.Node, Any, Ends], Pairs]] = {
     operator.getitem: _item,
     aten._softmax: partial(_along, discrete.softmax),
@@ -154,6 +169,8 @@ SPECIAL: dict[Any, Callable[[fx.Node, Any, Ends], Pairs]] = {
     aten._prelu_kernel: _prelu,
     aten.div: _divide,
     aten.pow: _power,
+    **dict.fromkeys((aten.floor, aten.ceil, aten.round, aten.trunc, aten.fix, aten.sign, aten.sgn), _rounded),
+    aten._to_copy: _converted,
     **dict.fromkeys((aten.gt, aten.ge, aten.lt, aten.le, aten.eq, aten.ne), _compare),
 }
 

@@ -1,0 +1,433 @@
+"""The truth along a direction, and the fast form held against it: models whose batches are anything but tidy."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import oracles
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import attrib
+from attrib import errors
+from attrib.functional import Functional
+from attrib.generators import generators, random_state, set_generators
+from attrib.gradients import LossVector, Shares
+from attrib.layout import Layout
+
+
+class Sorted(nn.Module):
+    """Rows in the order of what they hold, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort(descending=True, stable=True)
+        return self.b(torch.tanh(self.a(x[order])))[order.argsort()]
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.out = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for n, expert in enumerate(self.experts):
+            rows, k = torch.where(chosen == n)
+            out = out.index_add(0, rows, torch.tanh(expert(x[rows])) * weight[rows, k, None])
+        return self.out(out)
+
+
+class Reversal(torch.autograd.Function):
+    """As they were written before there were transforms of functions: no rule for forward mode, none to be mapped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return -0.5 * gradient
+
+
+class Once(torch.autograd.Function):
+    """Without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class Between(nn.Module):
+    """Two layers with something in between."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], inner: int = 6) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(4, 6), nn.Linear(inner, 3), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(checkpoint(lambda h: torch.tanh(self.b(torch.tanh(h))), self.a(x), use_reentrant=False))
+
+
+class Stopped(nn.Module):
+    """A part that training takes for constant, as momentum targets are: forward mode would go through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        with torch.no_grad():
+            size = h.norm(dim=1, keepdim=True) + self.b.weight.norm()
+        return self.b(h / size)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.rnn, self.out = kind(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x.unflatten(1, (2, 2)))[0][:, -1])
+
+
+class LayerDrop(nn.Module):
+    """Whether a layer is run is drawn from Python's generator, noise from numpy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        if not self.training or random.random() < 0.6:
+            h = h + self.b(h)
+        return self.c(h + (0.1 * np.random.rand() if self.training else 0.0))  # noqa: NPY002
+
+
+class KeyBias(nn.Module):
+    """The gradient of a key's bias is rounding: attention does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(2, 2) for _ in range(4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.unflatten(1, (2, 2))
+        return self.head(self.out(F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))).flatten(1))
+
+
+class LastToken(nn.Module):
+    """Each example is read at a position of its own: picked by its content, and yet row i stays row i."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x.unflatten(1, (2, 2))))
+        return self.b(h[torch.arange(len(x)), (x[:, 0] > 0).long()])
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.out = nn.EmbeddingBag(9, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.bag((x.abs() * 5).long() % 9))
+
+
+class Assigned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.zeros(len(x), 5, dtype=x.dtype)
+        wide[:, 1:] = x
+        h = torch.zeros(len(x), 6, dtype=x.dtype)
+        h[x[:, 0] > 0] = torch.tanh(self.a(wide))[x[:, 0] > 0]
+        return self.b(h)
+
+
+def cross_entropy(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y, reduction="none")
+
+
+def contrastive(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    z = F.normalize(m(x), dim=1)
+    return F.cross_entropy(z @ z.T / 0.5, (torch.arange(len(x)) + 1) % len(x), reduction="none")
+
+
+def in_pieces(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Walks the batch by threes, by positions that it takes for granted."""
+    pieces = [cross_entropy(m, x[k : k + 3], y[k : k + 3])[[0, 1, 2]] for k in range(0, len(x), 3)]
+    return torch.cat(pieces)
+
+
+def by_lengths(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A weight for each example, made of numbers that Python reads off the batch."""
+    weights = [1.0 + k for k in y.tolist()]
+    return cross_entropy(m, x, y) * torch.tensor(weights, dtype=x.dtype)
+
+
+def per_batch(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(m, x, y) / len(x)
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3))
+
+
+class Case(NamedTuple):
+    build: Callable[[], nn.Module]
+    loss: Callable[..., Tensor] = cross_entropy
+    coupled: bool = False
+    slow: bool | None = False  # whether some shares must go along U; None: either way
+    derivative: bool = True  # whether torch's gradient of it is its derivative
+    traceable: bool = True  # whether the secant can follow it
+
+
+CASES = {
+    "batch sorted inside": Case(Sorted, slow=None),
+    "experts": Case(Experts, slow=True),
+    "old-style function": Case(lambda: Between(Reversal.apply), derivative=False, traceable=False),
+    "function differentiable once": Case(lambda: Between(Once.apply), traceable=False),
+    "activation checkpointing": Case(Checkpointed),
+    "a part without gradients": Case(Stopped, derivative=False),
+    "LSTM": Case(lambda: Recurrent(nn.LSTM)),
+    "GRU": Case(lambda: Recurrent(nn.GRU)),
+    "layer drop": Case(LayerDrop),
+    "bias of the keys": Case(KeyBias),
+    "last token": Case(LastToken, slow=None),
+    "bag of embeddings": Case(Bag, slow=None),
+    "assignment by a mask": Case(Assigned, slow=None),
+    "prelu": Case(lambda: Between(nn.PReLU(6))),
+    "prelu of one": Case(lambda: Between(nn.PReLU())),
+    "batch norm on the batch's statistics": Case(normed, coupled=True, slow=True),
+    "contrastive loss": Case(lambda: Between(torch.tanh), contrastive, coupled=True, slow=True),
+    "batch norm and a contrastive loss": Case(normed, contrastive, coupled=True, slow=True),
+    "loss in pieces": Case(lambda: Between(torch.tanh), in_pieces, slow=True),
+    "loss by numbers of Python": Case(lambda: Between(torch.tanh), by_lengths),
+    "loss divided by the batch": Case(lambda: Between(torch.tanh), per_batch),
+    "orthogonal": Case(lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 3))),
+    "spectral norm": Case(lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)).eval()),
+    "weight norm": Case(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
+    "dropout": Case(lambda: nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 3))),
+}
+SIZE = 9
+
+
+def layout_of(model: nn.Module) -> tuple[Layout, Tensor]:
+    named = dict(model.named_parameters())
+    layout = Layout(tuple(named), tuple(tuple(p.shape) for p in named.values()))
+    return layout, layout.flatten(named.values())
+
+
+def data(seed: int, size: int = SIZE) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=generator, dtype=torch.float64), torch.randint(
+        0, 3, (size,), generator=generator
+    )
+
+
+def seeded(seed: int) -> Tensor:
+    """Generators at a known state, which is returned."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    return generators()
+
+
+class Setting(NamedTuple):
+    case: Case
+    model: nn.Module
+    layout: Layout
+    theta: Tensor
+
+
+def setting(name: str) -> Setting:
+    torch.manual_seed(3)
+    case = CASES[name]
+    model = case.build().double()
+    return Setting(case, model, *layout_of(model))
+
+
+@pytest.mark.parametrize("way", ["contract", "rows", "total"])
+@pytest.mark.parametrize("name", CASES)
+def test_shares_are_the_gradients_of_the_single_losses_of_the_batch(name: str, way: str) -> None:
+    """On several batches of one kind, at parameters that the model does not hold: taped from the third call on."""
+    case, model, layout, theta = setting(name)
+    shares = Shares(case.loss, model, layout, torch.float64)
+    directions = torch.randn(3, layout.size, dtype=torch.float64)
+    for seed in range(6):
+        batch, moved = data(seed), theta + 0.1 * seed
+        start = seeded(seed)
+        found: Any = getattr(shares, way)(moved, batch, *([directions] if way == "contract" else []))
+        set_generators(start)
+        want = oracles.losses_one_by_one(model, moved.numpy(), case.loss, batch)
+        # float64 sums of a few hundred terms
+        scale = 1e-10 * max(1.0, float(np.abs(want).max()))
+        if way == "rows":
+            np.testing.assert_allclose(found, want, atol=scale)
+        elif way == "total":
+            np.testing.assert_allclose(found[1], want.sum(0), atol=SIZE * scale)
+        else:
+            parts = [np.einsum("qp,bp->qb", directions[:, p], want[:, p]) for _, p in layout.slices()]
+            np.testing.assert_allclose(found[1].numpy(), np.stack(parts, -1), atol=50 * scale)
+    assert shares.coupled == case.coupled
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_slow_is_said_once_and_nothing_else_is(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    case, model, layout, theta = setting(name)
+    shares = Shares(case.loss, model, layout, torch.float64)
+    for seed in (0, 1, 2, 3):
+        shares.contract(theta, data(seed), theta[None])
+    said = [m for m in caplog.messages if "are slow" in m]
+    assert len(said) == len(set(said))
+    assert case.slow is None or bool(said) == case.slow, said
+
+
+@pytest.mark.parametrize("way", ["forward", "double", "single"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_way_along_a_direction_is_the_same_or_found_out(name: str, way: str) -> None:
+    case, model, layout, theta = setting(name)
+    vector = LossVector(Functional(model, case.loss, layout, torch.float64), layout)
+    batch, start = data(0), seeded(0)
+    named = layout.unflatten(torch.randn(2, layout.size, dtype=torch.float64))
+    halves = [list(layout.names)[::2], list(layout.names)[1::2]]
+    one = {n: u[:1] for n, u in named.items()}
+    with random_state(start):
+        works = vector._works(way, theta, batch, one, start)
+    lacking = {
+        "forward": {
+            "old-style function",
+            "function differentiable once",
+            "bag of embeddings",
+            "a part without gradients",
+        }
+    }
+    lacking["double"] = {"function differentiable once", "bag of embeddings"}
+    assert works == (name not in lacking.get(way, set()) and not (way == "forward" and name == "weight norm")), way
+    if works:
+        set_generators(start)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            losses, found = getattr(vector, f"_{way}")(theta, batch, named, halves, start)
+        set_generators(start)
+        want = oracles.losses_one_by_one(model, theta.numpy(), case.loss, batch)
+        flat = layout.flatten(named[n][0] for n in layout.names), layout.flatten(named[n][1] for n in layout.names)
+        for q, u in enumerate(flat):
+            for g, half in enumerate(halves):
+                mask = np.concatenate([np.full(p.stop - p.start, n in half) for n, p in layout.slices()])
+                np.testing.assert_allclose(found[q, :, g], want @ (u.numpy() * mask), atol=1e-9)
+        set_generators(start)
+        torch.testing.assert_close(losses, vector.values(theta, batch))
+
+
+def trained(case: Case, tmp_path: Path, capture: str, steps: int = 5) -> tuple[attrib.Run, nn.Module, list[np.ndarray]]:
+    """A recorded run by plain gradient descent, and the true gradients of every step's losses, (B, P) each."""
+    torch.manual_seed(3)
+    model = case.build().double()
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.05), model, case.loss, tmp_path / "run", capture)
+    rows = []
+    for step in range(steps):
+        x, y = data(step)
+        start = seeded(step)
+        rows.append(oracles.losses_one_by_one(model, layout_of(model)[1].numpy(), case.loss, (x, y)))
+        set_generators(start)
+        recorder.zero_grad()
+        case.loss(model, x, y).mean().backward()
+        recorder.step(torch.arange(SIZE) + SIZE * (step % 2), x, y)
+    recorder.close()
+    return attrib.open_run(tmp_path / "run"), model, rows
+
+
+@pytest.mark.parametrize("capture", ["replay", "gradients", "factors"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_contribution_is_the_true_one_whatever_the_batch(name: str, capture: str, tmp_path: Path) -> None:
+    """Recorded and attributed by every capture: lr / B <Gbar, g_i>, with Gbar by quadrature of its own."""
+    case = CASES[name]
+    if (name, capture) == ("layer drop", "factors"):
+        with pytest.raises(errors.LossError, match=r'other calls than at the first step.*capture="replay"'):
+            trained(case, tmp_path, capture)
+        return
+    run, model, rows = trained(case, tmp_path, capture)
+    model.eval() if name in ("layer drop", "dropout") else None
+    x, y = data(99, 2)
+    measured: Any = attrib.measure.log_prob(x, y)
+    if case.coupled:  # a single row has no statistics: the queries together
+        measured = lambda m: m(x)[:, 0]  # noqa: E731
+    loss = case.loss if capture == "replay" else None
+    result = attrib.attribute(run, model, measured, loss=loss, path=attrib.GaussLegendre(8), progress=False)
+    result.check(1e-6 if case.derivative else np.inf)
+    if case.traceable:
+        secant = attrib.attribute(run, model, measured, loss=loss, progress=False)
+        assert secant.check(1e-9).identities["limit"] < 1e-4  # it is of the change that is measured, derivative or not
+    else:  # and what the message advises was done above
+        with pytest.raises(errors.UntraceableModelError, match=r"path=attrib\.GaussLegendre\(nodes=4\)"):
+            attrib.attribute(run, model, measured, loss=loss, progress=False)
+    assert "depend on each other" in result.dataset.attrs["shares"] if case.coupled and capture == "replay" else True
+    nodes = [((p + 1) / 2, w / 2) for p, w in zip(*np.polynomial.legendre.leggauss(8), strict=True)]
+    found = result.by("step", "example").values
+    order = [run.layout.names.index(n) for n, _ in model.named_parameters()]
+    assert order == sorted(order)
+    ids = result.dataset["example"].values
+    for step in range(run.steps - 1, -1, -1):
+        ends = run.vector(step).numpy(), run.vector(step + 1).numpy()
+        bar = oracles.path_integral(model, *ends, lambda m: measured(m), nodes)
+        want = -0.05 / SIZE * bar @ rows[step].T
+        at = np.searchsorted(ids, np.arange(SIZE) + SIZE * (step % 2))
+        np.testing.assert_allclose(found[:, step, at], want, atol=1e-9 * np.abs(want).max() + 1e-12)
+
+
+def test_a_generator_of_its_own_is_named(tmp_path: Path) -> None:
+    own = torch.Generator().manual_seed(0)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(m, x + 0.1 * torch.randn(x.shape, generator=own, dtype=x.dtype), y)
+
+    model = nn.Linear(4, 3).double()
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, loss, tmp_path / "run")
+    x, y = data(0)
+    loss(model, x, y).mean().backward()
+    with pytest.raises(errors.BatchIdentityError, match="a generator of its own"):
+        recorder.step(torch.arange(SIZE), x, y)
+
+
+def test_generators_are_put_back_to_the_bit() -> None:
+    seeded(4)
+    random.gauss(0, 1)
+    np.random.normal()  # noqa: NPY002
+    with random_state(generators()):
+        first = torch.rand(2).tolist(), random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand()  # noqa: NPY002
+    again = torch.rand(2).tolist(), random.gauss(0, 1), random.random(), np.random.normal(), np.random.rand()  # noqa: NPY002
+    assert first == again
