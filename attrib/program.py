@@ -2,7 +2,8 @@
 
 After a few calls of one kind the function is followed once more and the ATen operations that it makes, forward and backward,
 are noted as a graph (torch.fx). The graph is compared once with the function itself on other inputs, and from then on run
-in its place. A function whose operations depend on the values of its inputs is called as it is.
+in its place. Where Python reads a value of what it computes (`mask.all()`, lengths), the graph gives that value too, and
+its results count where it is what it was; else, and where the shape of a result depends on values, the function is called.
 """
 
 import logging
@@ -27,12 +28,11 @@ KINDS = 64  # traced at most
 # calls by which Python reads a value of a tensor
 _READS = {"tolist", "item", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__index__"}
 _READS |= {"__contains__", "__array__"}
-_DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+MISSES = 4  # results thrown away because a value was another, more than were kept: then the graph goes
 
 
-class _Unread(TorchFunctionMode):
-    """While active, reading a value off a tensor computed from the tape's inputs is an error: a tape would keep what it
-    was. (`tolist` and `numpy` make no ATen operation.)"""
+class _Reads(TorchFunctionMode):
+    """While active, what Python reads off a tensor is noted on the tape. (`tolist` and `numpy` make no ATen operation.)"""
 
     def __init__(self, tape: "Tape") -> None:
         super().__init__()
@@ -40,9 +40,7 @@ class _Unread(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _READS:
-            for t in tree_flatten((args, kwargs))[0]:
-                if isinstance(t, Tensor) and self._tape.moves(t):
-                    raise TypeError(f"{func.__name__} reads a value")
+            self._tape.guard(args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
@@ -59,14 +57,18 @@ class Tape(TorchDispatchMode):
         self.constants: list[Tensor] = []
         self._known: dict[int, tuple[fx.Node, Tensor]] = {}  # held, so that no id is given twice
         self._moving: set[fx.Node] = set()  # that depend on the inputs
+        self.guards: list[tuple[Tensor, Tensor]] = []  # tensors that were read, and what they held
         for n, t in enumerate(inputs):
             self._known[id(t)] = self.graph.placeholder(f"input_{n}"), t
         self._moving.update(self.graph.nodes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _DEPENDS_ON_VALUES.isdisjoint(func.tags) and any(map(self.moves, tree_flatten((args, kwargs))[0])):
-            raise TypeError(f"{func} depends on values")
+        if _shaped_by_values(func, tree_flatten((args, kwargs))[0], self.moves):
+            raise TypeError(f"the shape of {func} depends on values")
         out = func(*args, **(kwargs or {}))
+        if torch.Tag.data_dependent_output in func.tags:
+            self.guard(args, kwargs)
+            return out
         node = self.graph.call_function(func, *tree_map(self._node, (tuple(args), kwargs or {})))
         if not self._moving.isdisjoint(node.all_input_nodes):
             self._moving.add(node)
@@ -78,6 +80,12 @@ class Tape(TorchDispatchMode):
                     self._moving.add(part)
                 self._known[id(t)] = part, t
         return out
+
+    def guard(self, args: Any, kwargs: Any) -> None:
+        """Python reads values of these."""
+        for t in tree_flatten((args, kwargs))[0]:
+            if self.moves(t) and not any(t is known for known, _ in self.guards):
+                self.guards.append((t, t.detach().clone()))
 
     def moves(self, t: Any) -> bool:
         """Whether a tensor was computed from the inputs."""
@@ -96,12 +104,23 @@ class Tape(TorchDispatchMode):
         return next((n for n in self.graph.nodes if n.op != "placeholder"), None)
 
     def module(self, outputs: Sequence[Tensor]) -> fx.GraphModule:
-        self.graph.output([self._node(t) for t in outputs])
+        """Gives the outputs, then what was read."""
+        self.graph.output([self._node(t) for t in (*outputs, *(t for t, _ in self.guards))])
         for node in self.graph.nodes:
             if node.target is torch.ops.aten.detach.default:
                 node.replace_all_uses_with(node.args[0])
         self.graph.eliminate_dead_code()
         return fx.GraphModule(torch.nn.Module(), self.graph)
+
+
+def _shaped_by_values(func: Any, leaves: list[Any], moves: Callable[[Any], bool]) -> bool:
+    """Whether the shape of what a call returns may be another for other values of what moves. (Indexing is tagged so, and is
+    so by masks alone.)"""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func is torch.ops.aten.index.Tensor:
+        leaves = [t for t in leaves[1:] if isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8)]
+    return any(map(moves, leaves))
 
 
 class Program:
@@ -115,11 +134,20 @@ class Program:
         self._spec: TreeSpec | None = None
         self._constants: list[Any] = []
         self._outside: list[Tensor] = []
+        self._read: list[Tensor] = []  # the values that Python read on the way
+        self._misses = 0
 
     def __call__(self, function: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]) -> Any:
         self._calls += 1
         if self._graph is not None and self._checked:
-            return self._run(inputs)
+            leaves = self._run(inputs)
+            if leaves is not None:
+                self._misses = max(0, self._misses - 1)
+                return tree_unflatten(leaves, self._spec)
+            self._misses += 1
+            if self._misses >= MISSES:
+                self._graph = None
+            return function(inputs)
         result = function(inputs)
         if self._graph is not None:
             self._check(result, inputs)
@@ -127,13 +155,26 @@ class Program:
             self._trace(function, result, inputs)
         return result
 
-    def _run(self, inputs: Sequence[Tensor]) -> Any:
+    def _run(self, inputs: Sequence[Tensor]) -> list[Any] | None:
+        """The leaves of the result; None where something that was read is not what it was, or the graph does not fit it. The
+        generators are then as they were."""
         assert self._graph is not None
-        assert self._spec is not None
-        with torch.no_grad():
-            found = iter(self._graph(*inputs, *self._outside))
-        leaves = [next(found) if isinstance(c, _Here) else c for c in self._constants]
-        return tree_unflatten(leaves, self._spec)
+        start = generators() if self._read else None
+        try:
+            with torch.no_grad():
+                found = self._graph(*inputs, *self._outside)
+            kept = len(found) - len(self._read)
+            fits = all(map(torch.equal, found[kept:], self._read))
+        except (RuntimeError, IndexError):
+            if not self._read:
+                raise
+            fits = False
+        if not fits:
+            assert start is not None
+            set_generators(start)
+            return None
+        outputs = iter(found[:kept])
+        return [next(outputs) if isinstance(c, _Here) else c for c in self._constants]
 
     def _trace(self, function: Callable[[Sequence[Tensor]], Any], result: Any, inputs: Sequence[Tensor]) -> None:
         leaves, self._spec = tree_flatten(result)
@@ -143,9 +184,10 @@ class Program:
         given = [t.detach() for t in inputs]
         try:
             tape = Tape(given)
-            with tape, _Unread(tape):
+            with tape, _Reads(tape):
                 outputs = [leaf for leaf in tree_flatten(function(given))[0] if isinstance(leaf, Tensor)]
             self._graph, self._outside = tape.module(outputs), tape.constants
+            self._read = [value for _, value in tape.guards]
         except Exception as error:  # whatever a model does that a graph cannot hold
             log.debug("not traced, run as it is: %s: %s", type(error).__name__, error)
         finally:
@@ -155,8 +197,14 @@ class Program:
         """Against the function's own result: the graph must not hold what belonged to the inputs it was traced with."""
         random = generators()
         try:
-            mine, theirs = tree_flatten(self._run(inputs))[0], tree_flatten(result)[0]
-            self._checked = len(mine) == len(theirs) and all(map(_same, mine, theirs))
+            mine, theirs = self._run(inputs), tree_flatten(result)[0]
+            if mine is None:  # other values were read: to be compared another time
+                self._misses += 1
+                self._checked = False
+                if self._misses < MISSES:
+                    return
+            else:
+                self._checked = len(mine) == len(theirs) and all(map(_same, mine, theirs))
         except Exception as error:
             log.debug("the traced graph fails: %s", error)
         finally:
