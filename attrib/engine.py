@@ -10,7 +10,6 @@
 State: vectors (Q, P) in float64. Nothing has the size of examples x parameters.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from .plan import sizes_of
 from .result import Result, join
 from .run import Block, Run, check_model
 from .sink import Sink, Terms
-from .source import Source
+from .source import Source, drawn
 
 log = logging.getLogger("attrib")
 
@@ -121,14 +120,8 @@ class Sweep:
 
     @cached_property
     def drawn(self) -> frozenset[int]:
-        """The steps whose split is checked: one in each of as many equal parts of the window, two in a hundred, four at
-        most."""
-        if "split" not in self.identities:
-            return frozenset()
-        count = min(len(self.steps), max(2, min(4, len(self.steps) // 50)))
-        cuts = np.linspace(self.steps.start, self.steps.stop, count + 1).astype(int)
-        random = np.random.default_rng(len(self.steps))
-        return frozenset(int(random.integers(a, b)) for a, b in itertools.pairwise(cuts))
+        """The steps whose split is checked."""
+        return drawn(self.steps) if "split" in self.identities else frozenset()
 
 
 def _sweeps(

@@ -1,6 +1,7 @@
 """Where the shares of a step come from when a run is read: recomputed, or from the store as they are or as factors; and the
 truth that they are held against."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,14 @@ class Split(NamedTuple):
     gap: float
     slot: int | None = None
     group: int | None = None
+
+
+def drawn(steps: range) -> frozenset[int]:
+    """A few steps to look at: one in each of as many equal parts, two in a hundred, four at most."""
+    count = min(len(steps), max(2, min(4, len(steps) // 50)))
+    cuts = np.linspace(steps.start, steps.stop, count + 1).astype(int)
+    random = np.random.default_rng(len(steps))
+    return frozenset(int(random.integers(a, b)) for a, b in itertools.pairwise(cuts))
 
 
 class Source:

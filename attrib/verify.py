@@ -1,16 +1,21 @@
 """Re-check a stored run: every chunk, the step identity of every step, the optimizer's state from block to block, and the
 batch identity where the shares are stored."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from .budget import slice_bytes
 from .checks import ShareBound, batch_identity, same_state, step_identity
-from .errors import AttribError
+from .errors import AttribError, SplitIdentityError
+from .gradients import random_weights
 from .kernels import factors
-from .run import Run
+from .run import Run, check_model
+from .source import Source, drawn
 
 
 @dataclass
@@ -33,11 +38,14 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(run: Run, progress: bool = True) -> Verification:
+def verify(
+    run: Run, progress: bool = True, model: nn.Module | None = None, loss: Callable[..., Tensor] | None = None
+) -> Verification:
     """Read everything and check it again; the first thing that is wrong ends the check and is named in `failure`.
 
     Without the model, the shares of a run captured by "replay" cannot be recomputed: `attrib.attribute` checks them at
-    every step it visits, and the measurement identity with them.
+    every step it visits, and the measurement identity with them. With `model` and `loss`, as they were recorded, the split
+    is checked on a few steps: each share, along a random direction, against the derivative of its own example's loss.
     """
     found = Verification()
     try:
@@ -56,13 +64,42 @@ def verify(run: Run, progress: bool = True) -> Verification:
                         found.note("batch", batch_identity(run.layout, gradient, _total(run, step), step, within))
                     bar.update()
                 after = block.state_after
-        if run.capture == "replay":
-            for gap in run.log("batch_identity"):
-                if not np.isnan(gap):
-                    found.note("recorded batch", float(gap))
+        for name in ("batch", "split"):
+            gaps = run.log(f"{name}_identity")
+            for gap in gaps[~np.isnan(gaps)] if name == "split" or run.capture == "replay" else ():
+                found.note(f"recorded {name}", float(gap))
+        if model is not None and loss is not None:
+            _split(run, model, loss, found)
     except AttribError as error:
         found.failure = str(error)
     return found
+
+
+def _split(run: Run, model: nn.Module, loss: Callable[..., Tensor], found: Verification) -> None:
+    """On a few steps, along a random direction.
+
+    Raises:
+        SplitIdentityError: naming the step, the example and the parameter.
+    """
+    check_model(run, model)
+    itself = np.eye(len(run.groups))
+    device = next(model.parameters()).device
+    source = Source(run, model, loss, run.dtype, device, slice_bytes(run.layout.size, run.dtype.itemsize), itself)
+    for step in sorted(drawn(range(run.steps))):
+        (block,) = run.blocks(step, step + 1)
+        theta, examples = block.theta[0].to(device), block.examples[0].to(device)
+        along = random_weights(run.layout.size, step, theta.double())[None]
+        gradient = [(along[:, part] @ examples[part].double()).cpu().numpy() for _, part in run.layout.slices()]
+        shares = source.contract(block, 0, theta, along, np.stack(gradient, 1))
+        split = source.split(block, 0, theta, along, shares, np.zeros(1))
+        assert split is not None
+        found.note("split", split.gap)
+        if split.slot is not None and split.group is not None:
+            raise SplitIdentityError(
+                f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, at step {step}, "
+                f"example {block.index[0][split.slot]}, parameter {run.groups[split.group]!r}. Are model and loss those "
+                f"that were recorded?"
+            )
 
 
 def _total(run: Run, step: int) -> torch.Tensor:

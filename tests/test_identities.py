@@ -20,6 +20,7 @@ from attrib.gradients import forms, functions, plan, shares
 from attrib.gradients.batchwise import Batchwise
 from attrib.path import graph, query, rules, secant, special
 from attrib.source import Source
+from attrib.verify import verify
 
 Patch = pytest.MonkeyPatch
 aten = torch.ops.aten
@@ -327,3 +328,24 @@ def test_layouts_of_every_kind_of_parameter_are_walked_once() -> None:
     x, y = data(0)
     found = shares.Shares(cross_entropy, model, layout, torch.float64).contract(theta, (x, y), theta[None])[1]
     assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("capture", ["replay", "gradients", "factors"])
+def test_verify_has_the_split_where_it_has_a_loss(tmp_path: Path, monkeypatch: Patch, capture: str) -> None:
+    model = Between(torch.tanh)
+    run = record(tmp_path, model, capture=capture)
+    plain = verify(run, progress=False)
+    assert plain.failure is None
+    assert ("recorded split" in plain.identities) == (capture != "replay")
+    found = verify(run, progress=False, model=model, loss=cross_entropy)
+    assert found.failure is None
+    assert found.identities["split"][0] == 2
+    assert found.identities["split"][1] < 1e-12
+    monkeypatch.setattr(Source, "contract", lambda self, *given: _moved(self._contract(*given)))
+    bad = verify(run, progress=False, model=model, loss=cross_entropy)
+    assert bad.failure is not None
+    assert "own examples" in bad.failure
+
+
+def _moved(found: Any) -> Any:
+    return found._replace(values=np.roll(found.values, 1, axis=1))

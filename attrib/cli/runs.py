@@ -24,7 +24,8 @@ def add(commands: Any) -> None:
     made.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the run, the result, the pictures")
     made.add_argument("--seed", type=int, default=0)
     command(commands, "info", _info, "what a stored run holds", "RUN")
-    command(commands, "verify", _verify, "read a stored run whole and check its identities again", "RUN")
+    made = command(commands, "verify", _verify, "read a stored run whole and check its identities again", "RUN")
+    add_setup(made, required=False)
     made = command(commands, "plan", _plan, "what attributing a stored run will take: memory, time, disk", "RUN")
     made.add_argument("--queries", type=int, default=1, metavar="Q")
     made.add_argument("--memory", type=size, metavar="BYTES", help="to hold at most, such as 2G or 500M")
@@ -62,13 +63,16 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     run = open_run(options.run)
-    found = verify(run)
+    setup = load_setup(options.setup) if options.setup else None
+    if setup is not None:
+        run.load(setup.model, run.steps)
+    found = verify(run) if setup is None else verify(run, model=setup.model, loss=setup.loss)
     if options.json:
         figures = {name: {"steps": count, "largest": gap} for name, (count, gap) in found.identities.items()}
         print(to_json({"chunks": found.chunks, "identities": figures, "failure": found.failure}))
     else:
         print(found)
-        if run.capture == "replay":
+        if run.capture == "replay" and setup is None:
             print('shares were not stored (capture="replay"): attrib.attribute checks them at every step it visits')
     return 1 if found.failure else 0
 

@@ -340,7 +340,8 @@ async function main() {
   $("to").max = page.windows.length - 1;
   $("query").append(...page.queries.map((q, k) => { const o = element("option", q.name); o.value = k; return o; }));
   $("query-choice").hidden = page.queries.length < 2;
-  fill("identities", Object.entries(page.identities).map(([name, gap]) => row(head(name), numberCell(gap, false))));
+  fill("identities", Object.entries(page.identities).map(([name, gap]) => row(head(name),
+    gap === null ? element("td", "not checked", "number") : numberCell(gap, false))));
   fill("facts", page.facts.map(([name, value]) => row(head(name), element("td", value))));
   $("notices").append(...page.notices.map((text) => element("li", text)));
   showQuery();
