@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 _TORCH_BYTES = len(torch.get_rng_state())
-_NOT_OURS = "", np.zeros(624, np.uint32), -1, 0, 0.0  # another kind of numpy generator is left alone
 
 
 def generators() -> Tensor:
     """The state of torch's generator, then of Python's and numpy's: (n,) uint8."""
     _, words, gauss = random.getstate()
-    numpys: Any = np.random.get_state()  # noqa: NPY002 - what users' models draw from
-    _, keys, position, has_gauss, cached = numpys if numpys[0] == "MT19937" else _NOT_OURS
+    numpys: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - what users' models draw from
+    ours = numpys["bit_generator"] == "MT19937"
+    keys, position = numpys["state"].values() if ours else (np.zeros(624, np.uint32), -1)
+    has_gauss, cached = (numpys["has_gauss"], numpys["gauss"]) if ours else (0, 0.0)  # of another kind: left alone
     parts = [
         np.array(words, np.uint32),
         np.array([np.nan if gauss is None else gauss]),
@@ -43,6 +44,11 @@ def set_generators(state: Tensor) -> None:
     if position >= 0:
         kind = "MT19937", keys.view(np.uint32), position, has_gauss, float(cached.view(np.float64)[0])
         np.random.set_state(kind)  # noqa: NPY002
+
+
+def drew_beyond_torch(before: Tensor, after: Tensor) -> bool:
+    """Whether numbers were drawn from Python's or numpy's generator between two states."""
+    return not torch.equal(before[_TORCH_BYTES:], after[_TORCH_BYTES:])
 
 
 @contextmanager

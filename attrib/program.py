@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from .generators import generators, set_generators
+from .generators import drew_beyond_torch, generators, set_generators
 
 log = logging.getLogger("attrib")
 
@@ -56,7 +56,7 @@ class Tape(TorchDispatchMode):
         self.graph = fx.Graph()
         self.constants: list[Tensor] = []
         self._known: dict[int, tuple[fx.Node, Tensor]] = {}  # held, so that no id is given twice
-        self._moving: set[fx.Node] = set()  # that depend on the inputs
+        self._moving: set[fx.Node] = set()  # that depend on the inputs, or on random numbers
         self.guards: list[tuple[Tensor, Tensor]] = []  # tensors that were read, and what they held
         for n, t in enumerate(inputs):
             self._known[id(t)] = self.graph.placeholder(f"input_{n}"), t
@@ -70,7 +70,8 @@ class Tape(TorchDispatchMode):
             self.guard(args, kwargs)
             return out
         node = self.graph.call_function(func, *tree_map(self._node, (tuple(args), kwargs or {})))
-        if not self._moving.isdisjoint(node.all_input_nodes):
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        if drawn or not self._moving.isdisjoint(node.all_input_nodes):
             self._moving.add(node)
         several = isinstance(out, tuple | list)
         for k, t in enumerate(out if several else (out,)):
@@ -88,7 +89,7 @@ class Tape(TorchDispatchMode):
                 self.guards.append((t, t.detach().clone()))
 
     def moves(self, t: Any) -> bool:
-        """Whether a tensor was computed from the inputs."""
+        """Whether a tensor may hold something else the next time."""
         return id(t) in self._known and self._known[id(t)][0] in self._moving
 
     def _node(self, value: Any) -> Any:
@@ -186,6 +187,8 @@ class Program:
             tape = Tape(given)
             with tape, _Reads(tape):
                 outputs = [leaf for leaf in tree_flatten(function(given))[0] if isinstance(leaf, Tensor)]
+            if drew_beyond_torch(random, generators()):
+                raise TypeError("it draws numbers that are not torch's")
             self._graph, self._outside = tape.module(outputs), tape.constants
             self._read = [value for _, value in tape.guards]
         except Exception as error:  # whatever a model does that a graph cannot hold

@@ -121,7 +121,8 @@ class Sink:
                 "split",
                 f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, expected at most "
                 f"{self._bound:.1g}, at step {step}, example {index[split.slot]}, group {self.labels[split.group]!r}. Does "
-                f"the loss draw random numbers outside of model(...), or keep something from call to call?",
+                f"the loss draw random numbers outside of model(...), keep something from call to call, or let examples see "
+                f"each other in some batches only?",
             )
 
     def add_limit(self, limit: Limit, dtype: torch.dtype) -> None:

@@ -101,15 +101,19 @@ class Source:
         if self._shares is None:
             return None
         theta = theta.to(self._dtype)
-        mine, scale = found.values @ self._member, found.scale
-        if scale is None:
-            scale = self._fitted(block, n, theta) or 1.0
+        mine = found.values @ self._member
         weights = random_weights(mine.shape[1], block.steps[n], theta)
         with self._step(block, n) as batch:
-            pulled = self._shares.gradient(theta, batch, weights)[1].double() * scale
+            pulled = self._shares.gradient(theta, batch, weights)[1].double()
         parts = [sensitivity[:, part] @ pulled[part].to(sensitivity) for _, part in self.run.layout.slices()]
         truth = torch.stack(parts, 1).cpu().numpy() @ self._member
-        off = np.abs(np.einsum("b,qbg->qg", weights.double().cpu().numpy(), mine) - truth)
+        combined = np.einsum("b,qbg->qg", weights.double().cpu().numpy(), mine)
+        scale = found.scale
+        if scale is None:  # stored shares have theirs in them: of so many numbers one is fitted
+            scale = fit_scale(torch.from_numpy(combined), torch.from_numpy(truth)) if truth.size > 1 else None
+            scale = scale or self._fitted(block, n, theta) or 1.0
+        truth, pulled = truth * scale, pulled * scale
+        off = np.abs(combined - truth)
         flows = [
             sensitivity[:, part].abs() @ pulled[part].abs().to(sensitivity) for _, part in self.run.layout.slices()
         ]

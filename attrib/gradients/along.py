@@ -30,7 +30,7 @@ from ..errors import LossError
 from ..functional import Functional
 from ..generators import generators, set_generators
 from ..layout import Layout
-from .checks import check_losses
+from .checks import check_losses, first_line
 from .sites import load_forward_mode
 
 log = logging.getLogger("attrib")
@@ -40,6 +40,7 @@ Batch = tuple[Any, ...]
 
 # what torch raises where an operation lacks a derivative of the asked kind
 LACKING = (NotImplementedError, RuntimeError)
+WAYS = ("forward", "double", "single")
 
 
 def random_weights(size: int, seed: int, like: Tensor) -> Tensor:
@@ -61,8 +62,8 @@ class LossVector:
 
     def values(self, theta: Tensor, batch: Batch) -> Tensor:
         """(P,), batch -> (B,)."""
-        with torch.no_grad():
-            return self._evaluate(self.parameters(theta), batch)
+        with torch.enable_grad():  # a loss may differentiate on its way
+            return self._evaluate(self.parameters(theta), batch).detach()
 
     def parameters(self, theta: Tensor) -> Named:
         """Leaves by name, copies of the slices of theta."""
@@ -81,11 +82,19 @@ class LossVector:
     ) -> tuple[Tensor, Tensor]:
         """(P,), batch, U by name (Q, *parameter), names of each group -> losses (B,), (Q, B, G) float64."""
         start, queries = generators(), len(next(iter(directions.values())))
+        groups = [[name for name in group if name in self.active] for group in groups]
         passes = queries * len(groups)
-        way = "single" if passes > len(batch[0]) else self._way(theta, batch, directions, start)
-        set_generators(start)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have one derivative
-            return getattr(self, f"_{way}")(theta, batch, directions, groups, start)
+        moving = {name: u for name, u in directions.items() if name in self.active}
+        way = "single" if passes > len(batch[0]) else self._way(theta, batch, moving, start)
+        while True:
+            set_generators(start)
+            try:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have one derivative
+                    return getattr(self, f"_{way}")(theta, batch, directions, groups, start)
+            except LACKING:  # in this batch, of an operation that was not met before
+                if way == "single":
+                    raise
+                way = self._ways[self._kind(batch)] = WAYS[WAYS.index(way) + 1]
 
     def rows(self, theta: Tensor, batch: Batch, names: Sequence[str]) -> Iterator[Named]:
         """(P,), batch -> of each example in turn g_i by name."""
@@ -93,10 +102,6 @@ class LossVector:
             chosen = {name: parameters[name] for name in names}
             for loss in losses:
                 yield self._pull(loss, chosen, retain=True)
-
-    def seen(self, batch: Batch) -> str:
-        """In words: how the derivative along U is had for batches of this kind."""
-        return self._ways.get(self._kind(batch), "single")
 
     # the three ways
 
@@ -113,8 +118,8 @@ class LossVector:
                 with torch.no_grad(), forward_ad.dual_level():
                     moving = {n: forward_ad.make_dual(named[n], directions[n][q].to(named[n])) for n in group}
                     found = forward_ad.unpack_dual(self._evaluate({**named, **moving}, batch))
-                losses = found.primal
-                out[-1].append(torch.zeros_like(losses) if found.tangent is None else found.tangent)
+                losses = found.primal.detach()
+                out[-1].append(torch.zeros_like(losses) if found.tangent is None else found.tangent.detach())
         return losses, torch.stack([torch.stack(row, 1) for row in out]).double()
 
     def _double(
@@ -138,10 +143,11 @@ class LossVector:
     ) -> tuple[Tensor, Tensor]:
         names = [name for group in groups for name in group]
         flat = {name: directions[name].flatten(1) for name in names}
+        nothing = torch.zeros(len(next(iter(directions.values()))), dtype=torch.float64, device=theta.device)
         columns = []
         for row in self.rows(theta, batch, names):
-            products = [sum((flat[n] @ row[n].flatten()).double() for n in group) for group in groups]
-            columns.append(torch.stack([torch.as_tensor(p) for p in products], 1))
+            products = [sum(((flat[n] @ row[n].flatten()).double() for n in group), nothing) for group in groups]
+            columns.append(torch.stack(products, 1))
         set_generators(start)
         return self.values(theta, batch), torch.stack(columns, 1)
 
@@ -152,9 +158,7 @@ class LossVector:
         kind = self._kind(batch)
         if kind not in self._ways:
             one = {n: u[:1] for n, u in directions.items()}
-            self._ways[kind] = next(
-                w for w in ("forward", "double", "single") if self._works(w, theta, batch, one, start)
-            )
+            self._ways[kind] = next(w for w in WAYS if self._works(w, theta, batch, one, start))
             log.debug("the derivative along U goes by %s", self._ways[kind])
         return self._ways[kind]
 
@@ -201,11 +205,17 @@ class LossVector:
 
     def _pull(self, value: Tensor, parameters: Named, create: bool = False, retain: bool = False) -> Named:
         moving = [n for n, p in parameters.items() if p.requires_grad] if value.requires_grad else []
-        pulled = torch.autograd.grad(
-            *(value, [parameters[n] for n in moving]),
-            retain_graph=retain or create,
-            create_graph=create,
-            allow_unused=True,
-        ) if moving else ()  # fmt: skip
+        pulled: tuple[Tensor | None, ...] = ()
+        if moving:
+            leaves, kept = [parameters[n] for n in moving], retain or create
+            try:
+                pulled = torch.autograd.grad(value, leaves, retain_graph=kept, create_graph=create, allow_unused=True)
+            except RuntimeError as error:
+                if "checkpoint" not in str(error):
+                    raise
+                raise LossError(
+                    f"the loss cannot be differentiated again: got {first_line(error)} Pass use_reentrant=False to "
+                    f"torch.utils.checkpoint.checkpoint."
+                ) from error
         found = dict(zip(moving, pulled, strict=True))
-        return {n: torch.zeros_like(p) if found.get(n) is None else found[n] for n, p in parameters.items()}
+        return {n: torch.zeros_like(p) if (g := found.get(n)) is None else g for n, p in parameters.items()}

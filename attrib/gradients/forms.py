@@ -55,6 +55,7 @@ class Forms:
         self.coupled = False
         self.plans: dict[Any, Plan] = {}
         self._forms: dict[Any, Form] = {}
+        self._cut: set[Any] = set()  # kinds of batches of which one was compared with its slices
         self._said: set[str] = set()
 
     def of(self, theta: Tensor, batch: Batch) -> Form:
@@ -65,7 +66,24 @@ class Forms:
                 self._forms[kind] = self._judge(theta, batch)
             if reason := self._forms[kind].reason:
                 self._say(len(self.vector.active), reason)
+        if self._forms[kind].bytes and kind not in self._cut and len(list(self.slices(self._forms[kind], batch))) > 1:
+            self._cut.add(kind)
+            if not self._alike_in_slices(theta, batch, self._forms[kind]):
+                log.info("the batch is not cut: its losses are others in slices of it")
+                self._forms[kind] = replace(self._forms[kind], bytes=0.0, few=False)
         return self._forms[kind]
+
+    def _alike_in_slices(self, theta: Tensor, batch: Batch, form: Form) -> bool:
+        """Whether the losses of the first batch that is cut are those of the whole batch."""
+        with random_state(generators()):
+            try:
+                found = torch.cat([self.vector.values(theta, part)[fresh:] for part, fresh in self.slices(form, batch)])
+            except Exception as error:  # as in `_alike`
+                log.debug("a slice of the batch has no losses: %s", first_line(error))
+                return False
+            whole = self.vector.values(theta, batch)
+        bound = torch.finfo(whole.dtype).eps ** 0.75
+        return torch.allclose(found, whole, rtol=bound, atol=bound * float(whole.abs().max()))
 
     def _judge(self, theta: Tensor, batch: Batch) -> Form:
         start = generators()
@@ -149,7 +167,7 @@ class Forms:
         if checked:
             self._loss.check_constants()
             check_losses(losses, batch)
-        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start)
+        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed)
 
     def misread(self, gaps: dict[str, Tensor]) -> list[str]:
         """Parameters with a site whose rows are other examples' in this batch than in the one that the plan was made on."""

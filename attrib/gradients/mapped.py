@@ -1,5 +1,6 @@
 """The gradient of each example by `vmap` of the loss of one: where examples do not see each other and every call maps."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..functional import Functional, mapped
+
+log = logging.getLogger("attrib")
 
 
 def rows_by_vmap(
@@ -25,7 +28,8 @@ def rows_by_vmap(
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not map over examples
             return mapped(torch.func.grad(one), dims)({n: fixed[n] for n in names}, *batch)
-    except (RuntimeError, IndexError, ValueError, TypeError):
+    except Exception as error:  # whatever a loss does that one example is not enough for
+        log.debug("gradients are not mapped over examples: %s", error)
         return {}
 
 

@@ -50,7 +50,8 @@ class Plan:
 @dataclass(frozen=True)
 class Trace:
     """One traced forward pass. bytes: of what the calls on data returned, all examples together. start: the state of the
-    generators before it."""
+    generators before it. mixed: whether rows of the data met others, so that in another batch losses may depend on each
+    other."""
 
     parameters: dict[str, Tensor]
     sites: list[Site]
@@ -58,6 +59,7 @@ class Trace:
     losses: Tensor
     bytes: int = 0
     start: Tensor | None = None
+    mixed: bool = False
 
 
 Follow = Callable[[tuple[Any, ...]], Trace]  # a batch -> its forward pass, with the values at the sites
@@ -94,7 +96,7 @@ def make_plan(follow: Follow, batch: tuple[Any, ...], start: Tensor | None) -> t
     for name in trace.parameters:
         if name not in whole and (reason := _unsplit(name, trace.sites, readings, probes, size)):
             whole[name] = reason
-    volatile = tuple(n for n, site in enumerate(trace.sites) if site.volatile)
+    volatile = tuple(n for n, site in enumerate(trace.sites) if site.volatile or trace.mixed)
     return trace, Plan(readings, whole, calls_of(trace), volatile, coupled)
 
 

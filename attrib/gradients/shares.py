@@ -71,14 +71,14 @@ class Shares:
     def active(self, names: frozenset[str]) -> None:
         self.vector.active = names
 
-    def total(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(P,), batch -> losses (B,), sum of all shares (P,)."""
-        return self.gradient(theta, batch, torch.ones(len(batch[0]), dtype=theta.dtype, device=theta.device))
-
     @property
     def coupled(self) -> bool:
         """Whether a batch was met whose losses depend on each other."""
         return self._forms.coupled
+
+    def total(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(P,), batch -> losses (B,), sum of all shares (P,)."""
+        return self.gradient(theta, batch, torch.ones(len(batch[0]), dtype=theta.dtype, device=theta.device))
 
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(P,), batch, v (B,) -> losses (B,), the gradient of v . losses (P,): by backward passes, not by sites."""
@@ -223,7 +223,8 @@ class Shares:
         moving = [name for name in names if name in self.active]
         if moving:
             parameters = self.vector.parameters(theta)
-            mapped = rows_by_vmap(self._loss, parameters, batch, moving)
+            with random_state(start):
+                mapped = rows_by_vmap(self._loss, parameters, batch, moving)
             with random_state(start):
                 weights = random_weights(len(batch[0]), len(batch[0]), theta)
                 pulled = self.vector.gradient(theta, batch, weights)[1] if mapped else {}

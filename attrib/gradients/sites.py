@@ -103,6 +103,7 @@ class SiteTracer(TorchFunctionMode):
         # parameters used by a call that cannot run a second time, or on data whose layout depends on their content
         self.unsplit: set[str] = set()
         self.escaped = False  # whether Python has read a value of the data
+        self.mixed = False  # whether rows of the data met other rows of it, so that losses may depend on each other
         self._data = WeakTensorKeyDictionary()
         self._ragged = WeakTensorKeyDictionary()
         self._volatile = WeakTensorKeyDictionary()
@@ -146,6 +147,7 @@ class SiteTracer(TorchFunctionMode):
         read = [t for _, t in tensors if t in self._data]
         data = bool(read)
         self.escaped = self.escaped or (data and _name(func) in _ESCAPES)
+        self.mixed = self.mixed or (len(read) > 1 and _mixes(func, read))
         ragged = any(t in self._ragged for t in read) or (data and _is_ragged(func, tensors))
         volatile = data and (self.escaped or any(t in self._volatile for t in read) or _picks_by_data(func, read))
         for t in outputs:
@@ -197,6 +199,8 @@ _PICKING |= {"index_copy", "scatter", "scatter_add", "scatter_reduce", "index_pu
 _PICKING |= {"scatter_", "scatter_add_", "scatter_reduce_", "masked_scatter", "masked_scatter_"}
 _ORDERING = {"sort", "topk", "msort", "kthvalue"}
 
+_MIXING = {"matmul", "__matmul__", "__rmatmul__", "mm", "cdist", "einsum", "linear", "cosine_similarity"}
+
 # calls that hand a value of a tensor to Python
 _ESCAPES = {
     "tolist",
@@ -227,6 +231,11 @@ def _picks_by_data(func: Any, read: list[Tensor]) -> bool:
     name = _name(func)
     index = any(not (t.is_floating_point() or t.is_complex()) for t in read)
     return name in _ORDERING or (name in _PICKING and index and len(read) > 1)
+
+
+def _mixes(func: Any, read: list[Tensor]) -> bool:
+    """Products and distances of rows with rows; over batches of matrices they stay within an example."""
+    return _name(func) in _MIXING and all(t.dim() <= 2 for t in read)
 
 
 def _writes(func: Any) -> bool:

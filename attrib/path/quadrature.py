@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import MeasurementError
 from ..functional import mapped
 from .query import PathGradient, Query
 
@@ -26,6 +27,13 @@ class Quadrature:
         raise NotImplementedError
 
     def bind(self, query: Query) -> Callable[[Tensor, Tensor], PathGradient]:
+        with torch.enable_grad():
+            named = {n: t.clone().requires_grad_() for n, t in query.named(query.example).items()}
+            if not query.of_parameters(named, *query.batch).requires_grad:
+                raise MeasurementError(
+                    "the measurement has no gradient to integrate: got values that are detached from the parameters, "
+                    "expected ones that are not. Take off torch.no_grad() and detach(), or pass path=attrib.Secant()."
+                )
         gradient = gradients_side_by_side(query)
         single = gradients_one_by_one(query)
         side_by_side = _agree(query, gradient)

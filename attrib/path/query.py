@@ -107,13 +107,14 @@ class Query:
         return self._function.bound(parameters)
 
     def gradient(self, theta: Tensor, weights: Tensor) -> Tensor:
-        """(P,), (Q,) -> (P,): the gradient of the queries' sum with these weights, by one backward pass of torch's."""
+        """(P,), (Q,) -> (P,): the gradient of the queries' sum with these weights, by one backward pass of torch's; zeros
+        where the measurement keeps none."""
         with torch.enable_grad():
             leaf = theta.detach().to(self.dtype).requires_grad_()
             named = self.layout.unflatten(leaf)
             with self.bound(named):
-                values = self.of_parameters(named, *self.batch)
-                found = torch.autograd.grad((values * weights).sum(), leaf, allow_unused=True)[0]
+                total = (self.of_parameters(named, *self.batch) * weights).sum()
+                found = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
         return torch.zeros_like(leaf) if found is None else found
 
     def parts(self, at_once: int) -> "list[Query]":
