@@ -8,7 +8,7 @@ itself. What fails goes by the derivative along U (`along`).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +93,9 @@ def make_plan(follow: Follow, batch: tuple[Any, ...], start: Tensor | None) -> t
         found = torch.autograd.grad(trace.losses[i], wanted, retain_graph=True, allow_unused=True)
         probes.append(Probe(i, found[:count], dict(zip(trace.parameters, found[count:], strict=True))))
     whole = dict.fromkeys(trace.unsplit, "which rows are whose depends on the content of the batch")
+    sites = _by_name(trace.sites)
     for name in trace.parameters:
-        if name not in whole and (reason := _unsplit(name, trace.sites, readings, probes, size)):
+        if name not in whole and (reason := _unsplit(name, sites.get(name, []), trace, readings, probes)):
             whole[name] = reason
     volatile = tuple(n for n, site in enumerate(trace.sites) if site.volatile or trace.mixed)
     return trace, Plan(readings, whole, calls_of(trace), volatile, coupled)
@@ -110,12 +111,15 @@ def unproven(trace: Trace, plan: Plan) -> dict[str, str]:
     leaves, edges = [trace.parameters[n] for n in names], [s.edge for s in trace.sites]
     pulled = torch.autograd.grad((trace.losses * weights).sum(), leaves, retain_graph=True, allow_unused=True)
     deltas = torch.autograd.grad(trace.losses.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
-    wrong = {}
+    wrong, sites = {}, _by_name(trace.sites)
     for name, gradient in zip(names, pulled, strict=True):
         want = torch.zeros_like(trace.parameters[name]) if gradient is None else gradient
-        if (found := _contracted(name, trace.sites, plan.readings, deltas, want, size)) is None:
+        found = _contracted(name, sites.get(name, []), trace, plan.readings, deltas, want)
+        if found is None:
             wrong[name] = "its sites cannot be contracted"
-        elif abs(float(weights.double() @ found.products) - found.direct) > found.bound * float(weights.abs().max()):
+        elif not found.within(
+            abs(float(weights.double() @ found.products) - found.direct) / float(weights.abs().max())
+        ):
             wrong[name] = "its rows do not agree with a backward pass of the batch"
     return wrong
 
@@ -179,61 +183,79 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(both, (a - b).abs() > torch.finfo(a.dtype).eps ** 0.75 * largest, a != b)
 
 
-def _unsplit(
-    name: str, sites: list[Site], readings: list[Batchwise | None], probes: list[Probe], size: int
-) -> str | None:
-    """Why contracting the probes' deltas does not give what their own gradients give; None where it does."""
-    if any(readings[n] is None for n, s in enumerate(sites) if name in names_of(s)):
-        return "which rows are whose cannot be read off"
-    if not all(_agrees(name, sites, readings, probe, size) for probe in probes):
-        return "its rows do not agree with the gradient of a single loss"
-    return None
+def _by_name(sites: Sequence[Site]) -> dict[str, list[int]]:
+    """Parameter -> the numbers of its sites."""
+    found: dict[str, list[int]] = {}
+    for n, site in enumerate(sites):
+        for name in names_of(site):
+            found.setdefault(name, []).append(n)
+    return found
 
 
-def _agrees(name: str, sites: list[Site], readings: list[Batchwise | None], probe: Probe, size: int) -> bool:
-    """What a single loss gives: the gradient at its own example, nothing at the others."""
-    gradient = probe.gradients[name]
-    if gradient is None:
-        return True
-    found = _contracted(name, sites, readings, probe.deltas, gradient, size)
-    if found is None:
-        return False
-    off = found.products.clone()
-    off[probe.example] -= found.direct
-    return float(off.abs().sum()) <= found.bound
+@dataclass(frozen=True)
+class _Contracted:
+    """products (B,): <U, g_i> of a parameter by its sites, along a fixed direction; direct: <U, gradient>.
 
-
-class _Contracted(NamedTuple):
-    """products (B,): <U, g_i> by the sites, along a fixed direction; direct: <U, gradient>; bound: sqrt(eps) of what flows
-    through the sites, which may cancel (a key's bias in attention has no gradient): a wrong split is wrong by order one."""
+    What differs is within rounding where it is less than sqrt(eps) of what is summed: of the gradient's products, or where
+    those cancel (a key's bias in attention has no gradient) of what flows through the sites. A wrong split is wrong by order
+    one of that.
+    """
 
     products: Tensor
     direct: float
-    bound: float
+    size: float
+    flow: Callable[[], float]
+
+    def within(self, gap: float) -> bool:
+        root = torch.finfo(self.products.dtype).eps ** 0.5
+        return gap <= root * self.size or gap <= root * (self.size + self.flow())
+
+
+def _unsplit(
+    name: str, mine: list[int], trace: Trace, readings: list[Batchwise | None], probes: list[Probe]
+) -> str | None:
+    """Why contracting the probes' deltas does not give what their own gradients give, a gradient at the own example and
+    nothing at the others; None where it does."""
+    if any(readings[n] is None for n in mine):
+        return "which rows are whose cannot be read off"
+    for probe in probes:
+        gradient = probe.gradients[name]
+        if gradient is None:
+            continue
+        found = _contracted(name, mine, trace, readings, probe.deltas, gradient)
+        if found is None:
+            return "its sites cannot be contracted"
+        off = found.products.clone()
+        off[probe.example] -= found.direct
+        if not found.within(float(off.abs().sum())):
+            return "its rows do not agree with the gradient of a single loss"
+    return None
 
 
 def _contracted(
     name: str,
-    sites: list[Site],
+    mine: list[int],
+    trace: Trace,
     readings: list[Batchwise | None],
     deltas: Sequence[Tensor | None],
     gradient: Tensor,
-    size: int,
 ) -> _Contracted | None:
-    direction = direction_like(gradient)
+    direction, size = direction_like(gradient), len(trace.losses)
     products = torch.zeros(size, dtype=torch.float64, device=gradient.device)
-    flow = float((direction * gradient).abs().sum())
-    for site, reading, delta in zip(sites, readings, deltas, strict=True):
-        if delta is None or reading is None or name not in names_of(site):
-            continue
-        along = {name: direction[None]}
-        try:
+    reached = [(trace.sites[n], r, d) for n in mine if (r := readings[n]) is not None and (d := deltas[n]) is not None]
+    along = {name: direction[None]}
+    try:
+        for site, reading, delta in reached:
             products += sum(contract(t, along[name])[0] for t in terms_at(site, reading, delta, along, size))
-            flow += jvp_flow(site, name, delta, direction)
-        except (NotImplementedError, RuntimeError, IndexError):
-            return None
-    direct = float((direction * gradient).double().sum())
-    return _Contracted(products, direct, torch.finfo(gradient.dtype).eps ** 0.5 * flow)
+    except (NotImplementedError, RuntimeError, IndexError):
+        return None
+    each = (direction * gradient).double()
+
+    def flow() -> float:
+        return sum(jvp_flow(site, name, delta, direction) for site, _, delta in reached)
+
+    eps = torch.finfo(gradient.dtype).eps / torch.finfo(products.dtype).eps
+    return _Contracted(products, float(each.sum()), float(each.abs().sum()) * eps**0.5, lambda: flow() * eps**0.5)
 
 
 def direction_like(like: Tensor) -> Tensor:

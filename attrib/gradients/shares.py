@@ -145,10 +145,10 @@ class Shares:
             trace = self._forms.follow(parameters, batch)
             plan = self._forms.plan(theta, trace, batch, form)
             reached, gaps = _reached(trace, plan)
-        whole = {*plan.whole, *self._forms.misread(gaps)}
+        whole, at = {*plan.whole, *self._forms.misread(gaps)}, _by_name(reached)
         out: dict[str, list[Factor]] = {}
         for name in self.layout.names:
-            found = None if name in whole else factors_of(_at(reached, name), name, len(trace.losses))
+            found = None if name in whole else factors_of(at.get(name, []), name, len(trace.losses))
             if found is not None:
                 out[name] = found
         missing = [name for name in self.layout.names if name not in out]
@@ -169,8 +169,9 @@ class Shares:
         found = zip(trace.sites, plan.readings, deltas, strict=True)
         reached = [(site, reading, d) for site, reading, d in found if d is not None and reading is not None]
         out: dict[str, list[Factor]] = {}
+        at = _by_name(reached)
         for name in self.layout.names:
-            factors = factors_of(_at(reached, name), name, len(trace.losses))
+            factors = factors_of(at.get(name, []), name, len(trace.losses))
             if factors is None:
                 return None
             out[name] = factors
@@ -246,8 +247,13 @@ def _together(names: Sequence[str], number: dict[str, int], groups: Sequence[int
     return list(found.values())
 
 
-def _at(reached: Reached, name: str) -> Reached:
-    return [r for r in reached if name in names_of(r[0])]
+def _by_name(reached: Reached) -> dict[str, Reached]:
+    """Parameter -> its sites."""
+    found: dict[str, Reached] = {}
+    for at in reached:
+        for name in names_of(at[0]):
+            found.setdefault(name, []).append(at)
+    return found
 
 
 def _reached(trace: Trace, plan: Plan) -> tuple[Reached, dict[str, Tensor]]:
