@@ -148,7 +148,9 @@ def test_window_by_keyboard_changes_the_tables(opened: Opened, result: attrib.Re
 
 
 def test_window_by_dragging_changes_the_tables(opened: Opened, result: attrib.Result) -> None:
-    box = opened.page.locator("#timeline .nsewdrag").first.bounding_box()
+    chart = opened.page.locator("#timeline .nsewdrag").first
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
     across = [box["x"] + box["width"] * part for part in (10.4 / 30, 20.6 / 30)]
     middle = box["y"] + box["height"] / 2
     opened.page.mouse.move(across[0], middle)
