@@ -70,11 +70,10 @@ class LossVector:
         named = self.layout.unflatten(theta.detach())
         return {name: t.clone().requires_grad_(name in self.active) for name, t in named.items()}
 
-    def gradient(self, theta: Tensor, batch: Batch, weights: Tensor | None = None) -> tuple[Tensor, Named]:
-        """(P,), batch, v (B,) or None for ones -> losses (B,), G(v) by name; of what the loss does not depend on, zeros."""
+    def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Named]:
+        """(P,), batch, v (B,) -> losses (B,), G(v) by name; of what the loss does not depend on, zeros."""
         with self._graph(theta, batch) as (parameters, losses):
-            total = losses.sum() if weights is None else (losses * weights).sum()
-            found = self._pull(total, parameters)
+            found = self._pull((losses * weights).sum(), parameters)
         return losses.detach(), found
 
     def along(
