@@ -32,7 +32,7 @@ from .development import (
     vestiges,
     what_if,
 )
-from .engine import attribute
+from .attribute import attribute
 from .intervention import replay, retrain
 from .path import GaussLegendre, Midpoint, Secant
 from .phases import Phases, onset, phases

@@ -85,6 +85,13 @@ class MissingExtraError(AttribError, ImportError):
     """A package of one of attrib's extras is not installed."""
 
 
+class WorkerError(AttribError, RuntimeError):
+    """A worker of an executor died, or cannot be sent the work. `result` holds what was done until then, complete by itself,
+    or None."""
+
+    result: Any = None
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in long work. `result` holds what was done until then, complete by itself: see the message."""
 

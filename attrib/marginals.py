@@ -48,39 +48,30 @@ def bytes_of(kept: Sequence[Axes], queries: int, sizes: dict[str, int]) -> int:
     return sum(8 * queries * prod(sizes[a] for a in axes) for axes in kept)
 
 
-class Marginals:
-    """Accumulates contributions into arrays (Q, *axes), float64.
+class Slots:
+    """The ids of a step's slots, (B,), and the examples among them, each once."""
 
-    Args:
-        kept: sets of axes. queries: Q. sizes: length of each axis.
-    """
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = self.examples = ids
+        self._slot_of: np.ndarray | None = None
+        examples, at = np.unique(ids, return_inverse=True)
+        if len(examples) < len(ids):
+            self.examples, self._slot_of = examples, at
 
-    def __init__(self, kept: list[Axes], queries: int, sizes: dict[str, int]) -> None:
-        self.arrays = {axes: np.zeros((queries, *(sizes[a] for a in axes))) for axes in kept}
+    def sums(self, kept: Sequence[Axes], contributions: np.ndarray) -> dict[Axes, np.ndarray]:
+        """(Q, B, G) of one step -> of each set of axes the sums along them, (Q, *axes), the step axis of length one."""
+        each = self._by_example(contributions) if any("example" in axes for axes in kept) else contributions
+        found = {}
+        for axes in kept:
+            values = each if "group" in axes else each.sum(-1)
+            values = values if "example" in axes else values.sum(1)
+            found[axes] = values[:, None] if "step" in axes else values
+        return found
 
-    def add(self, step: int, examples: "Places", contributions: np.ndarray) -> None:
-        """Contributions (Q, B, G) of one step and where its examples stand on their axis."""
-        for axes, out in self.arrays.items():
-            values = contributions if "group" in axes else contributions.sum(-1)
-            target = out[:, step] if "step" in axes else out
-            if "example" in axes:
-                examples.add(target, values)
-            else:
-                target += values.sum(1)
-
-
-class Places:
-    """Positions on the example axis of the ids of a batch, (B,), given all ids in order, (N,)."""
-
-    def __init__(self, known: np.ndarray, ids: np.ndarray) -> None:
-        self.ids = ids
-        self._at = np.searchsorted(known, ids)
-        self._repeated = len(np.unique(ids)) < len(ids)
-
-    def add(self, target: np.ndarray, values: np.ndarray) -> None:
-        """target (Q, N, ...) += values (Q, B, ...); repeated ids add up."""
-        if self._repeated:
-            for q in range(len(values)):
-                np.add.at(target[q], self._at, values[q])
-        else:
-            target[:, self._at] += values
+    def _by_example(self, contributions: np.ndarray) -> np.ndarray:
+        if self._slot_of is None:
+            return contributions
+        out = np.zeros((len(contributions), len(self.examples), contributions.shape[-1]))
+        for q, values in enumerate(contributions):
+            np.add.at(out[q], self._slot_of, values)
+        return out

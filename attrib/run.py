@@ -1,7 +1,6 @@
 """A recorded run, opened for reading: parameters, batches and updates of every step."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -15,47 +14,12 @@ from .functional import constants_of
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
-from .optim import Parts, Replay, Rule, describe_options, rule_by_name
+from .optim import Rule, describe_options, rule_by_name
+from .steps import Blocks, Steps
 from .store import Reader
 from .trajectory import Trajectory
 
 _UNFINISHED = "not closed, or interrupted: read up to its last committed block"
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive steps start .. start + n - 1, read together.
-
-    theta (n + 1, P), gradient (n, P) as recorded, and `penalty` (n, P), what of it was no example's, or None; updates: of
-    each step its frozen coefficients and the replayed update; momentum (P,): the accumulator before the first step; state,
-    state_after: all accumulators as stored for the block and as replayed after its last step; index, rows: of each step
-    (B,), the examples and where in the table `kind` (n,) their inputs stand; scale (n,); random: of each step the
-    generator's state, or None; active: the parameters that had a gradient.
-    """
-
-    start: int
-    theta: Tensor
-    gradient: Tensor
-    updates: list[tuple[Parts, Tensor]]
-    momentum: Tensor
-    state: dict[str, Tensor]
-    state_after: dict[str, Tensor]
-    index: list[np.ndarray]
-    rows: list[np.ndarray]
-    kind: np.ndarray
-    scale: np.ndarray
-    random: list[Tensor | None]
-    active: list[frozenset[str]]
-    penalty: Tensor | None
-
-    @property
-    def examples(self) -> Tensor:
-        """(n, P): what of the gradient is the examples'."""
-        return self.gradient if self.penalty is None else self.gradient - self.penalty
-
-    @property
-    def steps(self) -> range:
-        return range(self.start, self.start + len(self.gradient))
 
 
 class Run:
@@ -103,7 +67,7 @@ class Run:
         return ids[ids >= 0]
 
     @cached_property
-    def _trajectory(self) -> Trajectory:
+    def trajectory(self) -> Trajectory:
         return Trajectory(self.reader, self.rule, self.layout)
 
     @cached_property
@@ -139,7 +103,7 @@ class Run:
         """(P,): all parameters of a step, 0 .. T, bit for bit."""
         if not -self.steps - 1 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
-        return self._trajectory.state(step % (self.steps + 1))
+        return self.trajectory.state(step % (self.steps + 1))
 
     def parameters(self, step: int) -> dict[str, Tensor]:
         """Name -> tensor, the parameters that step `step` started from; T for the final ones. Bit for bit."""
@@ -195,60 +159,21 @@ class Run:
         if not 0 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
         own = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
-        return self._trajectory.optimizer(step, [own[name] for name in self.groups])
+        return self.trajectory.optimizer(step, [own[name] for name in self.groups])
 
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, by name."""
         names = self.reader.groups("constants")
         return {name: torch.from_numpy(self.reader.read(f"constants/{name}")) for name in names}
 
-    def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Block]:
-        """The steps start .. stop - 1 in the blocks they were written in, each with its updates replayed."""
-        size = int(self.header["block"])
-        firsts = range(start - start % size, stop, size)
-        after: Tensor | None = None  # the state that follows a block stands in the next one, read just before
-        for first in reversed(firsts) if backwards else firsts:
-            block, begin = self._block(first, max(first, start), min(first + size, stop), after)
-            after = begin if backwards else None
-            yield block
+    def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Steps]:
+        """The steps start .. stop - 1, those of each block together."""
+        blocks = Blocks(self.trajectory, stop)
+        ranges = blocks.ranges(range(start, stop), self.trajectory.block)
+        return map(blocks.at, ranges if backwards else reversed(ranges))
 
-    def _block(self, first: int, start: int, stop: int, after: Tensor | None) -> tuple[Block, Tensor]:
-        """Steps start .. stop - 1, replayed from the state stored for `first`; and the parameters before `first`."""
-        rule = self.rule
-        theta = self._trajectory.states(first, stop, after)
-        gradient = torch.from_numpy(self.reader.read("gradient", slice(first, stop)))
-        hyper = self.reader.read("hyper", slice(first, stop))
-        state = self._trajectory.accumulators(first)
-        replay = Replay(rule, self.layout, state)
-        momentum, updates = replay.state[rule.momentum], []
-        for n in range(stop - first):
-            if first + n == start:
-                momentum = replay.state[rule.momentum]
-            updates.append(replay.step(hyper[n], gradient[n], theta[n]))
-        skip = start - first
-        steps = slice(start, stop)
-        index, rows = ([r[r >= 0] for r in self.reader.read(name, steps)] for name in ("index", "row"))
-        kind, scale = self.reader.read("kind", steps), self.reader.read("scale", steps)
-        random: list[Tensor | None] = [None] * len(scale)
-        if "random" in self.reader:
-            random = [torch.from_numpy(state) for state in self.reader.read("random", steps)]
-        block = Block(
-            start=start,
-            theta=theta[skip:],
-            gradient=gradient[skip:],
-            updates=updates[skip:],
-            momentum=momentum,
-            state=state,
-            state_after=replay.state,
-            index=index,
-            rows=rows,
-            kind=kind,
-            scale=scale,
-            random=random,
-            penalty=torch.from_numpy(self.reader.read("penalty", steps)) if "penalty" in self.reader else None,
-            active=[frozenset(n for n, on in zip(self.groups, row[:, -1], strict=True) if on) for row in hyper[skip:]],
-        )
-        return block, theta[0].clone()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open_run, (self.reader.target,)
 
     def _step(self, step: int) -> int:
         if not -self.steps <= step < self.steps:

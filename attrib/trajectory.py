@@ -24,28 +24,28 @@ class Trajectory:
     """theta of every state 0 .. T, and the accumulators before the first step of every block."""
 
     def __init__(self, reader: Reader, rule: Rule, layout: Layout) -> None:
-        self._reader, self._rule, self._layout = reader, rule, layout
-        self._block, self._every = int(reader.header["block"]), int(reader.header["states_every"])
-        self._frame = max(self._block, self._every)
-        blocks = self._frame // self._block
-        self._spacing = -(-blocks // KEPT) * self._block
+        self.reader, self.rule, self.layout = reader, rule, layout
+        self.block, self._every = int(reader.header["block"]), int(reader.header["states_every"])
+        self._frame = max(self.block, self._every)
+        blocks = self._frame // self.block
+        self._spacing = -(-blocks // KEPT) * self.block
         self._starts: dict[int, Start] = {}  # of one frame: the first step of a block -> what it starts from
 
     def state(self, step: int) -> Tensor:
         """(P,)."""
         if self._every == 1:
             return self._read("theta", step)
-        if step < self._reader.steps:
+        if step < self.reader.steps:
             return self.states(step, step)[0]
-        return self._read("theta", -(-step // self._every)) if self._reader.complete else self.states(step - 1, step)[1]
+        return self._read("theta", -(-step // self._every)) if self.reader.complete else self.states(step - 1, step)[1]
 
     def states(self, first: int, stop: int, last: Tensor | None = None) -> Tensor:
         """(stop - first + 1, P). last: the state at `stop`, where it is known already."""
         if self._every == 1:
-            read = torch.from_numpy(self._reader.read("theta", slice(first, stop))) if stop > first else None
+            read = torch.from_numpy(self.reader.read("theta", slice(first, stop))) if stop > first else None
             ends = (self.state(stop) if last is None else last)[None]
             return ends if read is None else torch.cat([read, ends])
-        begin = first - first % self._block
+        begin = first - first % self.block
         start = self._start(begin)
         found = [start[0], *self._steps(self._rerun(begin, start), begin, stop)]
         return torch.stack(found[first - begin :])
@@ -58,13 +58,13 @@ class Trajectory:
 
     def optimizer(self, step: int, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Torch's optimizer over `parameters` as it was before a step, 0 .. T."""
-        begin = min(step, self._reader.steps - 1) // self._block * self._block
+        begin = min(step, self.reader.steps - 1) // self.block * self.block
         rerun = self._rerun(begin, self._start(begin))
         for _ in self._steps(rerun, begin, step):
             pass
-        kind = kind_by_name(self._reader.header["optimizer"])
-        hyper = self._reader.read("hyper", step) if step < self._reader.steps else rerun.hyper()
-        return resume(kind, self._rule, self._layout, parameters, rerun.state(), hyper)
+        kind = kind_by_name(self.reader.header["optimizer"])
+        hyper = self.reader.read("hyper", step) if step < self.reader.steps else rerun.hyper()
+        return resume(kind, self.rule, self.layout, parameters, rerun.state(), hyper)
 
     def _start(self, first: int) -> Start:
         """Of a block, from the nearest state that is kept."""
@@ -77,7 +77,7 @@ class Trajectory:
             until = min(first, at + self._spacing)
             for _ in self._steps(rerun, at, until):
                 pass
-            start = self._layout.flatten(rerun.parameters), rerun.state()
+            start = self.layout.flatten(rerun.parameters), rerun.state()
             if (until - frame) % self._spacing:
                 return start
             self._starts[until] = start
@@ -85,34 +85,34 @@ class Trajectory:
         return self._starts[first]
 
     def _rerun(self, first: int, start: Start) -> Rerun:
-        hyper = self._reader.read("hyper", min(first, self._reader.steps - 1))
-        return Rerun(kind_by_name(self._reader.header["optimizer"]), self._rule, self._layout, *start, hyper)
+        hyper = self.reader.read("hyper", min(first, self.reader.steps - 1))
+        return Rerun(kind_by_name(self.reader.header["optimizer"]), self.rule, self.layout, *start, hyper)
 
     def _steps(self, rerun: Rerun, first: int, stop: int) -> Iterator[Tensor]:
         """The states after the steps first .. stop - 1."""
-        for lo in range(first, stop, self._block):
-            hi = min(lo + self._block, stop)
-            hyper = self._reader.read("hyper", slice(lo, hi))
-            gradient = torch.from_numpy(self._reader.read("gradient", slice(lo, hi)))
+        for lo in range(first, stop, self.block):
+            hi = min(lo + self.block, stop)
+            hyper = self.reader.read("hyper", slice(lo, hi))
+            gradient = torch.from_numpy(self.reader.read("gradient", slice(lo, hi)))
             for n in range(hi - lo):
                 theta = rerun.step(hyper[n], gradient[n])
                 self._compare(theta, lo + n + 1)
                 yield theta
 
     def _compare(self, theta: Tensor, step: int) -> None:
-        ends = self._reader.complete and step == self._reader.steps
-        if (step % self._every or step == self._reader.steps) and not ends:
+        ends = self.reader.complete and step == self.reader.steps
+        if (step % self._every or step == self.reader.steps) and not ends:
             return
         if not torch.equal(theta, self._read("theta", -(-step // self._every))):
-            versions = self._reader.header["versions"]
+            versions = self.reader.header["versions"]
             raise StoreError(
                 f"the states between two key frames cannot be made again here: got other bits than the stored state, at "
-                f"step {step} of {self._reader.target}. The run was recorded with torch {versions['torch']}, this is torch "
+                f"step {step} of {self.reader.target}. The run was recorded with torch {versions['torch']}, this is torch "
                 f"{torch.__version__}: read it with that version on a machine of that kind, or record with states_every=1."
             )
 
     def _stored(self, step: int) -> dict[str, Tensor]:
-        return {key: self._read(f"state/{key}", step // self._frame) for key in self._rule.state}
+        return {key: self._read(f"state/{key}", step // self._frame) for key in self.rule.state}
 
     def _read(self, name: str, row: int) -> Tensor:
-        return torch.from_numpy(self._reader.read(name, row))
+        return torch.from_numpy(self.reader.read(name, row))

@@ -15,7 +15,7 @@ from .errors import AttribError, SplitIdentityError
 from .gradients import random_weights
 from .kernels import factors
 from .run import Run, check_model
-from .source import Source, drawn
+from .shares import Shares, drawn
 
 
 @dataclass
@@ -55,7 +55,7 @@ def verify(
             for block in run.blocks(0, run.steps, backwards=False):
                 if after is not None:
                     same_state(after, block.state, block.start)
-                for n, step in enumerate(block.steps):
+                for n, step in enumerate(block.range):
                     theta, end = block.theta[n], block.theta[n + 1]
                     found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step))
                     if run.capture != "replay":
@@ -83,21 +83,19 @@ def _split(run: Run, model: nn.Module, loss: Callable[..., Tensor], found: Verif
     """
     check_model(run, model)
     itself = np.eye(len(run.groups))
-    device = next(model.parameters()).device
-    source = Source(run, model, loss, run.dtype, device, slice_bytes(run.layout.size, run.dtype.itemsize), itself)
-    for step in sorted(drawn(range(run.steps))):
-        (block,) = run.blocks(step, step + 1)
-        theta, examples = block.theta[0].to(device), block.examples[0].to(device)
-        along = random_weights(run.layout.size, step, theta.double())[None]
-        gradient = [(along[:, part] @ examples[part].double()).cpu().numpy() for _, part in run.layout.slices()]
-        shares = source.contract(block, 0, theta, along, np.stack(gradient, 1))
-        split = source.split(block, 0, theta, along, shares, np.zeros(1))
+    shares = Shares(run, model, loss, run.dtype, slice_bytes(run.layout.size, run.dtype.itemsize), itself)
+    for number in sorted(drawn(range(run.steps))):
+        ((step,),) = run.blocks(number, number + 1)
+        along = random_weights(run.layout.size, number, torch.zeros(0, dtype=torch.float64))[None]
+        gradient = [(along[:, part] @ step.examples[part].double()).numpy() for _, part in run.layout.slices()]
+        along = along.to(next(model.parameters()).device)
+        split = shares.split(step, along, shares.contract(step, along, np.stack(gradient, 1)), 0.0)
         assert split is not None
         found.note("split", split.gap)
         if split.slot is not None and split.group is not None:
             raise SplitIdentityError(
-                f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, at step {step}, "
-                f"example {block.index[0][split.slot]}, parameter {run.groups[split.group]!r}. Are model and loss those "
+                f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, at step {number}, "
+                f"example {step.ids[split.slot]}, parameter {run.groups[split.group]!r}. Are model and loss those "
                 f"that were recorded?"
             )
 

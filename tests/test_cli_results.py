@@ -320,12 +320,12 @@ def test_killed_from_outside_leaves_what_was_done(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import sys, time\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import torch, cases, attrib, attrib.sink\n"
+        "import torch, cases, attrib, attrib.account\n"
         "def setup():\n"
         "    case = cases.MODELS['gpt']\n"
         "    x, y = case.data(3)\n"
-        "    add = attrib.sink.Sink.add\n"
-        "    attrib.sink.Sink.add = lambda *a: (add(*a), print('step', flush=True), time.sleep(0.3))\n"
+        "    tallies = attrib.account.Account.tallies\n"
+        "    attrib.account.Account.tallies = lambda *a: (tallies(*a), print('step', flush=True), time.sleep(0.3))[0]\n"
         "    return case.build().double(), case.loss, attrib.measure.log_prob(x, y)\n"
     )
     command = [sys.executable, "-m", "attrib", "attribute", "run", "--setup", "mine:setup", "-o", "result"]

@@ -15,7 +15,8 @@ from training import Trained, train
 
 import attrib
 from attrib import errors
-from attrib.marginals import AXES, Marginals, Places, choose
+from attrib.marginals import AXES, Slots, choose
+from attrib.tally import Tally, total
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +121,18 @@ def test_marginals_are_sums_of_the_cube(queries: int, steps: int, groups: int, s
     random = np.random.default_rng(seed)
     sizes = {"step": steps, "example": 5, "group": groups}
     sets = choose([tuple(k) for k in kept], queries, sizes)
-    marginals = Marginals(sets, queries, sizes)
+    pieces = []
     cube = np.zeros((queries, steps, 5, groups))
     for step in reversed(range(steps)):
         examples = random.integers(0, 5, size=7)  # an id may come twice
         values = random.normal(size=(queries, 7, groups))
         for slot, e in enumerate(examples):
             cube[:, step, e] += values[:, slot]
-        marginals.add(step, Places(np.arange(sizes["example"]), examples), values)
-    for axes, array in marginals.arrays.items():
+        slots = Slots(examples)
+        pieces.append(Tally(range(step, step + 1), slots.examples, slots.sums(sets, values)))
+    whole = total(pieces, range(steps), np.arange(sizes["example"]))
+    assert whole is not None
+    for axes, array in whole.marginals.items():
         over = tuple(n + 1 for n, a in enumerate(AXES) if a not in axes)
         np.testing.assert_allclose(array, cube.sum(over), atol=1e-12)
 

@@ -19,7 +19,7 @@ from attrib.functional import Functional
 from attrib.gradients import forms, functions, plan, shares
 from attrib.gradients.batchwise import Batchwise
 from attrib.path import graph, query, rules, secant, special
-from attrib.source import Source
+from attrib.shares import Shares
 from attrib.verify import verify
 
 Patch = pytest.MonkeyPatch
@@ -217,7 +217,7 @@ def test_a_batch_that_is_cut_though_its_losses_depend_on_each_other_is_found_by_
     monkeypatch.setattr(
         forms.Forms, "slices", lambda self, form, batch: ((tuple(b[k : k + 3] for b in batch), 0) for k in (0, 3, 6))
     )
-    monkeypatch.setattr(Source, "_fitted", lambda *given: None)
+    monkeypatch.setattr(Shares, "_fitted", lambda *given: None)
     with pytest.raises(errors.CompletenessError, match="batch identity is furthest off"):
         explain(run, model.eval(), identities=()).check()
 
@@ -248,7 +248,7 @@ def test_a_scale_that_was_assumed_is_found_by_the_batch(tmp_path: Path, monkeypa
             recorder.step(torch.arange(len(x)), x, y)
     run = attrib.open_run(tmp_path / "run")
     explain(run, model).check(1e-9)
-    monkeypatch.setattr(Source, "_scale", lambda self, block, n, *given: float(block.scale[n]))
+    monkeypatch.setattr(Shares, "_scale", lambda self, step, *given: step.scale)
     with pytest.raises(errors.CompletenessError, match=r"batch identity is furthest off, by .* at step 5"):
         explain(run, model).check()
 
@@ -341,7 +341,7 @@ def test_verify_has_the_split_where_it_has_a_loss(tmp_path: Path, monkeypatch: P
     assert found.failure is None
     assert found.identities["split"][0] == 2
     assert found.identities["split"][1] < 1e-12
-    monkeypatch.setattr(Source, "contract", lambda self, *given: _moved(self._contract(*given)))
+    monkeypatch.setattr(Shares, "contract", lambda self, *given: _moved(self._contract(*given)))
     bad = verify(run, progress=False, model=model, loss=cross_entropy)
     assert bad.failure is not None
     assert "own examples" in bad.failure

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from cases import MODELS, OPTIMIZERS
 from training import Trained, train
 
 import attrib
-from attrib import engine, errors
+from attrib import errors
+from attrib.account import Account
 from attrib.cli import main
 from attrib.interrupt import interruptible, shielded
-from attrib.sink import Sink
+from attrib.tally import Tally
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +33,15 @@ def press(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """press(n, times): the user presses Ctrl-C while the n-th group of steps is summed."""
 
     def arrange(n: int, times: int = 1) -> None:
-        calls, add = [0], Sink.add
+        calls, tallies = [0], Account.tallies
 
-        def pressed(self: Sink, *args: Any) -> None:
+        def pressed(self: Account, *args: Any) -> list[Tally]:
             calls[0] += 1
             for _ in range(times if calls[0] == n else 0):
                 signal.raise_signal(signal.SIGINT)
-            add(self, *args)
+            return tallies(self, *args)
 
-        monkeypatch.setattr(Sink, "add", pressed)
+        monkeypatch.setattr(Account, "tallies", pressed)
 
     return arrange
 
@@ -74,8 +76,9 @@ def test_ctrl_c_leaves_the_queries_that_were_done(
     trained: Trained, press: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained.attribute(trained.measurement(7))
-    divided = engine._divided
-    monkeypatch.setattr(engine, "_divided", lambda *a: replace(divided(*a), at_once=2))
+    module = import_module("attrib.attribute")
+    divided = module._divided
+    monkeypatch.setattr(module, "_divided", lambda *a: replace(divided(*a), at_once=2))
     press(5)  # of four groups of steps a sweep: in the second sweep
     with pytest.raises(errors.Interrupted, match="2 of 7 queries") as stopped:
         trained.attribute(trained.measurement(7))

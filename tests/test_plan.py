@@ -1,6 +1,7 @@
 """The memory budget, and what `attrib.plan` says beforehand."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,11 @@ def test_of_the_gaps_of_several_sweeps_the_largest_counts() -> None:
 
 def forced(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """So many queries to a sweep."""
-    real = attrib.engine.divide
+    module = import_module("attrib.attribute")
+    real = module.divide
     monkeypatch.setattr(
-        "attrib.engine.divide",
+        module,
+        "divide",
         lambda sizes, queries, memory: real(sizes, queries, memory).__class__(at_once, 1 << 20, 0),
     )
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..engine import attribute
+from ..attribute import attribute
 from ..errors import Interrupted
 from ..plan import plan
 from ..report import to_json

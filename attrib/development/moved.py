@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine import attribute
+from ..attribute import attribute
 from ..result import Result
 from ..run import Run
 

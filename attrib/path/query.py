@@ -46,6 +46,11 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
 
 
+def _again(made_of: tuple[Any, ...], chosen: slice | None) -> "Query":
+    whole = Query(*made_of)
+    return whole if chosen is None else whole.part(chosen)
+
+
 class Query:
     """A measurement of a model, `values(theta) -> (Q,)`.
 
@@ -62,6 +67,7 @@ class Query:
 
     def __init__(self, model: nn.Module, measurement: Any, layout: Layout, dtype: torch.dtype, example: Tensor) -> None:
         self.layout, self.dtype, self.example = layout, dtype, example
+        self._made_of = model, measurement, layout, dtype, example
         rows, batch = getattr(measurement, "rows", None), getattr(measurement, "batch", ())
         self.batch: tuple[Tensor, ...] = ()
         if rows is not None and batch:
@@ -74,6 +80,9 @@ class Query:
         if self.batch and self.count > 1 and not self._by_rows(example):
             log.info("the rows of the measurement depend on each other: its queries are taken together")
             self.batch, self._function = (), Functional(model, lambda m: measurement(m), layout, dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self._made_of, self._chosen)
 
     def _by_rows(self, theta: Tensor) -> bool:
         """Whether a query has the same value by itself."""
@@ -100,7 +109,7 @@ class Query:
         """Parameters by name and a batch of rows -> (Q,). Attention by plain mathematics: it can be traced and mapped."""
         with sdpa_kernel(SDPBackend.MATH):
             values = self._function(parameters, *batch)
-        return values if self._chosen is None else values[self._chosen]
+        return values if self.batch or self._chosen is None else values[self._chosen]
 
     def bound(self, parameters: dict[str, Tensor]) -> AbstractContextManager[None]:
         """Within it the model holds these parameters: for backward passes that run parts of it again."""
@@ -119,12 +128,13 @@ class Query:
 
     def parts(self, at_once: int) -> "list[Query]":
         """The same queries, so many to a part."""
-        found = []
-        for lo in range(0, self.count, at_once):
-            part, chosen = copy(self), slice(lo, lo + at_once)
-            part.batch, part._chosen = tuple(b[chosen] for b in self.batch), None if self.batch else chosen
-            part.count = min(at_once, self.count - lo)
-            found.append(part)
+        return [self.part(slice(lo, min(lo + at_once, self.count))) for lo in range(0, self.count, at_once)]
+
+    def part(self, chosen: slice) -> "Query":
+        """Some of the queries, of all of them."""
+        found = copy(self)
+        found.batch, found._chosen = tuple(b[chosen] for b in self.batch), chosen
+        found.count = chosen.stop - chosen.start
         return found
 
     def at_once(self) -> int:

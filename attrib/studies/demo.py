@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import measure
-from ..engine import attribute
+from ..attribute import attribute
 from ..report import figures, text, write
 from ..run import open_run
 from .modular import GENERALISED, ordered_pairs, train_until_generalised

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...engine import attribute
+from ...attribute import attribute
 from ...measure import Measurement
 from ...path import GaussLegendre, Secant
 from ...result import Result, open_result

@@ -21,7 +21,7 @@ import xarray as xr
 from torch import Tensor
 
 from ...development import ablate, connectivity, evaluate, similarity, vestiges, what_if
-from ...engine import attribute
+from ...attribute import attribute
 from ...intervention import Drop, Freeze, Intervention, Suppress, replay
 from ...phases import onset
 from ...result import Result, open_result

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...engine import attribute
+from ...attribute import attribute
 from ...measure import Measurement
 from ...phases import phases
 from ...result import Result

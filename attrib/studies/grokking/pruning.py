@@ -29,8 +29,8 @@ def importance(setting: Setting, run: Run, model: nn.Module, pairs: Pairs) -> Te
     query = Query(model, outputs, run.layout, run.dtype, run.vector(run.steps))
     integrate, total = Secant().bind(query), torch.zeros(query.count, run.layout.size, dtype=run.dtype)
     for block in run.blocks(0, run.steps):
-        for lo in range(0, len(block.steps), at_once := query.steps_at_once()):
-            theta = block.theta[lo : min(lo + at_once, len(block.steps)) + 1]
+        for lo in range(0, len(block), at_once := query.steps_at_once()):
+            theta = block.theta[lo : min(lo + at_once, len(block)) + 1]
             gradient = integrate(theta[:-1], theta[1:]).gradient
             for path, update in zip(gradient, theta[1:] - theta[:-1], strict=True):
                 total.addcmul_(path, update)

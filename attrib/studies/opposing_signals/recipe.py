@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import measure
 from ...development import Move, curvature, evaluate, moves
-from ...engine import attribute
+from ...attribute import attribute
 from ...intervention import Drop, Reweight, replay, weighted
 from ...kernels.opposition import help_between, opposing_groups, opposing_pairs
 from ...run import Run, open_run

@@ -1,0 +1,134 @@
+"""The account of a sweep: what is kept of the contributions of every step, and the labelled dataset that it ends in."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from .accounting import relative
+from .marginals import Axes, Slots
+from .result import IDENTITIES, PREFIX
+from .sensitivity import Terms
+from .shares import Contributions, Split
+from .steps import Step
+from .tally import Tally
+
+
+OWN = "the gradient of the example's own loss"  # what a share is in a result
+COUPLED = f"{OWN}; the losses of a batch depend on each other, so it goes through what the other examples do to it, too"
+
+
+def share_bound(recorded: torch.dtype, computed: torch.dtype) -> float:
+    """What rounding of shares may be, relative to their size: in the coarser of the two types."""
+    return float(max(torch.finfo(recorded).eps, torch.finfo(computed).eps) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is kept.
+
+    labels: the G groups. member (K, G): which tensors make a group. kept: the axes of the marginals. slots: whether the
+    contributions are kept one by one. bound: what rounding of the shares may be, relative to their size.
+    """
+
+    labels: tuple[str, ...]
+    member: np.ndarray
+    kept: tuple[Axes, ...]
+    slots: bool
+    bound: float
+
+    def grouped(self, values: np.ndarray) -> np.ndarray:
+        """(..., K) -> (..., G)."""
+        return values @ self.member if len(self.labels) < len(self.member) else values
+
+    def tallies(
+        self,
+        steps: Sequence[Step],
+        found: Sequence[Contributions],
+        gradient: np.ndarray,
+        terms: Terms,
+        splits: Mapping[int, Split],
+    ) -> list[Tally]:
+        """Of n consecutive steps: their contributions (Q, B, K), which must sum to `gradient` (n, Q, K), group by group; what
+        is no example's; and of some the split. A tally each, the last first."""
+        rows = {name: (values @ self.member).swapaxes(0, 1) for name, values in terms.rows.items()}
+        seen = np.broadcast_to(np.asarray(terms.seen, dtype=float), gradient.shape[:2])
+        slots: Slots | None = None
+        tallies = []
+        for n in reversed(range(len(steps))):
+            step, contributions = steps[n], self.grouped(found[n].values)
+            if slots is None or not np.array_equal(slots.ids, step.ids):
+                slots = Slots(step.ids)
+            shares = contributions.sum(1)
+            sums = {"examples": shares.sum(1), "gross": np.abs(shares).sum(1)}
+            sums |= {name: values[n] + sums.get(name, 0.0) for name, values in terms.sums.items()}
+            gap, split = self._gap(contributions, shares, self.grouped(gradient[n]), seen[n]), splits.get(step.number)
+            gaps = dict.fromkeys(IDENTITIES, np.array([np.nan])) | {
+                name: g[n : n + 1] for name, g in terms.gaps.items()
+            }
+            gaps |= {"batch": np.array([gap]), "split": np.array([np.nan if split is None else split.gap])}
+            tally = Tally(
+                steps=range(step.number, step.number + 1),
+                examples=slots.examples,
+                marginals=slots.sums(self.kept, contributions),
+                rows={name: values[:, n : n + 1] for name, values in rows.items()},
+                states={name: np.stack([a[n], b[n]], 1) for name, (a, b) in terms.states.items()},
+                sums=sums,
+                gaps=gaps,
+                failures={**terms.failures, **self._failure(step, split)},
+                slots=((step.ids, contributions),) if self.slots else (),
+            )
+            tallies.append(tally)
+        return tallies
+
+    def _gap(self, contributions: np.ndarray, shares: np.ndarray, gradient: np.ndarray, seen: np.ndarray) -> float:
+        """Of the batch identity. Of what is smaller than rounding of the measurement, `seen` (Q,), as it is where nothing is
+        left to learn, the gap is that of rounding."""
+        sizes = np.array([np.abs(c).sum() for c in contributions])
+        return float(relative(np.abs(shares - gradient).max(1), np.maximum(sizes, self.bound * seen)))
+
+    def _failure(self, step: Step, split: Split | None) -> dict[str, str]:
+        if split is None or split.slot is None or split.group is None:
+            return {}
+        sentence = (
+            f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, expected at most "
+            f"{self.bound:.1g}, at step {step.number}, example {step.ids[split.slot]}, group {self.labels[split.group]!r}. "
+            f"Does the loss draw random numbers outside of model(...), keep something from call to call, or let examples see "
+            f"each other in some batches only?"
+        )
+        return {"split": sentence}
+
+    def dataset(self, tally: Tally, inherited: np.ndarray, facts: Mapping[str, Any]) -> xr.Dataset:
+        """Of a whole tally, and inherited (Q, K)."""
+        curve, decay, inherited = tally.states["curve"], tally.rows["decay"], inherited @ self.member
+        initial, final = curve[:, 0], curve[:, -1]
+        explained = tally.sums["examples"] + decay.sum((1, 2)) + inherited.sum(1)
+        variables: dict[str, Any] = {
+            "initial": (("query",), initial),
+            "final": (("query",), final),
+            "residual": (("query",), final - initial - explained),
+            "rounding": (("query",), tally.sums["rounding"]),
+            "spacing": (("query",), tally.sums["spacing"]),
+            "gross": (("query",), tally.sums["gross"] + np.abs(inherited).sum(1)),
+            "decay": (("query", "step", "group"), decay),
+            "inherited": (("query", "group"), inherited),
+            "timeline": (("query", "update_step", "group"), tally.rows["timeline"]),
+            "curve": (("query", "state"), curve),
+            **{f"{name}_identity": (("step",), gaps) for name, gaps in tally.gaps.items()},
+            **{"_".join((PREFIX, *axes)): (("query", *axes), a) for axes, a in tally.marginals.items()},
+        }
+        first, stop = tally.steps.start, tally.steps.stop
+        coordinates = {
+            "query": np.arange(len(curve)),
+            "step": np.arange(first, stop),
+            "update_step": np.arange(first, stop),
+            "state": np.arange(first, stop + 1),
+            "example": tally.examples,
+            "group": list(self.labels),
+        }
+        failures = {f"{name}_failure": sentence for name, sentence in tally.failures.items()}
+        facts = {**facts, "shares": COUPLED if tally.coupled else OWN, **failures, "window": [first, stop]}
+        return xr.Dataset(variables, coordinates, facts)

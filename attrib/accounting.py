@@ -1,0 +1,165 @@
+"""Accounting: what every step of the realised path did to the measurement.
+
+    Gbar_s                       path gradient: <Gbar_s, Delta_s> = m(theta_{s+1}) - m(theta_s)
+    U_s, carry                   the update pulled back: sensitivity of m(theta_T) to the gradient of step s
+    decay, timeline              what weight decay and a penalty did; what the step's update did
+    what is left of the carry, times the momentum before the first step: inherited
+
+The adjoint of theta starts afresh at every step, so the path gradients of all steps can be had at once; only the carry, the
+sensitivity to the momentum, has to be gone through in order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .optim import Parts, decay_rates, pullback
+from .path import Limit, Path, PathGradient, Query, limit_bound, limit_gap
+from .sensitivity import Adjoint, Products, Terms, Traced
+from .steps import Steps
+
+LIMIT_STEPS = 2  # that the limit is looked at, side by side
+
+
+class Prepared(NamedTuple):
+    """Of n steps: Gbar (n, Q, P) float64, None once it is pulled back; the coefficients of the updates; <Gbar, v> over each
+    tensor (n, Q, K) for v the change of the parameters, the replayed update, the parameters; the measurement at both ends
+    and sum_p |Gbar_p theta_p|, which times eps bounds what rounding of the stored parameters can do, (n, Q); the rates of
+    decay (n, 2, K); and where it was looked at, the limit."""
+
+    vectors: Tensor | None
+    coefficients: list[Parts]
+    moved: np.ndarray
+    replayed: np.ndarray
+    along_theta: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    leverage: np.ndarray
+    rates: np.ndarray
+    limit: Limit | None
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """m(theta_b) - m(theta_a) along the realised path.
+
+    query: the measurement. path: how a change of it is written through the update. limit_before: the state at whose step
+    it is seen to that the path tends to the gradient; None for nowhere.
+    """
+
+    query: Query
+    path: Path
+    limit_before: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Accounting, (self.query, self.path, self.limit_before)
+
+    @cached_property
+    def _integrate(self) -> Callable[[Tensor, Tensor], PathGradient]:
+        return self.path.bind(self.query)
+
+    @property
+    def at_once(self) -> int:
+        return self.query.steps_at_once()
+
+    def begin(self) -> Adjoint:
+        size = self.query.count, self.query.layout.size
+        return Adjoint(torch.zeros(size, dtype=torch.float64, device=self.query.example.device))
+
+    def prepare(self, steps: Steps) -> Prepared:
+        theta = steps.theta.to(self.query.example.device)
+        limit = self._limit(theta) if steps.range.stop == self.limit_before else None
+        path = self._integrated(theta)
+        vectors, layout = path.gradient.double(), self.query.layout
+        update = torch.stack([delta for _, delta in steps.updates]).to(theta.device)
+        leverage = torch.zeros_like(path.start, dtype=torch.float64)
+        sums = []
+        for _, part in layout.slices():
+            states, here = theta[:, part].double(), vectors[..., part]
+            along = [states[1:] - states[:-1], update[:, part].double(), states[:-1]]
+            sums.append(here @ torch.stack(along, 2))
+            leverage += (here.abs() @ states[:-1].abs().unsqueeze(2)).squeeze(2)
+        coefficients = [parts for parts, _ in steps.updates]
+        rates = np.stack([decay_rates(parts, len(layout.names)) for parts in coefficients])
+        ends = (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
+        return Prepared(vectors, coefficients, *_by_tensor(sums), *ends, rates, limit)
+
+    def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
+        carry, found = adjoint.state, []
+        assert prepared.vectors is not None
+        for vectors, parts in zip(reversed(prepared.vectors), reversed(prepared.coefficients), strict=True):
+            sensitivity, carry = vectors.clone(), carry.clone()
+            pullback(parts, carry, sensitivity)
+            found.append(sensitivity)
+        several = torch.stack(found[::-1]) if len(found) > 1 else found[0][None]
+        return Traced(several, prepared._replace(vectors=None, coefficients=[])), Adjoint(carry)
+
+    def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:
+        p: Prepared = traced.prepared
+        eps = torch.finfo(steps.theta.dtype).eps
+        decay = p.rates[:, None, 0] * products.theta - p.rates[:, None, 1] * p.along_theta
+        decay = decay if products.penalty is None else decay + products.penalty
+        off, moved = p.moved - p.replayed, np.abs(p.moved).sum(2)
+        # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
+        gross = moved + np.abs(p.start) + np.abs(p.end)
+        found = Terms(
+            rows={"decay": decay, "timeline": p.moved},
+            states={"curve": (p.start, p.end)},
+            sums={"gross": np.abs(decay).sum(2), "rounding": off.sum(2), "spacing": eps * p.leverage},
+            gaps={
+                "step": relative(np.abs(off).max(2), np.maximum(moved, eps**0.5 * p.leverage)),
+                "measurement": relative(np.abs(p.moved.sum(2) - (p.end - p.start)), gross),
+            },
+            seen=np.abs(p.start) + np.abs(p.end),
+        )
+        return found if p.limit is None else self._with_limit(found, p.limit)
+
+    def inherited(self, steps: Steps, adjoint: Adjoint) -> np.ndarray:
+        return over_tensors(self.query.layout, adjoint.state * steps.momentum.to(adjoint.state.device))
+
+    def _integrated(self, theta: Tensor) -> PathGradient:
+        """Of the steps between n + 1 states, as many at once as are best."""
+        found, count = [], len(theta) - 1
+        for stop in range(count, 0, -self.at_once):
+            states = theta[max(0, stop - self.at_once) : stop + 1]
+            found.append(self._integrate(states[:-1], states[1:]))
+        return found[0] if len(found) == 1 else PathGradient(*map(torch.cat, zip(*found[::-1], strict=True)))
+
+    def _limit(self, theta: Tensor) -> Limit:
+        at = min(len(theta) - 1, self.at_once, LIMIT_STEPS)
+        return limit_gap(self.query, self._integrate, theta[-at - 1 :])
+
+    def _with_limit(self, terms: Terms, limit: Limit) -> Terms:
+        gaps = np.full(len(terms.gaps["step"]), np.nan)
+        gaps[-1] = limit.gap
+        failures = {}
+        if limit.tensor is not None:
+            failures["limit"] = (
+                f"the path does not tend to the gradient of the measurement: got a gap of {limit.gap:.3g}, expected "
+                f"at most {limit_bound(self.query.dtype):.1g}, at query {limit.query}, parameter {limit.tensor!r}. An operation "
+                f"of the measurement has a wrong derivative under this path: try another, such as "
+                f"path=attrib.GaussLegendre(nodes=4)."
+            )
+        return replace(terms, gaps={**terms.gaps, "limit": gaps}, failures=failures)
+
+
+def over_tensors(layout: Layout, values: Tensor) -> np.ndarray:
+    """(..., P) -> (..., K): summed over each parameter tensor."""
+    sizes = np.diff(layout.bounds).tolist()
+    return torch.stack([part.sum(-1) for part in values.split(sizes, -1)], -1).cpu().numpy()
+
+
+def relative(difference: np.ndarray, gross: np.ndarray) -> np.ndarray:
+    """Largest |difference| over the gross size, (..., Q) each, over the queries."""
+    return np.max(difference / np.where(gross > 0, gross, 1.0), axis=-1)
+
+
+def _by_tensor(sums: list[Tensor]) -> np.ndarray:
+    """Of each tensor (n, Q, V) -> (V, n, Q, K)."""
+    return torch.stack(sums, 2).cpu().numpy().transpose(3, 0, 1, 2)

@@ -1,0 +1,260 @@
+"""attribute(): one sweep backwards through a run that writes a measurement as a sum of contributions.
+
+    m(theta_b) - m(theta_a) = contributions <U_s, g_{s,i}> + decay + inherited + residual
+
+What U is stands in `accounting`, how the run is gone through in `sweep`. Sums are in float64.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .account import Account, share_bound
+from .accounting import Accounting
+from .budget import Budget, divide
+from .errors import Interrupted, MeasurementError, WorkerError
+from .executor import Serial, Workers
+from .functional import differentiable
+from .interrupt import interruptible
+from .layout import group_tensors
+from .marginals import bytes_of, choose
+from .measure import Measurement
+from .path import Path, Query, Secant
+from .plan import sizes_of
+from .result import Result, join
+from .run import Run, check_model
+from .shares import Shares
+from .store import CubeWriter
+from .sweep import Work, swept
+from .tally import Tally
+
+log = logging.getLogger("attrib")
+
+IDENTITIES = ("split", "limit")  # those that take passes of their own
+
+
+@differentiable
+def attribute(
+    run: Run,
+    model: nn.Module,
+    measurement: Any,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    path: Path | None = None,
+    steps: slice | None = None,
+    keep: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    cube: Any = None,
+    memory: int | None = None,
+    identities: Sequence[str] = IDENTITIES,
+    executor: Executor | None = None,
+) -> Result:
+    """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups.
+
+    Accounting of what happened on the realised path, not a counterfactual.
+
+    Args:
+        run: from `attrib.open_run`.
+        model: of the recorded architecture. Used on its device, in its mode for the measurement; given back as it was.
+        measurement: `model -> (Q,)`, or one of `attrib.measure`.
+        loss: as given to `attrib.record`; needed where the run was captured by "replay".
+        path: `Secant()` (default), `GaussLegendre(nodes)` or `Midpoint(nodes)`.
+        steps: a window slice(a, b), complete by itself; None for the whole run.
+        keep: axes to keep contributions along, one set or several, of "step", "example", "group"; None keeps all
+            marginals that fit in memory.
+        groups: {name: [parameter names or patterns]}; None makes each parameter tensor a group.
+        dtype: compute type. None: float64 for the measurement, the recorded type for gradients. Sums are in float64.
+        progress: show a bar on work longer than two seconds.
+        cube: path or Store to write all contributions to, (query, step, slot, group).
+        memory: bytes to hold at most (`attrib.plan`), in as many sweeps as that takes; None: 4 GiB, or for one query.
+        identities: those checked beside the three that cost nothing: "split", at a few steps, each share against the
+            derivative of its own loss; "limit", that the path tends to the gradient. What is left out the result says.
+        executor: whose workers do the work: any `concurrent.futures.Executor`, such as
+            `ProcessPoolExecutor(2, get_context("spawn"))` or Dask's `client.get_executor()`; None: this process. Equal up to
+            the order of sums.
+
+    Raises:
+        ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
+        Interrupted: Ctrl-C; its `result` is complete for what was done. A second Ctrl-C stops at once.
+        WorkerError: a worker died; its `result` is complete for what was done, None for nothing.
+    """
+    _check_arguments(run, model, path, steps, identities, executor)
+    window = _window(run, steps)
+    query = _query(run, model, measurement, dtype, run.vector(window.stop).to(next(model.parameters()).device))
+    labels, member = group_tensors(run.layout.names, groups)
+    sizes = {"step": len(window), "example": len(run.examples), "group": len(labels)}
+    kept = choose(keep, query.count, sizes)
+    budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), memory, cube)
+    compute, chosen = dtype or run.dtype, path or Secant()
+    account = Account(labels, member, tuple(kept), cube is not None, share_bound(run.dtype, compute))
+    shares = Shares(run, model, loss, compute, budget.slices, member)
+    limit = window.stop if "limit" in identities else None
+    works = [
+        Work(run, window, Accounting(part, chosen, limit), shares, account, "split" in identities)
+        for part in query.parts(budget.at_once)
+    ]
+    cube_writer = None if cube is None else CubeWriter(cube, window.start, query.count, len(window), labels)
+    bar = tqdm(total=len(window) * len(works), desc="attribute", unit="step", delay=2, disable=not progress)
+    with bar, interruptible() as request:
+        found, died = _sweeps(works, executor, _Listener(bar, account.bound, cube_writer), lambda: request.asked)
+    if cube_writer is not None:
+        cube_writer.close(complete=not request.asked and died is None)
+    facts = _facts(run, measurement, chosen, dtype, identities)
+    names = measurement.names if isinstance(measurement, Measurement) else ()
+    result = Result(join([account.dataset(*sums, facts) for sums in found], names)) if found else None
+    if died is not None:
+        died.result = result
+        raise died
+    assert result is not None
+    if request.asked:
+        raise _interrupted(result, query.count)
+    return result
+
+
+def _sweeps(
+    works: Sequence[Work], executor: Executor | None, heard: Callable[[Tally], Tally], asked: Callable[[], bool]
+) -> tuple[list[tuple[Tally, np.ndarray]], WorkerError | None]:
+    """One sweep for each part of the queries: its tally and what was inherited. Cut short, the parts that are whole, or the
+    first as far as it came, and the error that did it."""
+    found: list[tuple[Tally, np.ndarray]] = []
+    died: WorkerError | None = None
+    for work in works:
+        pool = Serial(work) if executor is None else Workers(executor, work)
+        try:
+            sums = swept(work, pool, heard, asked)
+        except WorkerError as error:
+            died, sums = error, error.result
+        if sums is not None and (sums[0].steps == work.window or not found):
+            found.append(sums)
+        if asked() or died is not None:
+            break
+    return found, died
+
+
+@dataclass
+class _Listener:
+    """Hears of every step when it is done: shows progress, says what is wrong, each thing once, writes the cube."""
+
+    bar: Any
+    bound: float
+    cube: CubeWriter | None
+    said: set[str] = field(default_factory=set)
+
+    def __call__(self, tally: Tally) -> Tally:
+        for n, gap in enumerate(tally.gaps["batch"]):
+            if gap > self.bound:
+                self._say(
+                    "batch",
+                    "the shares miss the recorded gradient by %.2g of their size at step %d: the model or the loss is not the "
+                    "one that was recorded, or the loss holds a small penalty that is no example's",
+                    *(gap, tally.steps[n]),
+                )
+        for name, sentence in tally.failures.items():
+            self._say(name, "the %s identity fails: %s", name, sentence)
+        for step, slots in zip(reversed(tally.steps), reversed(tally.slots), strict=False):
+            assert self.cube is not None
+            self.cube.put(step, *slots)
+        self.bar.update(len(tally.steps))
+        return replace(tally, slots=()) if tally.slots else tally
+
+    def _say(self, name: str, sentence: str, *values: Any) -> None:
+        if name not in self.said:
+            self.said.add(name)
+            log.warning(sentence, *values)
+
+
+def _interrupted(result: Result, asked: int) -> Interrupted:
+    """What is done is complete by itself: all steps for the first queries, or a window of the last steps."""
+    first, last = result.dataset.attrs["window"]
+    return Interrupted(
+        f"interrupted: got {result.dataset.sizes['query']} of {asked} queries over the steps {first} to {last}, complete by "
+        f"themselves. They are the .result of this exception, in a notebook sys.last_value.result.",
+        result,
+    )
+
+
+# what was asked
+
+
+def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None, theta: Tensor) -> Query:
+    """In float64 unless asked otherwise; in the run's type where a callable's own tensors leave no choice."""
+    try:
+        return Query(model, measurement, run.layout, dtype or torch.float64, theta)
+    except MeasurementError as error:
+        if dtype is not None or run.dtype == torch.float64:
+            raise
+        try:
+            found = Query(model, measurement, run.layout, run.dtype, theta)
+        except MeasurementError:
+            raise error from None
+        log.info("the measurement is computed in %s, the type of its own tensors", run.dtype)
+        return found
+
+
+def _divided(run: Run, queries: int, kept: int, memory: int | None, cube: Any) -> Budget:
+    budget = divide(sizes_of(run, kept), queries, memory)
+    if cube is not None and budget.at_once < queries:
+        raise ValueError(
+            f"a cube is written in one sweep: got {queries} queries, of which {budget.at_once} fit the memory. Allow more "
+            f"memory, or ask for them in several calls with a cube each."
+        )
+    return budget
+
+
+def _check_arguments(run: Any, model: nn.Module, path: Any, steps: Any, identities: Any, executor: Any) -> None:
+    for name, value, kind, hint in (
+        ("run", run, Run, "Open it with attrib.open_run(path)."),
+        ("steps", steps, slice | None, "Pass slice(a, b), or None for the whole run."),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is not what it should be: got {value!r}. {hint}")
+    if path is not None and (isinstance(path, type) or not hasattr(path, "bind")):
+        raise TypeError(f"path is not a path: got {path!r}, expected an object such as attrib.Secant().")
+    if isinstance(identities, str) or not set(identities) <= set(IDENTITIES):
+        raise ValueError(f"identities are none: got {identities!r}, expected some of {IDENTITIES}, such as ('split',).")
+    if executor is not None and (isinstance(executor, type) or not hasattr(executor, "submit")):
+        raise TypeError(
+            f"executor is none: got {executor!r}, expected an object of concurrent.futures, such as ProcessPoolExecutor(2)."
+        )
+    check_model(run, model)
+
+
+def _window(run: Run, steps: slice | None) -> range:
+    window = steps if steps is not None else slice(None)
+    start, stop, stride = window.indices(run.steps)
+    inside = all(v is None or -run.steps <= v <= run.steps for v in (window.start, window.stop))
+    if stride != 1 or stop <= start or not inside:
+        raise ValueError(
+            f"the window is not a range of recorded steps: got {window}, expected slice(a, b) with 0 <= a < b <= "
+            f"{run.steps} and stride 1."
+        )
+    return range(start, stop)
+
+
+def _facts(
+    run: Run, measurement: Any, path: Path, dtype: torch.dtype | None, identities: Sequence[str]
+) -> dict[str, Any]:
+    h = run.header
+    return {
+        "run": str(run.reader.target),
+        "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
+        "units": getattr(measurement, "units", ""),
+        "path": repr(path),
+        "identities": ["batch", "step", "measurement", *identities],
+        "dtype": str(dtype or run.dtype).removeprefix("torch."),
+        **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
+        "parameters": run.layout.size,
+        "tensors": len(run.groups),
+        "batch": h["slots"],
+        "options": run.options,
+        "meaning": "accounting of the realised training path; not a counterfactual",
+    }

@@ -1,0 +1,194 @@
+"""Who does the work of a sweep: this process at once, or the workers of any `concurrent.futures.Executor`.
+
+A worker is sent the work as bytes with every task and keeps what it made of them, so that a network is traced once by each.
+It does one task at a time, whatever the executor: a loss and a model are not made to be run twice at once, and random numbers
+have one state a process. Tensors on the CPU travel as plain bytes, without shared memory.
+"""
+
+import io
+import pickle
+import signal
+import threading
+import traceback
+import uuid
+from concurrent.futures import Executor, Future
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import WorkerError
+
+try:
+    from cloudpickle import Pickler  # takes functions of a notebook and lambdas as well
+except ImportError:
+    from pickle import Pickler
+
+AHEAD = 8  # pieces prepared before they are needed, and contracted after
+PIECES = 32  # that a sweep is cut into at least, so that no worker waits for the last one
+
+
+class Later(Protocol):
+    """What a task will have given."""
+
+    def result(self) -> Any: ...
+
+    def cancel(self) -> bool: ...
+
+
+class Pool(Protocol):
+    """ahead: tasks of a kind that may be under way."""
+
+    ahead: int
+
+    def length(self, work: Any) -> int:
+        """Steps of a piece."""
+        ...
+
+    def submit(self, method: str, piece: range, *arguments: Any) -> Later:
+        """`work.method(piece, *arguments)`."""
+        ...
+
+
+class Done:
+    """What was done at once."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def result(self) -> Any:
+        return self._value
+
+    def cancel(self) -> bool:
+        return False
+
+
+class Serial:
+    """One piece after the other, in this process."""
+
+    ahead = 1
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def length(self, work: Any) -> int:
+        return int(work.sensitivity.at_once)
+
+    def submit(self, method: str, piece: range, *arguments: Any) -> Done:
+        return Done(getattr(self._work, method)(piece, *arguments))
+
+
+class Workers:
+    """The workers of an executor.
+
+    Raises:
+        WorkerError: something of the work cannot be sent.
+    """
+
+    ahead = AHEAD
+
+    def __init__(self, executor: Executor, work: Any) -> None:
+        self._executor, self._key = executor, uuid.uuid4().hex
+        try:
+            self._work = packed((torch.get_default_dtype(), work))
+        except Exception as error:
+            raise WorkerError(
+                f"the work cannot be sent to a worker: got {type(error).__name__}: {error}, expected model, measurement and "
+                f"loss that pickle. Define them at the top of a module, or install cloudpickle (attrib[dask])."
+            ) from error
+
+    def length(self, work: Any) -> int:
+        return max(1, min(int(work.sensitivity.at_once), len(work.window) // PIECES))
+
+    def submit(self, method: str, piece: range, *arguments: Any) -> "Remote":
+        method = {"contract": "summed"}.get(method, method)
+        try:
+            future = self._executor.submit(perform, self._key, self._work, method, packed((piece, *arguments)))
+        except RuntimeError as error:  # the executor is broken, or shut down
+            future = Future()
+            future.set_exception(error)
+        return Remote(future, piece)
+
+
+class Remote:
+    """What a worker will have given for the steps of a piece."""
+
+    def __init__(self, future: "Future[bytes]", piece: range) -> None:
+        self._future, self._piece = future, piece
+
+    def result(self) -> Any:
+        try:
+            answer = self._future.result()
+        except Exception as error:  # not of the work: that comes back as an answer
+            raise WorkerError(
+                f"a worker died, or could not be reached: got {type(error).__name__}: {error}, at the steps "
+                f"{self._piece.start} to {self._piece.stop}. What was done before is the .result of this exception; repeat the "
+                f"call with an executor that works, with fewer workers where memory ran out."
+            ) from error
+        well, value = unpacked(answer)
+        if not well:
+            raise value
+        return value
+
+    def cancel(self) -> bool:
+        return self._future.cancel()
+
+
+# on the worker
+
+_LOCK = threading.Lock()
+_KNOWN: dict[str, tuple[torch.dtype, Any]] = {}  # the last work that was sent
+
+
+def perform(key: str, work: bytes, method: str, arguments: bytes) -> bytes:
+    """A task: whether it went well, and what it gave or the error, as bytes."""
+    with _LOCK:
+        _leave_interrupts()
+        before = torch.get_default_dtype()
+        try:
+            if key not in _KNOWN:
+                _KNOWN.clear()
+                _KNOWN[key] = unpacked(work)
+            dtype, known = _KNOWN[key]
+            torch.set_default_dtype(dtype)
+            return packed((True, getattr(known, method)(*unpacked(arguments))))
+        except Exception as error:
+            error.add_note("on a worker:\n" + traceback.format_exc())
+            return packed((False, error))
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C in a terminal reaches every process: it is the caller's to act on."""
+    worker = threading.current_thread() is threading.main_thread() and _parent() is not None
+    if worker and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _parent() -> Any:
+    from multiprocessing import parent_process
+
+    return parent_process()
+
+
+class _Packer(Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if (
+            type(value) is Tensor
+            and value.device.type == "cpu"
+            and value.dtype != torch.bfloat16
+            and not value.requires_grad
+        ):
+            return torch.from_numpy, (value.numpy(),)
+        return super().reducer_override(value) if hasattr(Pickler, "reducer_override") else NotImplemented
+
+
+def packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Packer(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+def unpacked(data: bytes) -> Any:
+    return pickle.loads(data)

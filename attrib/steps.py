@@ -1,0 +1,204 @@
+"""Consecutive steps of a run, read from its store when they are first asked for, and once.
+
+A step is part of a block, whose updates are replayed together from the optimizer's state that is stored with it. `Blocks`
+hands out any consecutive steps of a block and keeps the one that it read last, so that several passes over it read it once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .optim import Parts, Replay
+from .trajectory import Trajectory
+
+Updates = list[tuple[Parts, Tensor]]
+
+
+class Block:
+    """The steps first .. stop - 1 of one block, from its beginning on.
+
+    after: the parameters at `stop`, where they are known already.
+    """
+
+    def __init__(self, trajectory: Trajectory, first: int, stop: int, after: Tensor | None = None) -> None:
+        self.trajectory, self.first, self.stop = trajectory, first, stop
+        self._after = after
+
+    def read(self, name: str) -> Any:
+        """The rows of an array of the store that belong to the block."""
+        return self.trajectory.reader.read(name, slice(self.first, self.stop))
+
+    @cached_property
+    def theta(self) -> Tensor:
+        return self.trajectory.states(self.first, self.stop, self._after)
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        return torch.from_numpy(self.read("gradient"))
+
+    @cached_property
+    def penalty(self) -> Tensor | None:
+        return torch.from_numpy(self.read("penalty")) if "penalty" in self.trajectory.reader else None
+
+    @cached_property
+    def examples(self) -> Tensor:
+        return self.gradient if self.penalty is None else self.gradient - self.penalty
+
+    @cached_property
+    def hyper(self) -> np.ndarray:
+        return self.read("hyper")
+
+    @cached_property
+    def facts(self) -> dict[str, np.ndarray]:
+        """What is small: where the inputs stand, the scale, the generators' states."""
+        drawn = ("random",) if "random" in self.trajectory.reader else ()
+        return {name: self.read(name) for name in ("index", "row", "kind", "scale", *drawn)}
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        return self.trajectory.accumulators(self.first)
+
+    @cached_property
+    def replayed(self) -> tuple[Updates, dict[str, Tensor]]:
+        replay = self._replay()
+        updates = [replay.step(self.hyper[n], self.gradient[n], self.theta[n]) for n in range(self.stop - self.first)]
+        return updates, replay.state
+
+    def state_at(self, step: int) -> dict[str, Tensor]:
+        """The accumulators before a step, (P,) each."""
+        replay = self._replay()
+        for n in range(step - self.first):
+            replay.step(self.hyper[n], self.gradient[n], self.theta[n])
+        return replay.state
+
+    def _replay(self) -> Replay:
+        return Replay(self.trajectory.rule, self.trajectory.layout, self.state)
+
+
+class Step(NamedTuple):
+    """One of them. theta, examples (P,): before it, and what of its gradient is the examples'; ids (B,); rows (B,) of the
+    table `kind`: where its inputs stand; scale: from an example's gradient to its share, NaN where it has to be fitted;
+    random: the generators' state before its forward pass, or None; active: the parameters that had a gradient."""
+
+    number: int
+    theta: Tensor
+    examples: Tensor
+    ids: np.ndarray
+    rows: np.ndarray
+    kind: int
+    scale: float
+    random: Tensor | None
+    active: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Consecutive steps of one block, a `Step` each.
+
+    block: what they are part of. range: their numbers in the run.
+    """
+
+    block: Block
+    range: range
+
+    def __len__(self) -> int:
+        return len(self.range)
+
+    def __iter__(self) -> Iterator[Step]:
+        return (self[n] for n in range(len(self)))
+
+    def __getitem__(self, n: int) -> Step:
+        number = self.range[n]
+        at, facts = number - self.block.first, self.block.facts
+        ids, rows = (facts[name][at] for name in ("index", "row"))
+        on = self.block.hyper[at][:, -1]
+        return Step(
+            number=number,
+            theta=self.block.theta[at],
+            examples=self.block.examples[at],
+            ids=ids[ids >= 0],
+            rows=rows[rows >= 0],
+            kind=int(facts["kind"][at]),
+            scale=float(facts["scale"][at]),
+            random=torch.from_numpy(facts["random"][at]) if "random" in facts else None,
+            active=frozenset(n for n, moves in zip(self.block.trajectory.layout.names, on, strict=True) if moves),
+        )
+
+    @property
+    def start(self) -> int:
+        return self.range.start
+
+    @property
+    def theta(self) -> Tensor:
+        """(n + 1, P): the states from the first step's on."""
+        return self.block.theta[self._at.start : self._at.stop + 1]
+
+    @property
+    def gradient(self) -> Tensor:
+        """(n, P), as the optimizer saw it."""
+        return self.block.gradient[self._at]
+
+    @property
+    def penalty(self) -> Tensor | None:
+        """(n, P): what of the gradient was no example's; None where the loop had no penalty."""
+        return None if self.block.penalty is None else self.block.penalty[self._at]
+
+    @property
+    def examples(self) -> Tensor:
+        """(n, P): what of the gradient is the examples'."""
+        return self.block.examples[self._at]
+
+    @property
+    def updates(self) -> Updates:
+        """Of each step the frozen coefficients and the update that they give, (P,)."""
+        return self.block.replayed[0][self._at]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The accumulators before the first step, (P,) each: as stored where that begins a block, else as replayed."""
+        return self.block.state if self.start == self.block.first else self.block.state_at(self.start)
+
+    @property
+    def momentum(self) -> Tensor:
+        """(P,): the accumulator that is linear in the gradients, before the first step."""
+        return self.state[self.block.trajectory.rule.momentum]
+
+    @property
+    def state_after(self) -> dict[str, Tensor]:
+        """The accumulators after the last step of the block, as replayed."""
+        return self.block.replayed[1]
+
+    @property
+    def _at(self) -> slice:
+        return slice(self.range.start - self.block.first, self.range.stop - self.block.first)
+
+
+class Blocks:
+    """The steps of a run below `stop`, a block at a time; the last one stays at hand."""
+
+    def __init__(self, trajectory: Trajectory, stop: int) -> None:
+        self._trajectory, self._stop = trajectory, stop
+        self._last: Block | None = None
+
+    def at(self, steps: range) -> Steps:
+        """Consecutive steps of one block."""
+        size = self._trajectory.block
+        first = steps.start - steps.start % size
+        if self._last is None or self._last.first != first:
+            known = self._last is not None and self._last.first == first + size
+            after = self._last.theta[0].clone() if known and self._last is not None else None
+            self._last = Block(self._trajectory, first, min(first + size, self._stop), after)
+        return Steps(self._last, steps)
+
+    def ranges(self, steps: range, length: int) -> list[range]:
+        """The steps in pieces of at most `length` that lie in one block each, the last first: blocks are cut from behind."""
+        size, found = self._trajectory.block, []
+        for first in reversed(range(steps.start - steps.start % size, steps.stop, size)):
+            low, high = max(first, steps.start), min(first + size, steps.stop)
+            found += [range(max(low, stop - length), stop) for stop in range(high, low, -length)]
+        return found

@@ -1,0 +1,173 @@
+"""One sweep backwards through the steps of a run.
+
+    store --> prepare (any worker) --> scan (in order, here) --> contract (any worker) --> Tally, summed
+
+Which question is asked stands in the sensitivity; who does the work, in the pool. Nothing has the size of examples x parameters.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .account import Account
+from .errors import WorkerError
+from .executor import Pool
+from .run import Run
+from .sensitivity import Adjoint, Products, Sensitivity, Traced
+from .shares import Contributions, Shares, Split, drawn
+from .steps import Blocks, Step, Steps
+from .tally import Tally, total
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to the steps of a window, a piece at a time; pickles. split: whether that identity is checked."""
+
+    run: Run
+    window: range
+    sensitivity: Sensitivity
+    shares: Shares
+    account: Account
+    split: bool = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Work, (self.run, self.window, self.sensitivity, self.shares, self.account, self.split)
+
+    @cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self.run.trajectory, self.window.stop)
+
+    @cached_property
+    def _drawn(self) -> frozenset[int]:
+        return drawn(self.window)
+
+    @cached_property
+    def _recorded(self) -> np.ndarray:
+        """(T,): the gaps of the split that were found while recording."""
+        return self.run.log("split_identity")
+
+    def steps(self, piece: range) -> Steps:
+        return self._blocks.at(piece)
+
+    def pieces(self, length: int) -> list[range]:
+        return self._blocks.ranges(self.window, length)
+
+    def prepare(self, piece: range) -> Any:
+        return self.sensitivity.prepare(self.steps(piece))
+
+    def contract(self, piece: range, traced: Traced) -> list[Tally]:
+        """Of each step a tally, the last first."""
+        steps = self.steps(piece)
+        products = self._products(steps, traced.sensitivity)
+        terms = self.sensitivity.terms(steps, traced, products)
+        seen = np.broadcast_to(np.asarray(terms.seen, dtype=float), products.gradient.shape[:2])
+        each, found, splits = list(steps), [], {}
+        for n in reversed(range(len(each))):
+            step, sensitivity = each[n], traced.sensitivity[n]
+            found.append(self.shares.contract(step, sensitivity, products.gradient[n]))
+            if self.split and (split := self._split(step, sensitivity, found[-1], seen[n])) is not None:
+                splits[step.number] = split
+        tallies = self.account.tallies(each, found[::-1], products.gradient, terms, splits)
+        return [replace(tally, coupled=True) for tally in tallies] if self.shares.coupled else tallies
+
+    def summed(self, piece: range, traced: Traced) -> list[Tally]:
+        """`contract`, as one tally: what comes back from a worker is as small as it can be."""
+        tallies = self.contract(piece, traced)
+        whole = total(tallies, piece, np.unique(np.concatenate([tally.examples for tally in tallies])))
+        return [] if whole is None else [whole]
+
+    def _products(self, steps: Steps, sensitivity: Tensor) -> Products:
+        penalty = [] if steps.penalty is None else [steps.penalty]
+        vectors = [t.to(sensitivity.device) for t in (steps.theta[:-1], steps.examples, *penalty)]
+        found = [
+            sensitivity[..., part] @ torch.stack([v[:, part].double() for v in vectors], 2)
+            for _, part in self.run.layout.slices()
+        ]
+        return Products(*torch.stack(found, 2).cpu().numpy().transpose(3, 0, 1, 2))
+
+    def _split(self, step: Step, sensitivity: Tensor, found: Contributions, seen: np.ndarray) -> Split | None:
+        """Of a drawn step; without a loss, what was recorded with it."""
+        if not self.shares.has_loss:
+            return Split(float(self._recorded[step.number]))
+        return self.shares.split(step, sensitivity, found, seen) if step.number in self._drawn else None
+
+
+class Passed(NamedTuple):
+    """A piece that is done: its tallies, the last step first, and the adjoint before it."""
+
+    piece: range
+    adjoint: Adjoint
+    tallies: list[Tally]
+
+
+def sweep(work: Work, pool: Pool, asked: Callable[[], bool] = lambda: False) -> Iterator[Passed]:
+    """The pieces of the window, the last first, each when it is done.
+
+    At most `pool.ahead` pieces are prepared before they can be scanned, and as many contracted after. Asked to stop, those that
+    were scanned are finished: what was yielded is whole.
+
+    Raises:
+        WorkerError: a worker died. What the work itself raises, as it is.
+    """
+    pieces = work.pieces(pool.length(work))
+    adjoint, upcoming = work.sensitivity.begin(), iter(pieces)
+    prepared: deque[Any] = deque()
+    contracted: deque[tuple[range, Adjoint, Any]] = deque()
+
+    def done() -> Passed:
+        piece, before, tallies = contracted.popleft()
+        return Passed(piece, before, tallies.result())
+
+    try:
+        for piece in pieces:
+            if asked() and piece is not pieces[0]:
+                break
+            prepared += [pool.submit("prepare", piece) for piece in islice(upcoming, pool.ahead - len(prepared))]
+            traced, adjoint = work.sensitivity.scan(work.steps(piece), prepared.popleft().result(), adjoint)
+            contracted.append((piece, adjoint, pool.submit("contract", piece, traced)))
+            del traced  # of many queries it is as large as all that the next steps need
+            if len(contracted) >= pool.ahead:
+                yield done()
+        while contracted:
+            yield done()
+    finally:
+        for future in (*prepared, *(future for *_, future in contracted)):
+            future.cancel()
+
+
+def swept(
+    work: Work, pool: Pool, heard: Callable[[Tally], Tally], asked: Callable[[], bool]
+) -> tuple[Tally, np.ndarray]:
+    """The sum of all pieces, each `heard` of on its way; and what was inherited there, (Q, K).
+
+    Raises:
+        WorkerError: a worker died. Its `result` is the same of what was done before, None for nothing.
+    """
+    first, adjoint, died = work.window.stop, work.sensitivity.begin(), None
+
+    def tallies() -> Iterator[Tally]:
+        nonlocal first, adjoint, died
+        try:
+            for piece, before, found in sweep(work, pool, asked):
+                yield from map(heard, found)
+                first, adjoint = piece.start, before
+        except WorkerError as error:
+            died = error
+
+    whole = total(tallies(), work.window, work.run.examples)
+    found = None
+    if whole is not None:
+        inherited = work.sensitivity.inherited(work.steps(range(first, first + 1)), adjoint)
+        found = whole.since(first), inherited
+    if died is not None:
+        died.result = found
+        raise died
+    assert found is not None
+    return found

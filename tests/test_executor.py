@@ -1,0 +1,312 @@
+"""The work of a sweep done by workers: the same account, whole or cut short, and errors that name what went wrong."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from cases import OPTIMIZERS
+from torch import Tensor, nn
+from training import Trained, train
+
+import attrib
+from attrib import errors
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.output = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.dropout(torch.tanh(self.hidden(x)), 0.3, self.training))
+
+
+def noisy_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+class Mortal(nn.Module):
+    """Kills the process that runs it, once, at the step whose batch begins with a certain number; never the test's own."""
+
+    def __init__(self, mark: str, fatal: float) -> None:
+        super().__init__()
+        self.linear, self.mark, self.fatal, self.parent = nn.Linear(4, 3), mark, fatal, os.getpid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (
+            bool((x[0, 0].detach() == self.fatal).any())
+            and os.getpid() != self.parent
+            and not os.path.exists(self.mark)
+        ):
+            Path(self.mark).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.linear(x)
+
+
+def failing_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    raise ZeroDivisionError("as users do")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Executor]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, torch.set_num_threads, (1,)) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("executor") / "run", OPTIMIZERS["adamw amsgrad"], "gpt", steps=11, block=4)
+
+
+def record(store: Path, model: nn.Module, steps: int = 9) -> tuple[attrib.Run, Tensor, Tensor]:
+    torch.manual_seed(1)
+    x, y = torch.randn(12, 4), torch.randint(0, 3, (12,))
+    recorder = attrib.record(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model, noisy_loss, store, block=3
+    )
+    for step in range(steps):
+        index = torch.arange(step, step + 4) % 12
+        recorder.zero_grad()
+        noisy_loss(model, x[index], y[index]).mean().backward()
+        recorder.step(index, x[index], y[index])
+    recorder.close()
+    return attrib.open_run(store), x, y
+
+
+def same(found: attrib.Result, serial: attrib.Result) -> None:
+    """Up to the order of sums: a few rounding errors of the largest term. Gaps are rounding themselves."""
+    assert set(found.dataset.data_vars) == set(serial.dataset.data_vars)
+    for name, values in serial.dataset.items():
+        if str(name).endswith("_identity") or name in ("residual", "rounding"):
+            continue
+        size = float(np.abs(values).max())
+        np.testing.assert_allclose(
+            found.dataset[name], values, rtol=0, atol=1e-14 * max(size, 1e-12), err_msg=str(name)
+        )
+    assert found.dataset.attrs == serial.dataset.attrs
+    found.check(1e-9)
+
+
+@pytest.mark.parametrize("keep", [None, ("example",), [("step", "group"), ("example", "group")]])
+def test_workers_give_the_account_of_one_process(keep: Any, trained: Trained, pool: Executor) -> None:
+    measurement = trained.measurement(5)
+    same(trained.attribute(measurement, keep=keep, executor=pool), trained.attribute(measurement, keep=keep))
+
+
+@pytest.mark.parametrize("capture", ["gradients", "factors"])
+def test_workers_read_what_was_captured(capture: str, tmp_path: Path, pool: Executor) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd nesterov decay"], "cnn", capture, steps=5)
+    same(trained.attribute(executor=pool, loss=None), trained.attribute(loss=None))
+
+
+def test_a_window_its_groups_and_several_sweeps_are_those_of_one_process(trained: Trained, pool: Executor) -> None:
+    options = {"steps": slice(2, 10), "groups": {"all": ["*"]}, "path": attrib.Secant(2)}
+    same(trained.attribute(executor=pool, **options), trained.attribute(**options))
+    least = train_memory(trained)
+    whole = trained.attribute(trained.measurement(9))
+    same(trained.attribute(trained.measurement(9), memory=least, executor=pool), whole)
+
+
+def train_memory(trained: Trained) -> int:
+    """Bytes that hold one query, not nine."""
+    for power in range(18, 40):
+        try:
+            if attrib.plan(trained.run, 9, 1 << power).sweeps > 1:
+                return 1 << power
+        except ValueError:
+            continue
+    raise AssertionError
+
+
+def test_the_cube_is_written_by_the_caller(trained: Trained, pool: Executor, tmp_path: Path) -> None:
+    trained.attribute(cube=str(tmp_path / "serial"))
+    trained.attribute(cube=str(tmp_path / "workers"), executor=pool)
+    cubes = [xr.open_zarr(tmp_path / name, chunks=None, consolidated=False) for name in ("serial", "workers")]
+    assert np.array_equal(cubes[0]["index"], cubes[1]["index"])
+    np.testing.assert_allclose(cubes[1]["contribution"], cubes[0]["contribution"], rtol=0, atol=1e-14)
+    assert cubes[1].attrs["attrib_cube"]["complete"]
+
+
+def test_random_numbers_are_drawn_as_they_were_whatever_the_executor(tmp_path: Path, pool: Executor) -> None:
+    model = Noisy()
+    run, x, y = record(tmp_path / "run", model)
+    model.eval()
+    serial = attrib.attribute(run, model, attrib.measure.log_prob(x, y), loss=noisy_loss, progress=False)
+    state, weights = torch.get_rng_state(), model.hidden.weight.clone()
+    with ThreadPoolExecutor(4) as threads:  # they share one generator: each task has it for itself
+        for executor in (pool, threads):
+            found = attrib.attribute(
+                run, model, attrib.measure.log_prob(x, y), loss=noisy_loss, progress=False, executor=executor
+            )
+            same(found, serial)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model.hidden.weight, weights)
+
+
+def test_functions_that_are_no_module_s_are_sent_too(trained: Trained, pool: Executor) -> None:
+    pytest.importorskip("cloudpickle")
+    x = trained.data[0][:3]
+    measurement = lambda model: model(x)[:, 0, 0]  # noqa: E731
+    same(trained.attribute(measurement, executor=pool), trained.attribute(measurement))
+
+
+# what goes wrong
+
+
+def test_an_error_of_the_loss_is_raised_as_it_is(trained: Trained, pool: Executor) -> None:
+    with pytest.raises(ZeroDivisionError, match="as users do") as raised:
+        trained.attribute(loss=failing_loss, executor=pool)
+    assert "on a worker" in "".join(raised.value.__notes__)
+    assert "failing_loss" in "".join(raised.value.__notes__)
+
+
+def test_what_cannot_be_sent_is_said_before_anything_is_done(trained: Trained, pool: Executor) -> None:
+    lock = threading.Lock()
+
+    def measurement(model: nn.Module) -> Tensor:
+        with lock:
+            return model(trained.data[0][:2])[:, 0, 0]
+
+    with pytest.raises(errors.WorkerError, match="cannot be sent to a worker"):
+        trained.attribute(measurement, executor=pool)
+
+
+def test_an_executor_is_an_object_that_is_submitted_to(trained: Trained) -> None:
+    with pytest.raises(TypeError, match="executor is none"):
+        trained.attribute(executor=ProcessPoolExecutor)
+    with pytest.raises(TypeError, match="executor is none"):
+        trained.attribute(executor=2)
+
+
+def test_an_executor_that_was_shut_down_is_named(trained: Trained) -> None:
+    with ThreadPoolExecutor(1) as closed:
+        pass
+    with pytest.raises(errors.WorkerError, match="after shutdown") as raised:
+        trained.attribute(executor=closed)
+    assert raised.value.result is None
+
+
+def test_a_killed_worker_is_an_error_that_names_the_steps_and_the_call_can_be_repeated(tmp_path: Path) -> None:
+    model = Mortal(str(tmp_path / "mark"), 0.0)
+    run, x, y = record(tmp_path / "run", model)
+    model.fatal = float(run.batch(3)[0][0, 0])
+    question = attrib.measure.log_prob(x[:2] + 10, y[:2])
+    serial = attrib.attribute(run, model, question, loss=noisy_loss, progress=False)
+
+    def ask() -> attrib.Result:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as executor:
+            return attrib.attribute(run, model, question, loss=noisy_loss, progress=False, executor=executor)
+
+    with pytest.raises(errors.WorkerError, match=r"a worker died.*at the steps \d to \d") as raised:
+        ask()
+    if raised.value.result is not None:  # as much as was done before
+        raised.value.result.check(1e-5)
+    same_floats(ask(), serial)
+
+
+def same_floats(found: attrib.Result, serial: attrib.Result) -> None:
+    np.testing.assert_allclose(found.by("step", "example"), serial.by("step", "example"), rtol=0, atol=1e-12)
+    found.check(1e-5)
+
+
+class Dying(Executor):
+    """Does the work at once; after so many tasks there is no worker left."""
+
+    def __init__(self, tasks: int) -> None:
+        self.left = tasks
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **rest: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.left -= 1
+        if self.left < 0:
+            future.set_exception(multiprocessing.ProcessError("gone"))
+        else:
+            future.set_result(function(*arguments, **rest))
+        return future
+
+
+@pytest.mark.parametrize("tasks", range(0, 23, 4))
+def test_what_was_done_before_a_worker_died_is_complete_by_itself(tasks: int, trained: Trained) -> None:
+    """11 steps, two tasks each, of which eight are begun ahead."""
+    with pytest.raises(errors.WorkerError, match="gone") as raised:
+        trained.attribute(executor=Dying(tasks))
+    result = raised.value.result
+    if result is None:
+        assert tasks < 10
+        return
+    first, last = result.dataset.attrs["window"]
+    assert 0 < first < last == 11
+    result.check(1e-10)
+    np.testing.assert_allclose(
+        result.by("example"), trained.attribute(steps=slice(first, None)).by("example").sel(example=result.dataset["example"]),
+        rtol=0, atol=1e-12,
+    )  # fmt: skip
+
+
+class Pressing(Dying):
+    """The user presses Ctrl-C while a task is done."""
+
+    def __init__(self, task: int) -> None:
+        super().__init__(1000)
+        self.until = task
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **rest: Any) -> "Future[Any]":
+        self.until -= 1
+        if self.until == 0:
+            signal.raise_signal(signal.SIGINT)
+        return super().submit(function, *arguments, **rest)
+
+
+def test_ctrl_c_leaves_what_was_begun_whole(trained: Trained) -> None:
+    with pytest.raises(errors.Interrupted, match="complete by themselves") as stopped:
+        trained.attribute(executor=Pressing(12))
+    first, last = stopped.value.result.dataset.attrs["window"]
+    assert 0 < first < last == 11
+    stopped.value.result.check(1e-10)
+
+
+def test_workers_leave_ctrl_c_to_the_caller(trained: Trained, pool: Executor) -> None:
+    """In a terminal it reaches every process of the group."""
+    trained.attribute(executor=pool)  # each worker has done something
+    for process in multiprocessing.active_children():
+        os.kill(process.pid or 0, signal.SIGINT)
+    time.sleep(0.2)
+    same(trained.attribute(executor=pool), trained.attribute())
+
+
+# Dask
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_dask_cluster_goes_on_where_a_worker_is_killed(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    model = Mortal(str(tmp_path / "mark"), 0.0)
+    run, x, y = record(tmp_path / "run", model)
+    question = attrib.measure.log_prob(x[:2] + 10, y[:2])
+    serial = attrib.attribute(run, model, question, loss=noisy_loss, progress=False)
+    with (
+        distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        executor = client.get_executor()
+        plain = attrib.attribute(run, model, question, loss=noisy_loss, progress=False, executor=executor)
+        same_floats(plain, serial)
+        assert not (tmp_path / "mark").exists()
+        model.fatal = float(run.batch(3)[0][0, 0])
+        found = attrib.attribute(run, model, question, loss=noisy_loss, progress=False, executor=executor)
+        assert (tmp_path / "mark").exists()  # a worker was killed
+        same_floats(found, serial)
