@@ -16,7 +16,6 @@ from .errors import LossError
 from .functional import training_modes
 from .generators import random_state
 from .gradients import Shares, random_weights
-from .kernels import factors
 from .kernels.contraction import contract_rows
 from .run import Block, Run
 
@@ -146,7 +145,7 @@ class Source:
         named = self.run.layout.unflatten(sensitivity.to(self.run.dtype))
         found = self.run.factors(block.steps[n])
         empty = torch.zeros(len(sensitivity), len(block.index[n]), dtype=torch.float64)
-        parts = [sum((factors.contract(f, named[k]) for f in found[k]), empty) for k in self.run.layout.names]
+        parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
         return Contributions((torch.stack(parts, 2) * float(block.scale[n])).cpu().numpy(), None)
 
     def _replayed(
