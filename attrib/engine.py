@@ -29,7 +29,7 @@ from .interrupt import Request, interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
 from .measure import Measurement
-from .optim import Parts, decay_rates, pullback
+from .optim import decay_rates, pullback
 from .path import Path, PathGradient, Query, Secant, limit_gap
 from .plan import sizes_of
 from .result import Result, join
@@ -218,7 +218,8 @@ def _trace_back(
         by_path.append(here @ torch.stack(along, 2))
         leverage += (here.abs() @ states[:-1].abs().unsqueeze(2)).squeeze(2)
     for n in reversed(range(steps.start, steps.stop)):
-        pullback(_to(block.updates[n][0], carry.device), carry, vectors[n - steps.start])
+        parts, at = [part.to(carry.device) for part in block.updates[n][0]], n - steps.start
+        vectors[at], carry[...] = pullback(parts, carry, vectors[at])
     for _, part in run.layout.slices():
         along = [theta[:-1, part].double(), *(g[:, part].to(theta.device).double() for g in recorded)]
         by_step.append(vectors[..., part] @ torch.stack(along, 2))
@@ -228,13 +229,6 @@ def _trace_back(
     decay = sum(penalty, rates[:, None, 0] * coupled - rates[:, None, 1] * along_theta)
     ends = (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
     return [decay, moved, real, gradient, *ends], vectors
-
-
-def _to(parts: Parts, device: torch.device) -> Parts:
-    if device.type == "cpu":
-        return parts
-    return [p._replace(coefficients=type(p.coefficients)(*(v.to(device) if isinstance(v, Tensor) else v for v in
-            p.coefficients))) for p in parts]  # fmt: skip
 
 
 def _tensors(run: Run, values: Tensor) -> np.ndarray:
