@@ -94,8 +94,7 @@ class Accounting:
         carry, found = adjoint.state, []
         assert prepared.vectors is not None
         for vectors, parts in zip(reversed(prepared.vectors), reversed(prepared.coefficients), strict=True):
-            sensitivity, carry = vectors.clone(), carry.clone()
-            pullback(parts, carry, sensitivity)
+            sensitivity, carry = pullback([part.to(carry.device) for part in parts], carry, vectors)
             found.append(sensitivity)
         several = torch.stack(found[::-1]) if len(found) > 1 else found[0][None]
         return Traced(several, prepared._replace(vectors=None, coefficients=[])), Adjoint(carry)

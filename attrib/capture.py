@@ -20,7 +20,6 @@ from .checks import RandomWatch, Reduction, ShareBound, batch_identity, split_bo
 from .errors import BatchError, BatchIdentityError, LossError, SplitIdentityError
 from .generators import generators, random_state
 from .gradients import Shares, Watch, describe, random_weights, to_tensors
-from .kernels import factors
 from .kernels.factors import Factor
 from .layout import Layout
 
@@ -202,10 +201,10 @@ class Capture:
         sums = step.gradient.new_zeros(self._layout.size)
         for name, part in self._layout.slices():
             for factor in found[name]:
-                sums[part] += factors.total(factor)
+                sums[part] += factor.total()
 
         def gross() -> float:
-            return scale * sum(float(factors.rows(f).double().norm(dim=1).sum()) for s in found.values() for f in s)
+            return scale * sum(float(f.rows().double().norm(dim=1).sum()) for s in found.values() for f in s)
 
         bound = ShareBound(step.gradient, gross, self._taken)
         batch_identity(self._layout, step.gradient, scale * sums, step.number, bound)
@@ -221,7 +220,7 @@ class Capture:
         weights = random_weights(len(step.batch[0]), step.number, step.theta)
         with random_state(step.before):
             truth = self._shares.vector.gradient(step.theta, step.batch, weights)[1]
-        sums = {n: sum((factors.total(factors.weighted(f, weights)) for f in found[n]), 0.0) for n in names}
+        sums = {n: sum((f.weighted(weights).total() for f in found[n]), 0.0) for n in names}
         off = np.array([float((scale * sums[n] - whole * truth[n].flatten()).double().norm()) for n in names])
         sizes = np.array([abs(whole) * float(truth[n].double().norm()) for n in names])
         gaps, bound = split_gaps(off, sizes, step.theta.dtype), split_bound(step.theta.dtype)
@@ -237,7 +236,7 @@ class Capture:
 
     def _worst_slot(self, step: Step, found: Found, scale: float, whole: float, name: str) -> int:
         """Whose stored share of a parameter is furthest from the gradient of its loss."""
-        stored = sum(factors.rows(factor) for factor in found[name])
+        stored = sum(factor.rows() for factor in found[name])
         with random_state(step.before):
             truth = torch.stack(
                 [row[name].flatten() for row in self._shares.vector.rows(step.theta, step.batch, [name])]
@@ -263,7 +262,7 @@ class Capture:
             rows = np.zeros((len(batch[0]), self._layout.size), dtype=_array(self._parameters[0]).dtype)
             for name, part in self._layout.slices():
                 for factor in found[name]:
-                    rows[:, part] += _array(factors.rows(factor))
+                    rows[:, part] += _array(factor.rows())
             rows *= scale
             return {"gradients": rows}
         if number == 0:

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import gradients
 from .checks import fit_scale, split_bound, split_gaps
 from .errors import LossError
 from .functional import training_modes
 from .generators import random_state
-from . import gradients
 from .gradients import random_weights
-from .kernels import factors
 from .kernels.contraction import contract_rows
 from .run import Run
 from .steps import Step
@@ -167,7 +166,7 @@ class Shares:
         named = self.run.layout.unflatten(sensitivity.to(self.run.dtype))
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
-        parts = [sum((factors.contract(f, named[k]) for f in found[k]), empty) for k in self.run.layout.names]
+        parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
         return Contributions((torch.stack(parts, 2) * step.scale).cpu().numpy(), None)
 
     def _replayed(self, step: Step, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:

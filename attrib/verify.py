@@ -13,7 +13,6 @@ from .budget import slice_bytes
 from .checks import ShareBound, batch_identity, same_state, step_identity
 from .errors import AttribError, SplitIdentityError
 from .gradients import random_weights
-from .kernels import factors
 from .run import Run, check_model
 from .shares import Shares, drawn
 
@@ -108,7 +107,7 @@ def _total(run: Run, step: int) -> torch.Tensor:
     found = run.factors(step)
     for name, part in run.layout.slices():
         for factor in found[name]:
-            total[part] += factors.total(factor)
+            total[part] += factor.total()
     return total * run.scale(step)
 
 

@@ -3,6 +3,7 @@
 - `slopes`: elementwise discrete gradients, (f(x1) - f(x0)) / (x1 - x0) without cancellation
 - `discrete`: discrete gradients of softmax, maxima and anything else (Gonzalez)
 - `recurrence`: an optimizer step with frozen coefficients, forwards and backwards
+- `factors`: gradients of single examples in the form that layers give them, one file for each kind
 - `contraction`: sensitivities times per-example gradients, float64 accumulation
 - `hashing`: one 64-bit word per row of an array
 """

@@ -1,20 +1,23 @@
 """Factors of a gradient against the gradient written out; the traced pass against the function; the user's own pass."""
 
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from attrib.kernels import factors
 from attrib.kernels.convolution import geometry
-from attrib.kernels.factors import Convolution, Dense, Factor, Lookup, Outer
+from attrib.kernels.factors import KINDS, Convolution, Dense, Factor, Lookup, Outer, base
+from attrib.kernels.factors import kind_of as factor_kind
 from cases import LAYERS, MODELS, OPTIMIZERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_gradients import loss, setting
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 from training import train
 
 import attrib
@@ -23,74 +26,117 @@ from attrib.gradients.stored import describe, from_tensors, to_tensors
 from attrib.program import Programs, kind_of
 
 
-def made(kind: str, random: torch.Generator, count: int, positions: int, outputs: int, inputs: int) -> Factor:
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random, dtype=torch.float64)
-
-    if kind == "outer":
-        left = normal(count, positions, outputs)
-        reached = torch.rand(count, positions, 1, generator=random) < 0.7  # some positions no gradient reaches
-        return Outer(left * reached, normal(count, positions, inputs))
-    if kind == "lookup":
-        return Lookup(torch.randint(0, 5, (count, positions), generator=random), normal(count, positions, inputs), 5)
-    if kind == "dense":
-        return Dense(normal(count, outputs, inputs))
-    g = geometry((2, 3), (1, 2), "valid" if positions % 2 else 1, 1, 2)
-    x = normal(count, 2, 2 * inputs, 4, 5)
-    y = F.conv2d(x.flatten(0, 1), normal(2 * outputs, inputs, 2, 3), None, (1, 2), g.padding[0][0], 1, 2)
-    return Convolution(x, normal(count, 2, *y.shape[1:]), g)
+class Sizes(NamedTuple):
+    count: int
+    positions: int
+    outputs: int
+    inputs: int
 
 
-def written_out(factor: Factor) -> Tensor:
-    """(B, *weight), by loops over examples and positions."""
-    if isinstance(factor, Outer):
-        return torch.stack([sum(torch.outer(a, b) for a, b in zip(*pair)) for pair in zip(*factor)])  # noqa: B905
-    if isinstance(factor, Lookup):
-        out = torch.zeros(len(factor.rows), factor.height, factor.rows.shape[2], dtype=torch.float64)
-        for i, (index, rows) in enumerate(zip(factor.index, factor.rows, strict=True)):
-            for at, row in zip(index.tolist(), rows, strict=True):
-                out[i, at] += row
-        return out
-    if isinstance(factor, Dense):
-        return factor.values
-    g, channels = factor.geometry, factor.inputs.shape[2] // factor.geometry.groups
-    weight = torch.zeros(factor.delta.shape[2], channels, *g.kernel, dtype=torch.float64, requires_grad=True)
-    rows = []
-    for x, d in zip(factor.inputs, factor.delta, strict=True):
-        y = F.conv2d(x, weight, None, g.stride, tuple(p for p, _ in g.padding), g.dilation, g.groups)
-        rows.append(torch.autograd.grad((y * d).sum(), weight)[0])
-    return torch.stack(rows)
+class Random:
+    """Numbers of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator)
+
+
+# of each kind a factor, and the same gradients written out, (B, *weight), by loops over examples and positions
+
+
+def outer(random: Random, n: Sizes) -> tuple[Factor, Tensor]:
+    reached = random.uniform(n.count, n.positions, 1) < 0.7  # some positions no gradient reaches
+    left, right = (
+        random.normal(n.count, n.positions, n.outputs) * reached,
+        random.normal(n.count, n.positions, n.inputs),
+    )
+    rows = [sum(torch.outer(a, b) for a, b in zip(*pair, strict=True)) for pair in zip(left, right, strict=True)]
+    return Outer(left, right), torch.stack(rows)
+
+
+def lookup(random: Random, n: Sizes) -> tuple[Factor, Tensor]:
+    index = (5 * random.uniform(n.count, n.positions)).long()
+    values, rows = random.normal(n.count, n.positions, n.inputs), torch.zeros(n.count, 5, n.inputs).double()
+    for i in range(n.count):
+        for t in range(n.positions):
+            rows[i, index[i, t]] += values[i, t]
+    return Lookup(index, values, 5), rows
+
+
+def dense(random: Random, n: Sizes) -> tuple[Factor, Tensor]:
+    rows = random.normal(n.count, n.outputs, n.inputs)
+    return Dense(rows), rows
+
+
+def convolution(random: Random, n: Sizes) -> tuple[Factor, Tensor]:
+    g = geometry((2, 3), (1, 2), "valid" if n.positions % 2 else 1, 1, 2)
+    inputs = random.normal(n.count, 2, 2 * n.inputs, 4, 5)
+    weight = torch.zeros(2 * n.outputs, n.inputs, 2, 3, dtype=torch.float64, requires_grad=True)
+    images = [F.conv2d(x, weight, None, g.stride, g.padding[0][0], 1, 2) for x in inputs]
+    delta = random.normal(n.count, *images[0].shape)
+    rows = [torch.autograd.grad((y * d).sum(), weight)[0] for y, d in zip(images, delta, strict=True)]
+    return Convolution(inputs, delta, g), torch.stack(rows)
+
+
+EXAMPLES = {"outer": outer, "lookup": lookup, "dense": dense, "convolution": convolution}
+some = st.integers(1, 5)
+sizes = st.builds(Sizes, some, st.integers(1, 4), some, some)
 
 
 @pytest.mark.parametrize("cheaper", [True, False])
-@pytest.mark.parametrize("kind", ["outer", "lookup", "dense", "convolution"])
-@given(
-    queries=st.integers(1, 4),
-    count=st.integers(1, 5),
-    positions=st.integers(1, 4),
-    outputs=st.integers(1, 5),
-    inputs=st.integers(1, 5),
-    seed=st.integers(0, 99),
-)
+@pytest.mark.parametrize("kind", KINDS)
+@given(queries=st.integers(1, 4), n=sizes, seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-def test_factors_are_the_gradient(
-    kind: str, cheaper: bool, queries: int, count: int, positions: int, outputs: int, inputs: int, seed: int
-) -> None:
-    random = torch.Generator().manual_seed(seed)
-    factor = made(kind, random, count, positions, outputs, inputs)
-    want = written_out(factor)
-    directions = torch.randn(queries, *want.shape[1:], generator=random, dtype=torch.float64)
-    before = factors.products_are_cheaper, factors.SLICE_BYTES
-    factors.products_are_cheaper, factors.SLICE_BYTES = (lambda *sizes: cheaper), 200
-    try:
-        contracted = factors.contract(factor, directions)
-    finally:
-        factors.products_are_cheaper, factors.SLICE_BYTES = before
+def test_factors_are_the_gradient(kind: str, cheaper: bool, queries: int, n: Sizes, seed: int) -> None:
+    random = Random(seed)
+    factor, want = EXAMPLES[kind](random, n)
+    directions, weights = random.normal(queries, *want.shape[1:]), random.normal(n.count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "products_are_cheaper", lambda *sizes: cheaper)
+        patch.setattr(base, "SLICE_BYTES", 200)
+        contracted = factor.contract(directions)
+    flat = want.flatten(1)
     # sums of at most a few hundred float64 terms
-    torch.testing.assert_close(contracted, directions.flatten(1) @ want.flatten(1).T, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(factors.rows(factor), want.flatten(1), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(factors.total(factor), want.sum(0).flatten(), rtol=1e-11, atol=1e-11)
-    assert factors.entries(factor) == want[0].numel()
+    torch.testing.assert_close(contracted, directions.flatten(1) @ flat.T, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(factor.rows(), flat, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(factor.total(), flat.sum(0), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(factor.weighted(weights).rows(), weights[:, None] * flat, rtol=1e-11, atol=1e-11)
+    assert (factor.examples, factor.entries) == flat.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(n=sizes, seed=st.integers(0, 99))
+@settings(max_examples=10, deadline=None)
+def test_a_factor_comes_back_from_its_arrays_and_its_constants(kind: str, n: Sizes, seed: int) -> None:
+    factor, _ = EXAMPLES[kind](Random(seed), n)
+    tensors, constants = factor.tensors(), json.loads(json.dumps(factor.constants()))
+    again = KINDS[kind].restored(tensors.__getitem__, constants)
+    assert factor_kind(again) == kind
+    assert all(len(t) == n.count for t in tensors.values())
+    assert list(tensors.values())[-1].dtype == factor.rows().dtype  # by which it is judged what is shorter
+    before, after = tree_flatten(factor), tree_flatten(again)
+    assert before[1] == after[1]
+    assert all(a is b or a == b for a, b in zip(before[0], after[0], strict=True))
+    assert {id(t) for t in tensors.values()} == {id(leaf) for leaf in before[0] if isinstance(leaf, Tensor)}
+
+
+def test_the_names_in_the_store_are_those_of_runs_already_recorded() -> None:
+    """Changing one would close every run that was recorded with capture="factors"."""
+    stored = {}
+    for kind in KINDS:
+        factor, _ = EXAMPLES[kind](Random(0), Sizes(2, 1, 3, 4))
+        stored[kind] = (*factor.tensors(), *factor.constants().items())
+    assert stored == {
+        "outer": ("left", "right"),
+        "convolution": ("inputs", "delta", ("geometry", [(2, 3), (1, 2), ((0, 0), (0, 0)), (1, 1), 2])),
+        "lookup": ("index", "rows", ("height", 5)),
+        "dense": ("values",),
+    }
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -101,10 +147,10 @@ def test_factors_of_every_layer_come_back_from_their_arrays(name: str) -> None:
     tensors = to_tensors(found, described)
     again = from_tensors(described, tensors.__getitem__)
     for k, part in layout.slices():
-        rows = sum((factors.rows(f) for f in again[k]), torch.zeros(5, part.stop - part.start, dtype=torch.float64))
+        rows = sum((f.rows() for f in again[k]), torch.zeros(5, part.stop - part.start, dtype=torch.float64))
         np.testing.assert_allclose(rows, expected[:, part], rtol=1e-10, atol=1e-10 * np.abs(expected).max())
     assert sum(t.nbytes for t in tensors.values()) <= sum(
-        8 * 5 * factors.entries(f) for several in found.values() for f in several
+        8 * 5 * f.entries for several in found.values() for f in several
     )
 
 
@@ -208,9 +254,7 @@ def test_factors_are_smaller_than_gradients_and_read_by_group(tmp_path: Path) ->
     names = a.run.groups[:1]
     assert list(a.run.factors(step, names)) == list(names)
     found = a.run.factors(step)
-    rows = np.concatenate(
-        [sum(factors.rows(f).numpy() for f in found[name]) * a.run.scale(step) for name in a.run.groups], 1
-    )
+    rows = np.concatenate([sum(f.rows().numpy() for f in found[name]) * a.run.scale(step) for name in a.run.groups], 1)
     b = train(tmp_path / "b", OPTIMIZERS["sgd"], "mlp", "gradients", batch=8)
     np.testing.assert_allclose(rows, b.run.shares(step), atol=1e-14)
 

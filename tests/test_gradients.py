@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from attrib.kernels.factors import products_are_cheaper
+from attrib.kernels.factors.base import products_are_cheaper
 from cases import LAYERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,8 +61,8 @@ def test_shares_of_every_layer_are_those_of_single_examples(name: str, size: int
 @pytest.mark.parametrize("name", LAYERS)
 def test_contraction_is_the_same_by_rows_and_by_pairs(name: str, rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, layout, theta, x, expected = setting(name, 5)
-    monkeypatch.setattr("attrib.kernels.factors.products_are_cheaper", lambda *sizes: not rows)
-    monkeypatch.setattr("attrib.kernels.factors.SLICE_BYTES", 8 * 40)  # slices of one or a few examples
+    monkeypatch.setattr("attrib.kernels.factors.base.products_are_cheaper", lambda *sizes: not rows)
+    monkeypatch.setattr("attrib.kernels.factors.base.SLICE_BYTES", 8 * 40)  # slices of one or a few examples
     directions = torch.randn(4, layout.size, dtype=torch.float64)
     contracted = Shares(loss, model, layout, torch.float64).contract(theta, (x,), directions)[1]
     products = directions.numpy()[:, None] * expected[None]

@@ -85,7 +85,7 @@ def test_nothing_is_pickled() -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_carries_no_top_level_kernels(tmp_path: Path) -> None:
+def test_the_wheel_carries_every_module_and_no_top_level_kernels(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
@@ -94,7 +94,9 @@ def test_the_wheel_carries_no_top_level_kernels(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"attrib"}
-    assert "attrib/kernels/slopes.py" in names
+    folders = ((source / "attrib", source / "attrib"), (source / "kernels", source))
+    modules = {f"attrib/{f.relative_to(base)}" for folder, base in folders for f in folder.rglob("*.py")}
+    assert modules <= set(names)  # pyproject names every package
     assert "attrib/py.typed" in names
 
 

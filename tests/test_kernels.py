@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from attrib.kernels.contraction import contract_rows, row_dots
 from attrib.kernels.hashing import combine, hash_rows
+from attrib.kernels.recurrence import Coefficients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,3 +56,33 @@ def test_sign_bits_alone_make_different_hashes() -> None:
 def test_combined_hashes_depend_on_the_order() -> None:
     a, b = hash_rows(np.arange(4)), hash_rows(np.arange(4) + 7)
     assert (combine(a, b) != combine(b, a)).all()
+
+
+@given(seed=st.integers(0, 10**6), vectors=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_the_transpose_of_a_step_is_its_exact_adjoint(seed: int, vectors: bool) -> None:
+    """Small integers in float64: nothing is rounded, and the two sides are equal."""
+    random = torch.Generator().manual_seed(seed)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-9, 10, shape, generator=random).double()
+
+    names = ("keep", "feed", "apply_old", "apply_new")
+    values = {name: whole(7) if vectors else float(whole()) for name in names}
+    step = Coefficients(**values, coupled=float(whole()), decoupled=float(whole()))
+    momentum, gradient, theta, to_momentum, to_update = whole(5, 7)
+    update, after = step.apply(momentum, gradient, theta)
+    to_gradient, to_earlier = step.transpose(to_momentum, to_update)
+    decay = step.coupled * (to_gradient @ theta) - step.decoupled * (to_update @ theta)
+    assert to_update @ update + to_momentum @ after == to_gradient @ gradient + to_earlier @ momentum + decay
+
+
+def test_a_step_moves_to_a_device_as_a_new_one() -> None:
+    step = Coefficients(keep=0.5, feed=torch.ones(3), apply_old=torch.ones(3), apply_new=1.0, decoupled=0.1)
+    moved = step.to(torch.device("meta"))
+    assert isinstance(moved.feed, torch.Tensor)
+    assert isinstance(moved.apply_old, torch.Tensor)
+    assert moved.feed.is_meta
+    assert moved.apply_old.is_meta
+    assert (moved.keep, moved.apply_new, moved.coupled, moved.decoupled) == (0.5, 1.0, 0.0, 0.1)
+    assert step.feed.device.type == "cpu"

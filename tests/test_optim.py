@@ -7,7 +7,7 @@ from cases import OPTIMIZERS
 from torch import nn
 
 from attrib.layout import Layout
-from attrib.optim import RULES, Replay, read_hyper, read_state, rule_of
+from attrib.optim import RULES, Replay, decay_rates, pullback, read_hyper, read_state, rule_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -73,3 +73,65 @@ def test_a_skipped_parameter_keeps_its_state_and_its_age() -> None:
     for key, value in read_state(rule, optimizer, [p, q]).items():
         if key != "max_exp_avg_sq":
             np.testing.assert_allclose(replay.state[key], value, rtol=1e-12)
+
+
+NOT_STORED = {"params", "capturable", "differentiable"}  # how torch computes a step, but not what
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_numbers_of_a_step_give_its_options_and_its_state_again(name: str) -> None:
+    parameters = [nn.Parameter(torch.randn(3)) for _ in range(4)]
+    optimizer = OPTIMIZERS[name](parameters)
+    rule = rule_of(optimizer)
+    for _ in range(3):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                state = optimizer.state.get(p, {})
+                hyper = dict(zip(rule.hyper, rule.read(group, state), strict=True))
+                options = rule.options(hyper)
+                assert set(group) - NOT_STORED == set(options)
+                assert {**group, **options} == group
+                assert all(isinstance(options[k], bool) == isinstance(group[k], bool) for k in options)
+                resumed = rule.resume(hyper, {k: state.get(k, torch.zeros(3)) for k in rule.state})
+                torch.testing.assert_close(resumed, dict(state), rtol=0, atol=0)
+        for p in parameters:
+            p.grad = torch.randn(3)
+        optimizer.step()
+
+
+def test_the_numbers_of_a_step_have_the_names_and_the_order_of_runs_already_recorded() -> None:
+    assert {rule.name: " ".join(rule.hyper) for rule in RULES.values()} == {
+        "SGD": "lr momentum dampening weight_decay nesterov maximize foreach fused age",
+        "Adam": "lr beta1 beta2 eps weight_decay amsgrad maximize decoupled foreach fused age",
+    }
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_are_pulled_back_piece_by_piece_and_nothing_given_is_changed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """<Gbar, Delta> + <carry, z'> = <U, gradient> + <carry', z> + decay, over pieces of a few queries and entries."""
+    monkeypatch.setattr("attrib.optim.replay.CACHED", 8)
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (20, 1, 5)]
+    optimizer = OPTIMIZERS[name](parameters)
+    mine = [p for group in optimizer.param_groups for p in group["params"]]
+    rule, layout = rule_of(optimizer), Layout(tuple("abc"), tuple((p.numel(),) for p in mine))
+    replay = Replay(rule, layout, read_state(rule, optimizer, mine))
+    for _ in range(3):  # the last with a momentum that is not zero
+        for p in mine:
+            p.grad = torch.randn_like(p)
+        theta, gradient = layout.flatten(mine), layout.flatten(p.grad for p in mine)
+        before = replay.state[rule.momentum]
+        parts, delta = replay.step(read_hyper(rule, optimizer), gradient, theta)
+        optimizer.step()
+    carry, path = torch.randn(2, 5, layout.size, dtype=torch.float64)
+    given = carry.clone(), path.clone()
+    sensitivity, earlier = pullback(parts, carry, path)
+    assert torch.equal(carry, given[0])
+    assert torch.equal(path, given[1])
+    coupled, decoupled = torch.from_numpy(decay_rates(parts, 3).repeat(np.diff(layout.bounds), axis=1))
+    decay = sensitivity @ (coupled * theta) - path @ (decoupled * theta)
+    moved = path @ delta + carry @ replay.state[rule.momentum]
+    # sums of some hundred float64 terms of size one
+    torch.testing.assert_close(sensitivity @ gradient + earlier @ before + decay, moved, rtol=0, atol=1e-13)

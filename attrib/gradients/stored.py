@@ -7,22 +7,13 @@ at every step of a run, and stands in its header.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import LossError
-from ..kernels import factors
-from ..kernels.convolution import Geometry
-from ..kernels.factors import Convolution, Dense, Factor, Lookup, Outer
-
-KINDS: dict[str, type[Any]] = {"outer": Outer, "convolution": Convolution, "lookup": Lookup, "dense": Dense}
-TENSORS = {
-    "outer": ("left", "right"),
-    "convolution": ("inputs", "delta"),
-    "lookup": ("index", "rows"),
-    "dense": ("values",),
-}
+from ..kernels.factors import KINDS, Dense, Factor, kind_of
 
 Described = dict[str, list[dict[str, Any]]]  # parameter -> kind and constants of each of its factors
 
@@ -40,47 +31,33 @@ def to_tensors(found: dict[str, list[Factor]], described: Described) -> dict[str
     """
     out: dict[str, Tensor] = {}
     for name, several in found.items():
-        kinds = [d["kind"] for d in described[name]]
-        if len(kinds) != len(several) or any(k not in ("dense", _kind(f)) for k, f in zip(kinds, several, strict=True)):
+        kinds, now = [d["kind"] for d in described[name]], [kind_of(factor) for factor in several]
+        if len(kinds) != len(now) or any(k not in ("dense", n) for k, n in zip(kinds, now, strict=True)):
             raise LossError(
-                f"the parameter is used in other calls than at the first step: got {[_kind(f) for f in several]}, expected "
+                f"the parameter is used in other calls than at the first step: got {now}, expected "
                 f'{kinds}, at {name!r}. Record with capture="replay". The step was refused.'
             )
         for n, (kind, factor) in enumerate(zip(kinds, several, strict=True)):
-            kept = Dense(factors.rows(factor)) if kind == "dense" else factor
-            out.update({f"factors/{name}/{n}/{key}": getattr(kept, key) for key in TENSORS[kind]})
+            kept = Dense(factor.rows()) if kind == "dense" else factor
+            out.update({f"factors/{name}/{n}/{key}": tensor for key, tensor in kept.tensors().items()})
     return out
 
 
 def from_tensors(described: Described, read: Callable[[str], Tensor]) -> dict[str, list[Factor]]:
     """The factors again, from a function that reads an array by its name."""
     return {
-        name: [
-            KINDS[d["kind"]](*(read(f"factors/{name}/{n}/{key}") for key in TENSORS[d["kind"]]), *_constants(d))
-            for n, d in enumerate(several)
-        ]
+        name: [KINDS[d["kind"]].restored(partial(_read, read, name, n), d) for n, d in enumerate(several)]
         for name, several in described.items()
     }
 
 
-def _kind(factor: Factor) -> str:
-    return next(kind for kind, cls in KINDS.items() if type(factor) is cls)
+def _read(read: Callable[[str], Tensor], name: str, n: int, key: str) -> Tensor:
+    return read(f"factors/{name}/{n}/{key}")
 
 
 def _describe(factor: Factor) -> dict[str, Any]:
-    kind = _kind(factor)
-    tensors = [getattr(factor, key) for key in TENSORS[kind]]
-    written_out = factors.examples(factor) * factors.entries(factor) * tensors[-1].itemsize
-    if kind == "dense" or written_out <= sum(t.nbytes for t in tensors):
+    tensors = list(factor.tensors().values())
+    written_out = factor.examples * factor.entries * tensors[-1].itemsize
+    if written_out <= sum(t.nbytes for t in tensors):
         return {"kind": "dense"}
-    if isinstance(factor, Lookup):
-        return {"kind": kind, "height": factor.height}
-    return {"kind": kind, "geometry": list(factor.geometry)} if isinstance(factor, Convolution) else {"kind": kind}
-
-
-def _constants(described: dict[str, Any]) -> tuple[Any, ...]:
-    if described["kind"] == "convolution":
-        kernel, stride, padding, dilation, groups = described["geometry"]
-        pairs = tuple((before, after) for before, after in padding)
-        return (Geometry(tuple(kernel), tuple(stride), pairs, tuple(dilation), groups),)
-    return (described["height"],) if described["kind"] == "lookup" else ()
+    return {"kind": kind_of(factor), **factor.constants()}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..kernels import factors
 from ..kernels.factors import Dense, Factor
 from .batchwise import Batchwise
 from .functions import FUNCTIONS
@@ -58,7 +57,7 @@ def contract(term: Term, directions: Tensor) -> Tensor:
     if term.factor is None:
         assert term.along is not None
         return term.along
-    return factors.contract(term.factor, directions if term.along is None else term.along)
+    return term.factor.contract(directions if term.along is None else term.along)
 
 
 def factor_at(site: Site, reading: Batchwise, delta: Tensor, weight: Weight, size: int) -> Factor | None:
@@ -92,7 +91,7 @@ def factors_of(reached: Reached, name: str, size: int) -> list[Factor] | None:
 
 def rows_of(found: Sequence[Factor]) -> Tensor | float:
     """(B, entries), 0.0 where there is no site."""
-    return sum((factors.rows(factor) for factor in found), 0.0)
+    return sum((factor.rows() for factor in found), 0.0)
 
 
 def jvp_flow(site: Site, name: str, delta: Tensor, direction: Tensor) -> float:
@@ -118,7 +117,7 @@ def _forward(
 def _through_maker(weight: Weight, name: str, factor: Factor) -> Dense:
     """The gradient of a weight -> of the parameter that it was made of, through a graph of its own: that of the user's pass
     may be gone."""
-    rows = factors.rows(factor).unflatten(1, weight.tensor.shape)
+    rows = factor.rows().unflatten(1, weight.tensor.shape)
     leaf = _source(weight, name).detach().requires_grad_()
     with torch.enable_grad():
         again = remade(weight, {name: leaf})

@@ -7,38 +7,16 @@
 Frozen: the preconditioner made of v. Linear in the gradients: m.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from math import sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
-from .rule import Hyper, Rule, State, kernels, read_kernels, realised
-
-HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled", "foreach", "fused", "age")
-
-
-def _read(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
-    beta1, beta2 = group["betas"]
-    values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["amsgrad"])
-    kind = (group["maximize"], group.get("decoupled_weight_decay", False), *read_kernels(group))
-    return tuple(float(v) for v in (*values, *kind, state.get("step", 0.0)))
-
-
-def _options(h: Hyper) -> dict[str, Any]:
-    flags = {"amsgrad": "amsgrad", "maximize": "maximize", "decoupled_weight_decay": "decoupled"}
-    values = {key: h[key] for key in ("lr", "eps", "weight_decay")} | {"betas": (h["beta1"], h["beta2"])}
-    return values | {key: bool(h[name]) for key, name in flags.items()} | kernels(h)
-
-
-def _resume(h: Hyper, state: State) -> dict[str, Tensor]:
-    if not h["age"]:
-        return {}
-    kept = {key: value for key, value in state.items() if h["amsgrad"] or key != "max_exp_avg_sq"}
-    return {"step": torch.tensor(h["age"], dtype=torch.get_default_dtype()), **kept}
+from .numbers import choice, flag, number, several
+from .rule import Hyper, Rule, State, realised
 
 
 def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -55,7 +33,15 @@ def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Co
     rate = (h["lr"] / (1 - h["beta1"] ** t)) / denominator
     feed = rounded(1 - h["beta1"])  # torch: m + feed (g - m)
     keep = 1 - feed
-    return Coefficients(keep, feed * sign, rate * keep, rate * (feed * sign), coupled, _decoupled(h, rounded)), after
+    frozen = Coefficients(
+        keep=keep,
+        feed=feed * sign,
+        apply_old=rate * keep,
+        apply_new=rate * (feed * sign),
+        coupled=coupled,
+        decoupled=_decoupled(h, rounded),
+    )
+    return frozen, after
 
 
 def _decoupled(h: Hyper, rounded: Callable[[float], float]) -> float:
@@ -66,5 +52,18 @@ def _decoupled(h: Hyper, rounded: Callable[[float], float]) -> float:
     return rounded(product) if h["fused"] > 0 else 1 - rounded(1 - product)
 
 
-# torch.optim.AdamW is Adam with `decoupled_weight_decay` set, which `_read` sees.
-ADAM = Rule("Adam", "exp_avg", ("exp_avg_sq", "max_exp_avg_sq"), HYPER, _read, _freeze, _options, _resume)
+ADAM = Rule(
+    name="Adam",
+    momentum="exp_avg",
+    moments={"exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"},
+    clock="step",
+    numbers=(
+        number("lr"),
+        several("betas", "beta1", "beta2"),
+        *map(number, ("eps", "weight_decay")),
+        *map(flag, ("amsgrad", "maximize")),
+        flag("decoupled_weight_decay", "decoupled"),  # torch.optim.AdamW is Adam with this set
+        *map(choice, ("foreach", "fused")),
+    ),
+    freeze=_freeze,
+)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import recurrence
 from ..kernels.recurrence import IDLE, Coefficients
 from ..layout import Layout
 from .rule import Rule
@@ -27,6 +26,9 @@ class Part(NamedTuple):
     entries: slice
     tensors: slice
     coefficients: Coefficients
+
+    def to(self, device: torch.device) -> "Part":
+        return self._replace(coefficients=self.coefficients.to(device))
 
 
 Parts = list[Part]
@@ -77,8 +79,8 @@ class Replay:
                 coefficients, moments = self.rule.freeze(named, before, gradient[piece], theta[piece])
             for key in self.rule.moments:
                 after[key][piece] = moments.get(key, before[key])
-            delta[piece], after[self.rule.momentum][piece] = recurrence.update(
-                coefficients, before[self.rule.momentum], gradient[piece], theta[piece]
+            delta[piece], after[self.rule.momentum][piece] = coefficients.apply(
+                before[self.rule.momentum], gradient[piece], theta[piece]
             )
             parts.append(Part(piece, tensors, coefficients))
         self.state = after
@@ -94,19 +96,22 @@ class Replay:
                 yield slice(start, min(start + CACHED, hi)), slice(int(a), int(b)), row
 
 
-def pullback(parts: Parts, carry: Tensor, gradient: Tensor) -> None:
-    """`kernels.recurrence.pullback` over all parts, in place: Gbar (Q, P) becomes U, `carry` (Q, P) moves to before the
-    step. A few queries at a time: vectors of many do not fit the cache."""
-    for part, _, k in parts:
-        at_once = max(1, CACHED // (part.stop - part.start))
+def pullback(parts: Parts, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The transpose of a step over all its parts: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
+    sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
+    sensitivity, before = torch.empty_like(gradient), torch.empty_like(carry)
+    for part in parts:
+        at_once = max(1, CACHED // (part.entries.stop - part.entries.start))
         for lo in range(0, len(carry), at_once):
-            here = slice(lo, lo + at_once), part
-            gradient[here], carry[here] = recurrence.pullback(k, carry[here], gradient[here])
+            here = slice(lo, lo + at_once), part.entries
+            sensitivity[here], before[here] = part.coefficients.transpose(carry[here], gradient[here])
+    return sensitivity, before
 
 
 def decay_rates(parts: Parts, tensors: int) -> np.ndarray:
-    """(2, K): of each tensor L and W, with which decay adds L <U, theta> - W <Gbar, theta> to the measurement."""
+    """(2, K): coupled and decoupled decay of each tensor, which add coupled <U, theta> - decoupled <Gbar, theta> to the
+    measurement."""
     rates = np.zeros((2, tensors))
     for part in parts:
-        rates[0, part.tensors], rates[1, part.tensors] = part.coefficients.L, part.coefficients.W
+        rates[:, part.tensors] = [[part.coefficients.coupled], [part.coefficients.decoupled]]
     return rates

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
+from .numbers import Numbers
 
 Hyper = Mapping[str, float]
 State = dict[str, Tensor]
@@ -22,44 +23,52 @@ def realised(value: float, dtype: torch.dtype) -> float:
     return float(np.float32(value)) if dtype == torch.float32 else value
 
 
-def read_kernels(group: Mapping[str, Any]) -> tuple[float, float]:
-    """Which of torch's implementations a group asks for, `foreach` and `fused`: -1 where it leaves that to torch."""
-    foreach, fused = (-1.0 if group.get(key) is None else float(group[key]) for key in ("foreach", "fused"))
-    return foreach, fused
-
-
-def kernels(h: Hyper) -> dict[str, bool | None]:
-    """The inverse of `read_kernels`."""
-    return {key: None if h[key] < 0 else bool(h[key]) for key in ("foreach", "fused")}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """An optimizer, as the linear recurrence that it is once its realised coefficients are frozen.
 
     name: stored with a run.
     momentum: key in torch's per-parameter state of the one accumulator that is linear in the gradients.
-    moments: keys of the other accumulators (they make the preconditioner and are frozen).
-    hyper: names of the numbers that a step of one parameter tensor depends on.
-    read: (param group, torch state of one parameter) -> values of `hyper` before the step.
-    freeze: (hyper, state before the step, gradient, theta), vectors (P,) ->
+    moments: keys of the other accumulators (they make the preconditioner and are frozen), each with the number in whose
+        absence torch keeps none; None: always kept.
+    clock: key in torch's per-parameter state of the number of steps; None: all that counts is whether there is a momentum.
+    numbers: the options of a param group that a step of one parameter tensor depends on.
+    freeze: (hyper by name, state before the step, gradient, theta), vectors (P,) ->
         (coefficients of the step, moments after it).
-    options: values of `hyper` -> the options of the param group that they were read from.
-    resume: (values of `hyper`, accumulators of one parameter) -> torch's state of it before the step; {} where it has none.
     """
 
     name: str
     momentum: str
-    moments: tuple[str, ...]
-    hyper: tuple[str, ...]
-    read: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[float, ...]]
+    moments: Mapping[str, str | None]
+    clock: str | None
+    numbers: tuple[Numbers, ...]
     freeze: Callable[[Hyper, State, Tensor, Tensor], tuple[Coefficients, State]]
-    options: Callable[[Hyper], dict[str, Any]]
-    resume: Callable[[Hyper, State], dict[str, Tensor]]
 
     @property
     def state(self) -> tuple[str, ...]:
         return (self.momentum, *self.moments)
+
+    @property
+    def hyper(self) -> tuple[str, ...]:
+        """Names of the numbers of a step; "age" is the clock."""
+        return (*(name for numbers in self.numbers for name in numbers.names), "age")
+
+    def read(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
+        """Param group, torch's state of one parameter -> values of `hyper` before the step."""
+        age = float(state.get(self.momentum) is not None if self.clock is None else state.get(self.clock, 0.0))
+        return (*(value for numbers in self.numbers for value in numbers.of(group)), age)
+
+    def options(self, hyper: Hyper) -> dict[str, Any]:
+        """The options of the param group that `hyper` was read from."""
+        return {numbers.key: numbers.option(hyper) for numbers in self.numbers}
+
+    def resume(self, hyper: Hyper, accumulators: State) -> State:
+        """Torch's state of one parameter before the step that `hyper` was read from; {} where it has none."""
+        if not hyper["age"]:
+            return {}
+        clock = {self.clock: torch.tensor(hyper["age"], dtype=torch.get_default_dtype())} if self.clock else {}
+        absent = {key for key, needed in self.moments.items() if needed is not None and not hyper[needed]}
+        return clock | {key: value for key, value in accumulators.items() if key not in absent}
 
 
 def describe_options(options: dict[str, list[Any]]) -> str:

@@ -5,30 +5,11 @@ b = momentum b + (1 - dampening) g                      (b = g the first time)
 theta' = theta - lr b,  with Nesterov: theta - lr (g + momentum b)
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
-from .rule import Hyper, Rule, State, kernels, read_kernels, realised
-
-NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
-FLAGS = ("nesterov", "maximize")
-HYPER = (*NUMBERS, *FLAGS, "foreach", "fused", "age")
-
-
-def _read(group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
-    age = float(state.get("momentum_buffer") is not None)
-    return (*(float(group[name]) for name in (*NUMBERS, *FLAGS)), *read_kernels(group), age)
-
-
-def _options(h: Hyper) -> dict[str, Any]:
-    return {key: h[key] for key in NUMBERS} | {key: bool(h[key]) for key in FLAGS} | kernels(h)
-
-
-def _resume(h: Hyper, state: State) -> State:
-    return state if h["age"] else {}
+from .numbers import choice, flag, number
+from .rule import Hyper, Rule, State, realised
 
 
 def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -38,13 +19,25 @@ def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Co
     )
     coupled = sign * weight_decay  # g = sign * (gradient + sign * weight_decay * theta)
     if mu == 0:  # torch leaves the buffer alone
-        return Coefficients(1.0, 0.0, 0.0, lr * sign, coupled, 0.0), {}
+        return Coefficients(keep=1.0, feed=0.0, apply_old=0.0, apply_new=lr * sign, coupled=coupled), {}
     keep, feed = (mu, fresh) if h["age"] else (0.0, 1.0)
     if h["nesterov"]:
         apply_old, apply_new = lr * mu * keep, lr * (1 + mu * feed)
     else:
         apply_old, apply_new = lr * keep, lr * feed
-    return Coefficients(keep, feed * sign, apply_old, apply_new * sign, coupled, 0.0), {}
+    frozen = Coefficients(keep=keep, feed=feed * sign, apply_old=apply_old, apply_new=apply_new * sign, coupled=coupled)
+    return frozen, {}
 
 
-SGD = Rule("SGD", "momentum_buffer", (), HYPER, _read, _freeze, _options, _resume)
+SGD = Rule(
+    name="SGD",
+    momentum="momentum_buffer",
+    moments={},
+    clock=None,
+    numbers=(
+        *map(number, ("lr", "momentum", "dampening", "weight_decay")),
+        *map(flag, ("nesterov", "maximize")),
+        *map(choice, ("foreach", "fused")),
+    ),
+    freeze=_freeze,
+)
