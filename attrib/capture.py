@@ -123,7 +123,7 @@ class Capture:
             if number:
                 self._random.check(number)
             active = (n for n, p in zip(self._layout.names, self._parameters, strict=True) if p.grad is not None)
-            self._shares.active = frozenset(active)
+            self._shares = self._shares.at(frozenset(active))
             before = self._random.before if self._random.before is not None else generators()
             step = Step(number, theta, gradient, batch, before)
             found = self._watched(step) if self._watch is not None else None

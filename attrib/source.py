@@ -165,7 +165,7 @@ class Source:
         """The batch of a step, the world being as it was then."""
         assert self._shares is not None
         batch = tuple(b.to(self._device) for b in self.run.inputs(int(block.kind[n]), block.rows[n]))
-        self._shares.active = block.active[n]
+        self._shares = self._shares.at(block.active[n])
         with training_modes(self._model, self.run.header["training"]), random_state(block.random[n]):
             yield batch
 
