@@ -23,6 +23,7 @@ from .interrupt import shielded
 from .layout import Layout
 from .optim import Replay, Rerun, read_hyper, read_state, rule_of
 from .store import FORMAT, StepRecord, Writer, check_target
+from .wrapper import Wrapper
 
 log = logging.getLogger("attrib")
 
@@ -82,7 +83,7 @@ def record(
     return Recorder(optimizer, model, loss, store, capture, overwrite, check_every, block, states_every, penalty)
 
 
-class Recorder(torch.optim.Optimizer):
+class Recorder(Wrapper):
     """An optimizer that records. Parameter groups, state and defaults are the wrapped optimizer's own."""
 
     def __init__(
@@ -98,9 +99,9 @@ class Recorder(torch.optim.Optimizer):
         states_every: int,
         penalty: Callable[[nn.Module], Tensor] | None,
     ) -> None:
-        # Optimizer.__init__ would make parameter groups of its own; everything it sets up is delegated.
-        self.optimizer, self.model = optimizer, model
         self._rule = rule_of(optimizer)
+        super().__init__(optimizer)
+        self.model = model
         check_options(capture, check_every=check_every, block=block, states_every=states_every)
         if states_every > 1 and (name := tensor_option(optimizer)):
             raise ValueError(_NO_TENSORS.format(name=name, at=""))
@@ -123,23 +124,6 @@ class Recorder(torch.optim.Optimizer):
         """What is stored of the shares: "replay", "gradients" or "factors"."""
         return self._capture.kind
 
-    # what schedulers and training loops use of an optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.optimizer.defaults
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Before the first step only: afterwards the momentum would not follow from the recorded gradients."""
         if self._writer.steps:
@@ -147,17 +131,11 @@ class Recorder(torch.optim.Optimizer):
                 f"optimizer state would change in mid-run: got load_state_dict after {self._writer.steps} steps, "
                 f"expected it before the first. Close this run and record a new one."
             )
-        self.optimizer.load_state_dict(state_dict)
+        super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._capture.clear()
-        self.optimizer.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise AttribError(
-            "a recorded run has fixed parameters: got add_param_group, expected all groups before attrib.record. "
-            "Give the optimizer every group first; a learning rate of 0 keeps a group still."
-        )
+        super().zero_grad(set_to_none)
 
     def __enter__(self) -> "Recorder":
         return self
