@@ -1,13 +1,15 @@
 """Record a training run: an optimizer wrapped round the user's own.
 
 At each step, in order: the batch and the model are checked, the shares of the examples are compared with p.grad (batch
-identity), the user's optimizer steps, the update is replayed by its rule (step identity), the step is appended.
-What is refused is refused before the optimizer moves.
+identity), at the first step the store is made, the user's optimizer steps, the update is replayed by its rule (step
+identity), the step is appended. Nothing moves before all that can fail has been tried, but for the optimizer itself and the
+replay of its update; a first step that fails there leaves no store either.
 """
 
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture
+from .capture import Capture, Captured, CaptureOptions, Settled, Step
 from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity, tensor_option
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import ordinary
@@ -23,6 +25,7 @@ from .interrupt import shielded
 from .layout import Layout
 from .optim import Replay, Rerun, read_hyper, read_state, rule_of
 from .store import FORMAT, StepRecord, Writer, check_target
+from .wrapper import Wrapper
 
 log = logging.getLogger("attrib")
 
@@ -79,10 +82,22 @@ def record(
         ...     recorder.step(index, x, y)
         >>> recorder.close()  # doctest: +SKIP
     """
-    return Recorder(optimizer, model, loss, store, capture, overwrite, check_every, block, states_every, penalty)
+    check_options(capture, check_every=check_every, block=block, states_every=states_every)
+    options = RecordOptions(CaptureOptions(capture, check_every, penalty), overwrite, block, states_every)
+    return Recorder(optimizer, model, loss, store, options)
 
 
-class Recorder(torch.optim.Optimizer):
+@dataclass(frozen=True)
+class RecordOptions:
+    """The options of `record`."""
+
+    capture: CaptureOptions
+    overwrite: bool
+    block: int | None
+    states_every: int
+
+
+class Recorder(Wrapper):
     """An optimizer that records. Parameter groups, state and defaults are the wrapped optimizer's own."""
 
     def __init__(
@@ -91,54 +106,31 @@ class Recorder(torch.optim.Optimizer):
         model: nn.Module,
         loss: Callable[..., Tensor],
         store: Any,
-        capture: str,
-        overwrite: bool,
-        check_every: int,
-        block: int | None,
-        states_every: int,
-        penalty: Callable[[nn.Module], Tensor] | None,
+        options: RecordOptions,
     ) -> None:
-        # Optimizer.__init__ would make parameter groups of its own; everything it sets up is delegated.
-        self.optimizer, self.model = optimizer, model
         self._rule = rule_of(optimizer)
-        check_options(capture, check_every=check_every, block=block, states_every=states_every)
-        if states_every > 1 and (name := tensor_option(optimizer)):
+        super().__init__(optimizer)
+        self.model, self._options = model, options
+        if options.states_every > 1 and (name := tensor_option(optimizer)):
             raise ValueError(_NO_TENSORS.format(name=name, at=""))
         names = names_of(optimizer, model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
         self._guard = Guard(model, self._layout)
-        self._check_every, self._states_every = check_every, states_every
+        self._settled = Settled()  # by the steps so far
         self._batch: list[np.ndarray] = []
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
         constants = {name: _array(t) for name, t in self._guard.values.items()}
-        check_target(store, overwrite)
-        self._capture = Capture(capture, loss, model, self._layout, self._parameters, check_every, penalty)
-        self._writer = Writer(store, self._header(), constants, overwrite, block, states_every)
+        check_target(store, options.overwrite)
+        self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
+        self._writer = Writer(store, self._header(), constants, options.overwrite, options.block, options.states_every)
 
     @property
     def capture(self) -> str:
         """What is stored of the shares: "replay", "gradients" or "factors"."""
-        return self._capture.kind
-
-    # what schedulers and training loops use of an optimizer
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.optimizer.defaults
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return self._options.capture.kind
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Before the first step only: afterwards the momentum would not follow from the recorded gradients."""
@@ -147,17 +139,11 @@ class Recorder(torch.optim.Optimizer):
                 f"optimizer state would change in mid-run: got load_state_dict after {self._writer.steps} steps, "
                 f"expected it before the first. Close this run and record a new one."
             )
-        self.optimizer.load_state_dict(state_dict)
+        super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._capture.clear()
-        self.optimizer.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        raise AttribError(
-            "a recorded run has fixed parameters: got add_param_group, expected all groups before attrib.record. "
-            "Give the optimizer every group first; a learning rate of 0 keeps a group still."
-        )
+        super().zero_grad(set_to_none)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -196,48 +182,55 @@ class Recorder(torch.optim.Optimizer):
         began = time.perf_counter()
         batch = tuple(ordinary(b) for b in batch)
         ids, rows = check_batch(index, batch)
+        step = self._checked(batch)
+        captured = self._capture.take(step)
+        record = self._recorded(step, captured, ids, rows)
+        if step.number == 0:
+            self._writer.update_header(training=self._guard.training(), factors=captured.settled.described)
+        with self._writer.ready(record), shielded():  # from Ctrl-C: a step that is made is recorded
+            moved = time.perf_counter()
+            with torch.no_grad():
+                self.optimizer.step()
+            seconds = (began - self._left) + (time.perf_counter() - moved)
+            after = self._layout.flatten(self._parameters)
+            self._guard.stepped(after, self.optimizer)
+            self._settled = captured.settled
+            self._capture.clear()
+            log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
+            self._writer.append(record._replace(log=log), _array(after))
+        self._left = time.perf_counter()
+
+    def _checked(self, batch: tuple[Tensor, ...]) -> Step:
+        """The step that is asked for, the run being as the last one left it."""
         if not self._open:
             raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
         self._writer.check()
         number = self._writer.steps
         theta = self._guard.check(self._parameters, number)
         self._guard.check_state(self.optimizer, number)
-        if self._states_every > 1 and (name := tensor_option(self.optimizer)):
+        if self._options.states_every > 1 and (name := tensor_option(self.optimizer)):
             raise ChangedOutsideError(_NO_TENSORS.format(name=name, at=f", step {number}. The step was refused"))
         gradient = check_gradient(self._layout, self._parameters, number)
-        facts: dict[str, float] = {}
-        penalty = self._capture.penalty()
-        examples = gradient if penalty is None else gradient - penalty
-        scale, shares = self._capture.take(theta, examples, batch, number, facts)
-        if number == 0:
-            self._writer.update_header(training=self._guard.training(), factors=self._capture.described)
-        state = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else None
-        hyper = read_hyper(self._rule, self.optimizer)
-        with shielded():  # from Ctrl-C: a step that is made is recorded
-            moved = time.perf_counter()
-            with torch.no_grad():
-                self.optimizer.step()
-            facts["seconds"] = (began - self._left) + (time.perf_counter() - moved)
-            after = self._layout.flatten(self._parameters)
-            self._guard.stepped(after, self.optimizer)
-            record = StepRecord(
-                theta=_array(theta),
-                gradient=_array(gradient),
-                hyper=hyper,
-                ids=ids,
-                batch=self._held(rows),
-                scale=scale,
-                state={k: _array(v) for k, v in state.items()} if state else None,
-                random=self._capture.random,
-                log=facts,
-                shares=shares,
-                penalty=None if penalty is None else _array(penalty),
-            )
-            self._capture.clear()
-            if state is not None and (number == 0 or number >= self._inspected + self._check_every):
-                facts["step_identity"] = self._inspect(state, hyper, gradient, theta, after, number)
-            self._writer.append(record, _array(after))
-        self._left = time.perf_counter()
+        named = zip(self._layout.names, self._parameters, strict=True)
+        active = frozenset(name for name, p in named if p.grad is not None)
+        return Step(number, theta, gradient, active, batch, self._settled)
+
+    def _recorded(self, step: Step, captured: Captured, ids: np.ndarray, rows: list[np.ndarray]) -> StepRecord:
+        """The record of a step before it is made."""
+        states = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else {}
+        return StepRecord(
+            theta=_array(step.theta),
+            gradient=_array(step.gradient),
+            hyper=read_hyper(self._rule, self.optimizer),
+            ids=ids,
+            batch=self._held(rows),
+            scale=captured.scale,
+            state={key: _array(value) for key, value in states.items()} or None,
+            random=captured.random,
+            log=captured.log,
+            shares=captured.shares,
+            penalty=None if captured.penalty is None else _array(captured.penalty),
+        )
 
     def close(self) -> None:
         """Write what is left and mark the run complete. Closing twice is harmless.
@@ -267,19 +260,20 @@ class Recorder(torch.optim.Optimizer):
 
     # second identity: the replayed update is the real one
 
-    def _inspect(
-        self, state: dict[str, Tensor], hyper: np.ndarray, gradient: Tensor, theta: Tensor, after: Tensor, number: int
-    ) -> float:
-        """How well the rule reproduces this step. Attribution and `attrib verify` replay every step."""
-        known = {key: value.cpu() for key, value in state.items()}
-        theta, gradient, after = theta.cpu(), gradient.cpu(), after.cpu()
-        _, delta = Replay(self._rule, self._layout, known).step(hyper, gradient, theta)
+    def _inspect(self, step: Step, record: StepRecord, after: Tensor) -> dict[str, float]:
+        """How well the rule reproduces this step, where that is due. Attribution and `attrib verify` replay every step."""
+        number, every = step.number, self._options.capture.check_every
+        if record.state is None or 0 < number < self._inspected + every:
+            return {}
+        known = {key: torch.from_numpy(value) for key, value in record.state.items()}
+        theta, gradient, after = step.theta.cpu(), step.gradient.cpu(), after.cpu()
+        _, delta = Replay(self._rule, self._layout, known).step(record.hyper, gradient, theta)
         self._inspected = number
         try:
-            if self._states_every > 1:
-                again = Rerun(type(self.optimizer), self._rule, self._layout, theta, known, hyper).step(hyper, gradient)
-                same_bits(self._layout, after, again, number)
-            return step_identity(self._layout, theta, after, delta, number)
+            if self._options.states_every > 1:
+                rerun = Rerun(type(self.optimizer), self._rule, self._layout, theta, known, record.hyper)
+                same_bits(self._layout, after, rerun.step(record.hyper, gradient), number)
+            return {"step_identity": step_identity(self._layout, theta, after, delta, number)}
         except StepIdentityError:
             self._finish(complete=False)
             raise
@@ -293,7 +287,7 @@ class Recorder(torch.optim.Optimizer):
             "rule": self._rule.name,
             "hyper": [*self._rule.hyper, "active"],
             "capture": self.capture,
-            "check_every": self._check_every,
+            "check_every": self._options.capture.check_every,
             "model": type(self.model).__name__,
             "seed": torch.initial_seed(),
             "versions": {"attrib": version("attrib"), "torch": torch.__version__},

@@ -109,8 +109,8 @@ class Shares:
         if self._gradients is None:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
         theta = self._theta(step)
-        with self._step(step) as batch:
-            found = self._gradients.vector.curvature(theta, batch, sensitivity.to(theta))
+        with self._step(step) as (shares, batch):
+            found = shares.vector.curvature(theta, batch, sensitivity.to(theta))
         scale = self._fitted(step) if np.isnan(step.scale) else step.scale
         return found.double() * (1.0 if scale is None else scale)
 
@@ -123,8 +123,8 @@ class Shares:
         theta = self._theta(step)
         mine = found.values @ self._member
         weights = random_weights(mine.shape[1], step.number, theta)
-        with self._step(step) as batch:
-            pulled = self._gradients.gradient(theta, batch, weights)[1].double()
+        with self._step(step) as (shares, batch):
+            pulled = shares.gradient(theta, batch, weights)[1].double()
         parts = [sensitivity[:, part] @ pulled[part].to(sensitivity) for _, part in self.run.layout.slices()]
         truth = torch.stack(parts, 1).cpu().numpy() @ self._member
         combined = np.einsum("b,qbg->qg", weights.double().cpu().numpy(), mine)
@@ -153,8 +153,8 @@ class Shares:
         assert self._gradients is not None
         named = self.run.layout.unflatten(sensitivity[None].to(self._dtype))
         names = [name for name, g in zip(self.run.layout.names, self._groups, strict=True) if g == group]
-        with self._step(step) as batch:
-            return self._gradients.vector.along(self._theta(step), batch, named, [names])[1][0, :, 0].cpu().numpy()
+        with self._step(step) as (shares, batch):
+            return shares.vector.along(self._theta(step), batch, named, [names])[1][0, :, 0].cpu().numpy()
 
     # by capture
 
@@ -171,20 +171,19 @@ class Shares:
 
     def _replayed(self, step: Step, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         assert self._gradients is not None
-        with self._step(step) as batch:
-            found = self._gradients.contract(self._theta(step), batch, sensitivity, self._groups)[1].cpu().numpy()
+        with self._step(step) as (shares, batch):
+            found = shares.contract(self._theta(step), batch, sensitivity, self._groups)[1].cpu().numpy()
         scale = self._scale(step, found, gradient)
         found *= scale
         return Contributions(found, scale)
 
     @contextmanager
-    def _step(self, step: Step) -> Iterator[tuple[Tensor, ...]]:
-        """The batch of a step, the world being as it was then."""
+    def _step(self, step: Step) -> Iterator[tuple[gradients.Shares, tuple[Tensor, ...]]]:
+        """The gradients of the parameters that moved and the batch of a step, the world being as it was then."""
         assert self._gradients is not None
         batch = tuple(b.to(self._device) for b in self.run.inputs(step.kind, step.rows))
-        self._gradients.active = step.active
         with training_modes(self._model, self.run.header["training"]), random_state(step.random):
-            yield batch
+            yield self._gradients.at(step.active), batch
 
     # the common factor of a step
 
@@ -214,8 +213,8 @@ class Shares:
     def _fitted(self, step: Step) -> float | None:
         """From p.grad and the sum of the gradients, over all parameters."""
         assert self._gradients is not None
-        with self._step(step) as batch:
-            total = self._gradients.total(self._theta(step), batch)[1]
+        with self._step(step) as (shares, batch):
+            total = shares.total(self._theta(step), batch)[1]
         return fit_scale(step.examples.to(total), total)
 
     def _theta(self, step: Step) -> Tensor:

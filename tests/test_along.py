@@ -486,8 +486,7 @@ def test_tensors_of_a_group_go_along_a_direction_together(name: str) -> None:
 @pytest.mark.parametrize("way", ["forward", "double", "single"])
 def test_parameters_without_a_gradient_have_no_derivative_along_a_direction(way: str) -> None:
     case, model, layout, theta = setting("contrastive loss")
-    vector = LossVector(Functional(model, case.loss, layout, torch.float64), layout)
-    vector.active = frozenset(["a.weight"])
+    vector = LossVector(Functional(model, case.loss, layout, torch.float64), layout).at(frozenset(["a.weight"]))
     batch, named = data(1), layout.unflatten(theta[None])
     vector._ways[vector._kind(batch)] = way
     found = vector.along(theta, batch, named, [["a.weight", "b.weight"], ["b.bias"]])[1]

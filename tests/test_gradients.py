@@ -148,8 +148,7 @@ def test_examples_without_a_gradient_do_not_hide_the_layout(zero: bool, length: 
 
 def test_frozen_parameters_have_no_shares() -> None:
     model, layout, theta, x, expected = setting("one layer used twice", 4)
-    shares = Shares(loss, model, layout, torch.float64)
-    shares.active = frozenset(["linear.weight"])
+    shares = Shares(loss, model, layout, torch.float64).at(frozenset(["linear.weight"]))
     rows = shares.rows(theta, (x,)).numpy()
     bias = dict(layout.slices())["linear.bias"]
     assert not rows[:, bias].any()

@@ -13,7 +13,19 @@ ROOT = Path(__file__).parent.parent
 # a module imports only strictly lower floors, siblings within one folder excepted
 FLOORS = [
     {"kernels"},
-    {"budget", "errors", "layout", "functional", "generators", "interrupt", "ledger", "marginals", "program", "result"},
+    {
+        "budget",
+        "errors",
+        "layout",
+        "functional",
+        "generators",
+        "interrupt",
+        "ledger",
+        "marginals",
+        "program",
+        "result",
+        "wrapper",
+    },
     {"checks", "gradients", "optim", "path", "store", "measure"},
     {"capture", "trajectory"},
     {"recorder", "run"},

@@ -513,3 +513,121 @@ def test_a_refused_step_leaves_nothing_behind_for_the_next(capture: str, tmp_pat
     assert attrib.verify(run, progress=False).failure is None
     measurement = attrib.measure.log_prob(bench.x[:2], bench.y[:2])
     attrib.attribute(run, bench.model, measurement, loss=LOSS, progress=False).check(1e-10)
+
+
+Heard = list[tuple[Any, ...]]
+
+
+def listen(optimizer: torch.optim.Optimizer, heard: Heard) -> None:
+    """Hooks of every kind; each says its name and what it was called with."""
+
+    def hook(kind: str) -> Any:
+        return lambda *arguments: heard.append((kind, *arguments))
+
+    for kind in ("step_pre", "step_post"):
+        getattr(optimizer, f"register_{kind}_hook")(hook(kind))
+    for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+        getattr(optimizer, f"register_{kind}_hook")(hook(kind))
+
+
+def test_hooks_on_the_recorder_and_on_the_wrapped_optimizer_are_called_once_each(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    inner, recorder = bench.optimizer, bench.recorder
+    outer_heard: Heard = []
+    inner_heard: Heard = []
+    listen(recorder, outer_heard)
+    listen(inner, inner_heard)
+    state = recorder.state_dict()
+    recorder.load_state_dict(state)
+    names = ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]
+    for heard, optimizer in ((outer_heard, recorder), (inner_heard, inner)):
+        assert [kind for kind, *_ in heard] == names
+        assert all(arguments[0] is optimizer for _, *arguments in heard)
+        assert heard[1][2] is state
+        assert heard[2][2].keys() == state.keys()
+        heard.clear()
+    bench.good_step()
+    for heard, optimizer, arguments in (
+        (outer_heard, recorder, (recorder, bench.index, bench.x, bench.y)),
+        (inner_heard, inner, (inner,)),
+    ):
+        assert [kind for kind, *_ in heard] == ["step_pre", "step_post"]
+        for _, called, positional, named in heard:
+            assert called is optimizer
+            assert len(positional) == len(arguments)
+            assert all(a is b for a, b in zip(positional, arguments, strict=True))
+            assert named == {}
+
+
+def test_what_a_state_dict_hook_returns_is_taken_and_a_hook_can_be_removed(tmp_path: Path) -> None:
+    recorder = Bench(tmp_path).recorder
+    handle = recorder.register_state_dict_post_hook(
+        lambda optimizer, state: {**state, "mine": type(optimizer).__name__}
+    )
+    recorder.register_load_state_dict_pre_hook(lambda optimizer, state: {k: v for k, v in state.items() if k != "mine"})
+    state = recorder.state_dict()
+    assert state["mine"] == "Recorder"
+    recorder.load_state_dict(state)
+    handle.remove()
+    assert "mine" not in recorder.state_dict()
+
+
+def test_a_hook_before_the_step_may_still_scale_the_gradients(tmp_path: Path) -> None:
+    """Clipping in a hook: it runs before the checks read p.grad."""
+    bench = Bench(tmp_path, check_every=1)
+
+    def halve(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad *= 0.5
+
+    bench.recorder.register_step_pre_hook(halve)
+    for _ in range(3):
+        bench.good_step()
+    bench.recorder.close()
+    run = attrib.open_run(bench.store)
+    assert run.scale(2) == pytest.approx(0.5 / 5, rel=1e-12)
+
+
+def test_a_hook_after_a_refused_step_is_not_called(bench: Bench) -> None:
+    heard: Heard = []
+    listen(bench.recorder, heard)
+    bench.backward()
+    bench.assert_refused(errors.BatchError, "differ in length", bench.index[:3], bench.x, bench.y)
+    assert [kind for kind, *_ in heard] == ["step_pre"]
+
+
+def test_the_profiler_sees_the_steps_of_both(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    with torch.profiler.profile() as profile:
+        bench.good_step()
+    names = [event.name for event in profile.events()]
+    for name in ("Optimizer.step#Recorder.step", "Optimizer.step#AdamW.step", "Optimizer.zero_grad#AdamW.zero_grad"):
+        assert names.count(name) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_schedulers_count_the_steps_and_do_not_warn(wrapped: bool, tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    schedule = torch.optim.lr_scheduler.StepLR(bench.optimizer if wrapped else bench.recorder, 1, 0.5)
+    for step in range(3):
+        bench.good_step()
+        schedule.step()
+        assert bench.recorder.param_groups[0]["lr"] == bench.optimizer.param_groups[0]["lr"] == 0.01 * 0.5 ** (step + 1)
+    bench.recorder.close()
+    assert attrib.open_run(bench.store).steps == 3
+
+
+def test_groups_and_state_stay_the_optimizers_own_after_loading(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    for optimizer in (bench.optimizer, bench.recorder):
+        before = bench.optimizer.param_groups
+        optimizer.load_state_dict(bench.optimizer.state_dict())
+        assert bench.optimizer.param_groups is not before
+        assert bench.recorder.param_groups is bench.optimizer.param_groups
+        assert bench.recorder.state is bench.optimizer.state
+    for name in ("param_groups", "state", "defaults"):
+        with pytest.raises(errors.AttribError, match=f"{name} belongs to the wrapped optimizer"):
+            setattr(bench.recorder, name, type(getattr(bench.recorder, name))())
+    bench.good_step()

@@ -2,7 +2,7 @@
 
 - `intake`: the arguments of `attrib.record` and `recorder.step`
 - `guard`: what must not change between steps: parameters, buffers, modes
-- `randomness`: the generator's state before the forward pass
+- `randomness`: the generators' states before the forward pass
 - `reduction`: the common factor between the examples' gradients and p.grad
 - `identities`: shares sum to p.grad; the replayed update is the real one
 """
@@ -10,11 +10,13 @@
 from .guard import Guard
 from .identities import ShareBound, batch_identity, same_bits, same_state, split_bound, split_gaps, step_identity
 from .intake import check_batch, check_gradient, check_options, names_of, tensor_option
-from .randomness import RandomWatch
-from .reduction import Reduction, fit_scale
+from .randomness import Draws, RandomWatch
+from .reduction import NormWatch, Reduction, fit_scale
 
 __all__ = [
+    "Draws",
     "Guard",
+    "NormWatch",
     "RandomWatch",
     "Reduction",
     "ShareBound",

@@ -8,6 +8,7 @@ changed all gradients by one factor after backward, is read off the norms before
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,16 +19,12 @@ from .identities import ShareBound
 log = logging.getLogger("attrib")
 
 
-class Reduction:
-    """Watches backward passes through hooks; takes them off with `remove`.
-
-    kind: "mean", "sum", "single" (batches of one so far), "other", or None before the first fit.
-    """
+class NormWatch:
+    """Hooks on the parameters that note the norms of the gradients as a backward pass leaves them."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
         self._raw: dict[int, Tensor] = {}
-        self.kind: str | None = None
         self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in parameters if p.requires_grad]
 
     def _note(self, p: Tensor) -> None:
@@ -65,39 +62,50 @@ class Reduction:
             )
         return factor
 
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the loop reduces the losses, as far as it is known.
+
+    kind: "mean", "sum", "single" (batches of one so far), "other", or None before the first fit.
+    """
+
+    kind: str | None = None
+
     def expected(self, size: int, clip: float) -> float:
         """The scale where the shares are not computed; NaN where it is not known, to be fitted when they are."""
         if size == 1 and self.kind in ("mean", "sum", "single"):
             return clip
         return {"mean": clip / size, "sum": clip}.get(self.kind or "", float("nan"))
 
-    def fit(self, gradient: Tensor, total: Tensor, size: int, clip: float, bound: ShareBound) -> float:
-        """The scale from p.grad and the unscaled sum of shares, (P,) each: the mean or the sum where the gap that leaves is
-        within rounding, fitted otherwise. What rounding is of, where gradients cancel, is asked for only where neither of
-        them nor the fit is within the cheap bound.
+    def fit(
+        self, gradient: Tensor, total: Tensor, size: int, clip: float, bound: ShareBound
+    ) -> tuple[float, "Reduction"]:
+        """The scale from p.grad and the unscaled sum of shares, (P,) each, and what is known then: the mean or the sum where
+        the gap that leaves is within rounding, fitted otherwise. What rounding is of, where gradients cancel, is asked for
+        only where neither of them nor the fit is within the cheap bound.
         """
         scales = {"mean": clip / size, "sum": clip}
         fitted = fit_scale(gradient, total)
         for within in (bound.cheap, bound.gross):
             fitting = [kind for kind, scale in scales.items() if within(_gap(gradient, total, scale))]
             if fitting:
-                return scales[self._settle(fitting, size)]
+                kind, known = self._settle(fitting, size)
+                return scales[kind], known
             if fitted is not None and within(_gap(gradient, total, fitted)):
                 break
         if self.kind != "other":
             log.info("the reduction of the loss is neither its mean nor its sum: its scale is fitted when attributing")
-        self.kind = "other"
-        return clip if fitted is None else fitted
+        return clip if fitted is None else fitted, Reduction("other")
 
-    def _settle(self, fitting: list[str], size: int) -> str:
+    def _settle(self, fitting: list[str], size: int) -> tuple[str, "Reduction"]:
         """One of the kinds that fit, and what is thought of the run from then on. Where both do (a batch of one, gradients
         of zero) nothing is learnt."""
         if len(fitting) == 1:
-            self.kind = "other" if self.kind not in (None, "single", fitting[0]) else fitting[0]
-            return fitting[0]
-        if size == 1 and self.kind is None:
-            self.kind = "single"
-        return self.kind if self.kind in fitting else fitting[0]
+            steady = self.kind in (None, "single", fitting[0])
+            return fitting[0], Reduction(fitting[0] if steady else "other")
+        known = Reduction("single") if size == 1 and self.kind is None else self
+        return known.kind if known.kind in fitting else fitting[0], known
 
 
 def _gap(gradient: Tensor, total: Tensor, scale: float) -> float:

@@ -18,6 +18,7 @@ backward pass on the batch, v . (<U, g_i>)_i = <G(v), U> for random v. Source: t
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -51,14 +52,20 @@ def random_weights(size: int, seed: int, like: Tensor) -> Tensor:
 class LossVector:
     """`loss(model, *batch) -> (B,)` as a function of the parameter vector.
 
-    active: names of the parameters that have a gradient. Every method evaluates the loss from the state of the generators
-    at its call, however often it has to, and leaves them as one evaluation does.
+    active: names of the parameters that have a gradient, all at first. Every method evaluates the loss from the state of the
+    generators at its call, however often it has to, and leaves them as one evaluation does.
     """
 
     def __init__(self, loss: Functional, layout: Layout) -> None:
         self._loss, self.layout = loss, layout
         self.active = frozenset(layout.names)
         self._ways: dict[Any, str] = {}
+
+    def at(self, active: frozenset[str]) -> "LossVector":
+        """The same where these parameters have a gradient; what is learnt of the loss is shared."""
+        other = copy(self)
+        other.active = active
+        return other
 
     def values(self, theta: Tensor, batch: Batch) -> Tensor:
         """(P,), batch -> (B,)."""

@@ -8,6 +8,7 @@ What goes the slow way is said once, with the reason and the cost.
 
 import logging
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +44,7 @@ class Form:
 
 
 class Forms:
-    """coupled: whether a batch was met whose losses depend on each other. plans: by kind of forward pass.
+    """plans: by kind of forward pass.
 
     Args:
         loss, vector: the loss bound to the model, and as a vector.
@@ -52,11 +53,21 @@ class Forms:
 
     def __init__(self, loss: Functional, vector: LossVector, slices: int) -> None:
         self._loss, self.vector, self._slice_bytes = loss, vector, slices
-        self.coupled = False
         self.plans: dict[Any, Plan] = {}
         self._forms: dict[Any, Form] = {}
         self._cut: set[Any] = set()  # kinds of batches of which one was compared with its slices
         self._said: set[str] = set()
+
+    def at(self, vector: LossVector) -> "Forms":
+        """The same of another `vector`; what is learnt of the batches is shared."""
+        other = copy(self)
+        other.vector = vector
+        return other
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a batch was met whose losses depend on each other."""
+        return any(plan.coupled for plan in self.plans.values())
 
     def of(self, theta: Tensor, batch: Batch) -> Form:
         shapes = tuple((a.dim(), a.dtype) if isinstance(a, Tensor) else repr(a) for a in batch)
@@ -140,7 +151,6 @@ class Forms:
                 plan = replace(plan, whole=plan.whole | unproven(trace, plan))
             else:
                 plan = replace(plan, readings=[None] * len(trace.sites), whole=dict.fromkeys(trace.parameters, reason))
-            self.coupled = self.coupled or plan.coupled
             for reason in set(plan.whole.values()):
                 self._say(sum(r == reason for r in plan.whole.values()), reason)
             self.plans[key] = plan

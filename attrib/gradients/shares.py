@@ -13,6 +13,7 @@ do not see each other a batch is worked through in slices that fit the cache, in
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -62,14 +63,17 @@ class Shares:
         self._forms = Forms(self._loss, self.vector, slices or slice_bytes(layout.size, dtype.itemsize))
         self._programs = Programs()
 
+    def at(self, active: frozenset[str]) -> "Shares":
+        """The same at a step where these parameters have a gradient; what is learnt of the loss is shared."""
+        other = copy(self)
+        other.vector = self.vector.at(active)
+        other._forms = self._forms.at(other.vector)
+        return other
+
     @property
     def active(self) -> frozenset[str]:
-        """Names of the parameters that have a gradient at the step; the others' shares are zero. May be set."""
+        """Names of the parameters that have a gradient at the step, all at first; the others' shares are zero."""
         return self.vector.active
-
-    @active.setter
-    def active(self, names: frozenset[str]) -> None:
-        self.vector.active = names
 
     @property
     def coupled(self) -> bool:

@@ -3,6 +3,7 @@
 - `schema`: what is stored, under which name, with which dimensions; the format version
 - `examples`: each distinct input stored once, found again by its hash
 - `codec`: differences along the step axis, before compression
+- `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own
 - `cube`: all contributions of a sweep, when asked for
 - `reader`: open, check that every committed chunk is there, read
@@ -10,9 +11,10 @@
 The only importer of zarr. No pickle anywhere.
 """
 
+from .creation import StepRecord, check_target
 from .cube import CubeWriter
 from .reader import Reader
 from .schema import FORMAT
-from .writer import StepRecord, Writer, check_target
+from .writer import Writer
 
 __all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Writer", "check_target"]

@@ -1,0 +1,21 @@
+"""What the examples of a step contributed to its gradient: checked against p.grad, and kept as the run asks.
+
+    replay      nothing is kept: states and inputs say it all
+    gradients   the share of every example, (B, P)
+    factors     the same in the form its layers give it (`kernels.factors`)
+
+The last two are taken from the user's own backward pass where that can be followed (`gradients.Watch`). A record of the step
+goes in, a record of what was captured comes out, and nothing is settled until the next step brings it back.
+
+- `records`: the step, what is captured of it, what the steps so far have settled
+- `listen`: what the hooks heard of the user's own passes
+- `penalty`: the gradient that is no example's
+- `identities`: the shares sum to p.grad, and each is its own example's
+- `stored`: the arrays to be stored
+- `capture`: the journey
+"""
+
+from .capture import Capture
+from .records import Captured, CaptureOptions, Settled, Step
+
+__all__ = ["Capture", "CaptureOptions", "Captured", "Settled", "Step"]

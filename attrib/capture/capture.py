@@ -1,0 +1,120 @@
+"""The journey of a step through its capture."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..generators import random_state
+from ..gradients import Shares
+from ..layout import Layout
+from .identities import Fit, Trial, check_split, check_sum, fitted
+from .listen import Listeners
+from .penalty import penalty_gradients
+from .records import Arrays, Captured, CaptureOptions, Factors, Settled, Step
+from .stored import factor_arrays, gradient_arrays
+
+log = logging.getLogger("attrib")
+
+CHECK_FIRST = 2
+
+
+class Capture:
+    """One record of a step in, one of what it leaves to be stored out."""
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        model: nn.Module,
+        layout: Layout,
+        parameters: Sequence[Tensor],
+        options: CaptureOptions,
+    ) -> None:
+        self._model, self._layout, self._parameters, self._options = model, layout, parameters, options
+        self._shares = Shares(loss, model, layout, parameters[0].dtype)
+        self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay")
+        log.info(
+            "recording %s: batch identity on the first %d steps, then every %d",
+            *(options.kind, CHECK_FIRST, options.check_every),
+        )
+
+    def clear(self) -> None:
+        """Forget the user's passes: their gradients are gone, or the step is recorded."""
+        self._listeners.clear()
+
+    def remove(self) -> None:
+        """Take off all hooks."""
+        self._listeners.remove()
+
+    def take(self, step: Step) -> Captured:
+        """The identities, where they are due, and what is stored.
+
+        Raises:
+            BatchIdentityError, SplitIdentityError, BatchError, LossError, ChangedOutsideError: nothing has changed, and the
+                step may be taken again.
+        """
+        with self._listeners.deaf(), torch.enable_grad():
+            trial = self._trial(step)
+            factors = self._watched(trial)
+            due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
+            fit = fitted(trial) if due or (self._stores and factors is None) else _assumed(trial)
+            if not self._stores:
+                return _captured(trial, fit, {})
+            # the reduction is in the gradients that came back, clipping is not
+            scale = fit.scale if factors is None else trial.heard.clip
+            if factors is None:
+                with random_state(trial.heard.start):
+                    factors = trial.shares.factors(step.theta, step.batch)
+            log = fit.log
+            if due:
+                check_sum(trial, factors, scale)
+                log = {**log, "split_identity": check_split(trial, factors, scale, fit.scale)}
+            arrays, settled = self._arrays(trial, factors, scale, fit.settled)
+            return _captured(trial, Fit(scale, log, settled), arrays)
+
+    @property
+    def _stores(self) -> bool:
+        """Whether shares are stored at all."""
+        return self._options.kind != "replay"
+
+    def _trial(self, step: Step) -> Trial:
+        heard = self._listeners.heard(len(step.batch[0]))
+        if step.number and heard.before is not None and heard.behind is not None:
+            step.settled.draws.settled(step.number, heard.before, heard.behind)
+        shares, penalty = self._shares.at(step.active), self._options.penalty
+        if penalty is None:
+            return Trial(step, heard, shares, step.gradient, None)
+        gradients = penalty_gradients(penalty, self._model, self._parameters)
+        clipped = self._layout.flatten(gradients) * heard.clip  # as p.grad was
+        return Trial(step, heard, shares, step.gradient - clipped, clipped)
+
+    def _watched(self, trial: Trial) -> Factors | None:
+        """Of the user's own pass; None where it does not say it all."""
+        if trial.heard.sites is None:
+            return None
+        with random_state(trial.heard.start):
+            return trial.shares.watched(trial.step.theta, trial.step.batch, *trial.heard.sites)
+
+    def _arrays(self, trial: Trial, factors: Factors, scale: float, settled: Settled) -> tuple[Arrays, Settled]:
+        if self._options.kind == "gradients":
+            return gradient_arrays(self._layout, factors, scale, trial.step), settled
+        return factor_arrays(factors, trial.step, settled)
+
+
+def _assumed(trial: Trial) -> Fit:
+    """Of a step that is not checked."""
+    settled = trial.step.settled
+    return Fit(settled.reduction.expected(trial.size, trial.heard.clip), {}, settled)
+
+
+def _captured(trial: Trial, fit: Fit, arrays: Arrays) -> Captured:
+    random = fit.settled.draws.stored(trial.heard.before)
+    return Captured(
+        scale=fit.scale,
+        shares=arrays,
+        penalty=trial.penalty,
+        random=None if random is None else random.numpy(),
+        log=fit.log,
+        settled=fit.settled,
+    )

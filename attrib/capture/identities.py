@@ -1,0 +1,148 @@
+"""The batch and the split identity of a step, held against passes of the recorder's own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import ShareBound, batch_identity, split_bound, split_gaps
+from ..errors import BatchIdentityError, SplitIdentityError
+from ..generators import generators, random_state
+from ..gradients import Shares, random_weights
+from .listen import Heard
+from .records import Factors, Settled, Step
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A step on trial. shares: at its active parameters; examples, penalty (P,): the parts of its gradient."""
+
+    step: Step
+    heard: Heard
+    shares: Shares
+    examples: Tensor
+    penalty: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return len(self.step.batch[0])
+
+
+class Fit(NamedTuple):
+    """The scale of the shares, and what the check that it comes from has shown."""
+
+    scale: float
+    log: dict[str, float]
+    settled: Settled
+
+
+def fitted(trial: Trial) -> Fit:
+    """The sum of the shares with the loss as it was given; the scale between it and p.grad.
+
+    Raises:
+        BatchIdentityError: naming the parameter, and what in the loop may be the reason.
+    """
+    step, heard, examples = trial.step, trial.heard, trial.examples
+    with random_state(heard.start):
+        losses, total = trial.shares.total(step.theta, step.batch)
+        draws = step.settled.draws.settled(step.number, heard.start, generators())
+    settled = replace(step.settled, draws=draws)
+    bound = ShareBound(examples, lambda: heard.clip * _gross(trial, settled), trial.penalty)
+    scale, reduction = settled.reduction.fit(examples, total, len(losses), heard.clip, bound)
+    try:
+        gap = batch_identity(trial.shares.layout, examples, scale * total, step.number, bound)
+    except BatchIdentityError as error:
+        raise BatchIdentityError(f"{error}{_hint(trial, draws.stochastic, losses)}") from None
+    log = {"loss": float(losses.double().mean()), "batch_identity": gap}
+    return Fit(scale, log, replace(settled, reduction=reduction))
+
+
+def check_sum(trial: Trial, found: Factors, scale: float) -> None:
+    """What is stored must sum to p.grad as well.
+
+    Raises:
+        BatchIdentityError: naming the parameter.
+    """
+    layout, examples = trial.shares.layout, trial.examples
+    sums = examples.new_zeros(layout.size)
+    for name, part in layout.slices():
+        for factor in found[name]:
+            sums[part] += factor.total()
+
+    def gross() -> float:
+        return scale * sum(float(f.rows().double().norm(dim=1).sum()) for s in found.values() for f in s)
+
+    bound = ShareBound(examples, gross, trial.penalty)
+    batch_identity(layout, examples, scale * sums, trial.step.number, bound)
+
+
+def check_split(trial: Trial, found: Factors, scale: float, whole: float) -> float:
+    """And each be its own example's: for random weights they sum to the gradient of the losses so weighted. `whole`: the
+    factor between the gradient of a loss and its share, of which `scale` is left to be multiplied.
+
+    Raises:
+        SplitIdentityError: naming the parameter and the example.
+    """
+    step, names = trial.step, trial.shares.layout.names
+    weights = random_weights(trial.size, step.number, step.theta)
+    with random_state(trial.heard.start):
+        truth = trial.shares.vector.gradient(step.theta, step.batch, weights)[1]
+    sums = {n: sum((f.weighted(weights).total() for f in found[n]), 0.0) for n in names}
+    off = np.array([float((scale * sums[n] - whole * truth[n].flatten()).double().norm()) for n in names])
+    sizes = np.array([abs(whole) * float(truth[n].double().norm()) for n in names])
+    gaps, bound = split_gaps(off, sizes, step.theta.dtype), split_bound(step.theta.dtype)
+    worst = int(gaps.argmax())
+    if not gaps[worst] <= bound:
+        stored = scale * sum(factor.rows() for factor in found[names[worst]])
+        raise SplitIdentityError(
+            f"the shares to be stored are other examples': got a gap of {gaps[worst]:.3g} of their size, expected at "
+            f"most {bound:.1g}, at parameter {names[worst]!r}, slot {_worst_slot(trial, stored, whole, names[worst])} of "
+            f'the batch, step {step.number}. Record with capture="replay". The step was refused.'
+        )
+    return float(gaps[worst])
+
+
+def _worst_slot(trial: Trial, stored: Tensor, whole: float, name: str) -> int:
+    """Whose stored share of a parameter, (B, p), is furthest from the gradient of its loss."""
+    with random_state(trial.heard.start):
+        rows = trial.shares.vector.rows(trial.step.theta, trial.step.batch, [name])
+        truth = torch.stack([row[name].flatten() for row in rows])
+    return int((stored - whole * truth).norm(dim=1).argmax())
+
+
+def _hint(trial: Trial, stochastic: bool, losses: Tensor) -> str:
+    """What in the loop may be why shares and p.grad differ."""
+    passes = trial.heard.passes
+    if stochastic and passes > 1:
+        return (
+            f" The step made {passes} forward passes and the loss draws random numbers (dropout), which are drawn again "
+            f"as for one: make one forward pass a step, or put dropout into eval mode."
+        )
+    with random_state(trial.heard.start):
+        again = trial.shares.vector.values(trial.step.theta, trial.step.batch)
+    if torch.equal(losses, again):
+        return ""
+    return (
+        f" The loss gives other values when it is computed again (up to {float((losses - again).abs().max()):.2g} "
+        f"apart): it draws random numbers from a generator of its own. Draw them with torch's, Python's or numpy's "
+        f"global one."
+    )
+
+
+def _gross(trial: Trial, settled: Settled) -> float:
+    """sum_i |g_i|, times the reduction: no larger than what the optimizer's gradient may have cancelled from."""
+    norms = [float(rows.double().norm(dim=1).sum()) for rows in _share_rows(trial, settled.draws.stochastic)]
+    return sum(norms) / (trial.size if settled.reduction.kind != "sum" else 1)
+
+
+def _share_rows(trial: Trial, stochastic: bool) -> Iterator[Tensor]:
+    """The gradients of the examples in slices (b, P); where a slice would draw other numbers, or have other losses, all at
+    once."""
+    step, size = trial.step, trial.size
+    at_once = size if stochastic or trial.shares.coupled else trial.shares.rows_at_once()
+    for lo in range(0, size, at_once):
+        with random_state(trial.heard.start):
+            yield trial.shares.rows(step.theta, tuple(b[lo : lo + at_once] for b in step.batch))

@@ -1,0 +1,67 @@
+"""The records that go into a capture and come out of it, all frozen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..checks import Draws, Reduction
+from ..gradients.stored import Described
+from ..kernels.factors import Factor
+
+Arrays = dict[str, np.ndarray]  # of a step, by name, (B, ...) each
+Factors = dict[str, list[Factor]]  # of each parameter the factors that sum to its shares
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """kind: what is stored of the shares. check_every: the identities are checked at the first steps and every so many.
+    penalty: model -> scalar, what of the loss is no example's."""
+
+    kind: str
+    check_every: int
+    penalty: Callable[[nn.Module], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the steps so far have shown of the loop; nothing before the first.
+
+    described, shapes: of stored factors what they are, and of one example each array's shape.
+    """
+
+    reduction: Reduction = field(default_factory=Reduction)
+    draws: Draws = field(default_factory=Draws)
+    described: Described | None = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step about to be made. theta (P,); gradient (P,), p.grad as the optimizer is going to see it; active: names of the
+    parameters that have one."""
+
+    number: int
+    theta: Tensor
+    gradient: Tensor
+    active: frozenset[str]
+    batch: tuple[Tensor, ...]
+    settled: Settled
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What there is to record of a step.
+
+    scale: share = scale * gradient of the example's loss; NaN where it is not known. shares: the arrays to be stored.
+    penalty: its part of the gradient (P,). random: the generators' state before the forward pass, (bytes,) uint8, where the
+    loss draws numbers. log: the mean loss and the identities, where they were checked. settled: for the next step.
+    """
+
+    scale: float
+    shares: Arrays
+    penalty: Tensor | None
+    random: np.ndarray | None
+    log: dict[str, float]
+    settled: Settled
