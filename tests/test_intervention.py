@@ -1,7 +1,9 @@
 """A changed replay is what a plain loop with the same change does, and its record is complete."""
 
+import ast
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from attrib.cli import main
 from attrib.intervention import (
     Drop,
     Freeze,
+    Intervention,
     Options,
     Penalty,
     Permute,
@@ -25,6 +28,7 @@ from attrib.intervention import (
     Reweight,
     Suppress,
     Transplant,
+    Window,
     weighted,
 )
 from attrib.intervention.state import STATES
@@ -108,6 +112,67 @@ def double(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
         group["lr"] = group["first"] * (2 if 3 <= step < 5 else 1)
 
 
+@dataclass(frozen=True)
+class Halve(Intervention):
+    """A kind of one's own: half the losses of even examples."""
+
+    def loss(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
+        return torch.where(torch.from_numpy(ids) % 2 == 0, losses / 2, losses)
+
+
+@dataclass(frozen=True)
+class Flood(Window):
+    """Another, which is not linear: no loss falls below a level."""
+
+    level: float
+    steps: slice | None = None
+
+    def loss(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
+        return (losses - self.level).abs() if self.active(step) else losses
+
+
+@dataclass(frozen=True)
+class Spread(Intervention):
+    """Another, in which the losses of a batch depend on each other: those far from the mean count more."""
+
+    def loss(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
+        return losses + (losses - losses.mean()).square()
+
+
+@dataclass(frozen=True)
+class Jolt(Window):
+    """Another: noise in the gradient, other numbers at every step."""
+
+    seed: int
+    steps: slice | None = None
+
+    def penalty(self, step: int, model: nn.Module) -> Tensor | None:
+        drawn = noise(self.seed + step, model)
+        return sum((p * n).sum() for p, n in zip(model.parameters(), drawn, strict=True)) if self.active(step) else None
+
+
+def noise(seed: int, model: nn.Module) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in model.parameters()]
+
+
+def jolt(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for p, n in zip(model.parameters(), noise(7 + step, model), strict=True):
+        p.grad += n if 3 <= step < 5 else 0
+
+
+def halve(step: int, model: nn.Module, index: Tensor, losses: Tensor) -> Tensor:
+    return (losses * (1 - 0.5 * (index % 2 == 0).double())).mean()
+
+
+def flood(step: int, model: nn.Module, index: Tensor, losses: Tensor) -> Tensor:
+    return ((losses - 1.9).abs() if step >= 3 else losses).mean()
+
+
+def spread(step: int, model: nn.Module, index: Tensor, losses: Tensor) -> Tensor:
+    return losses.mean() + losses.var(correction=0)
+
+
 def changes(trained: Trained) -> dict[str, tuple[Any, Hand]]:
     """Each intervention, and the same by hand."""
     last = trained.run.parameters(STEPS)
@@ -130,12 +195,17 @@ def changes(trained: Trained) -> dict[str, tuple[Any, Hand]]:
             Suppress("output.*", 0.5, slice(3, 5)),
             Hand(losses=lambda step, model, index, losses: losses.mean() + (push(model) if 3 <= step < 5 else 0)),
         ),
+        "halve": (Halve(), Hand(losses=halve)),
+        "flood": (Flood(1.9, slice(3, None)), Hand(losses=flood)),
+        "spread": (Spread(), Hand(losses=spread)),
+        "jolt": (Jolt(7, slice(3, 5)), Hand(step=jolt)),
     }
 
 
 NAMES = (
     *("transplant, kept", "transplant, reset", "redraw", "redraw, kept"),
     *("freeze", "drop", "reweight", "options", "penalty", "suppress"),
+    *("halve", "flood", "spread", "jolt"),  # kinds that the replay does not know
 )
 
 
@@ -152,12 +222,12 @@ def test_changed_replay_is_the_plain_loop_with_the_change_and_complete(name: str
     for step, state in enumerate(expected):
         np.testing.assert_allclose(again.vector(step), state, rtol=1e-12, atol=1e-13)
     assert not np.allclose(expected[-1], trained.thetas[-1], atol=1e-4)  # it did something
-    loss = weighted(trained.case.loss) if name == "reweight" else trained.case.loss
+    loss = trained.case.loss if change.loss is None else weighted(trained.case.loss)
     result = attrib.attribute(again, trained.model, trained.measurement(), loss=loss, progress=False)
     ledger = result.check(1e-12)  # rounding of float64 over six steps
     assert max(gap for name, gap in ledger.identities.items() if name != "limit") < 1e-10
     assert attrib.verify(again, progress=False).failure is None
-    if name == "penalty":
+    if name in ("penalty", "jolt"):
         assert float(abs(result.decay.sel(step=slice(1, None))).max()) > 1e-4
     (described,) = again.header["replay"]["interventions"]
     assert described["kind"] == type(change).__name__
@@ -435,8 +505,55 @@ def test_penalty_is_clipped_with_the_rest(tmp_path: Path) -> None:
     assert max(gap for name, gap in result.check(1e-12).identities.items() if name != "limit") < 1e-10
 
 
+def test_weights_of_several_are_one_tensor_the_product(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    first, second = Reweight({i: 0.1 + 0.3 * i for i in range(8)}), Reweight({i: 0.7 - 0.2 * i for i in range(8)})
+    flooded = Flood(1.9, slice(5, None))
+    again = attrib.replay(
+        *(trained.run, START, [first, flooded, second]), model=trained.model, loss=trained.case.loss,
+        store=tmp_path / "again",
+    )  # fmt: skip
+    for step in range(STEPS - START):
+        *inputs, weights = again.batch(step)
+        plain = trained.run.batch(START + step)
+        assert [torch.equal(a, b) for a, b in zip(inputs, plain, strict=True)] == [True, True]
+        with torch.no_grad():
+            again.load(model := trained.case.build().double(), step)
+            losses = trained.case.loss(model, *plain)
+        ids = again.index(step).tolist()
+        one, two = (torch.tensor([c.weights.get(i, 1.0) for i in ids], dtype=torch.float64) for c in (first, second))
+        sign = torch.sign(one * losses - 1.9) if START + step >= 5 else 1.0
+        assert torch.equal(weights, one * two * sign)
+    result = attrib.attribute(
+        again, trained.model, trained.measurement(), loss=weighted(trained.case.loss), progress=False
+    )
+    result.check(1e-12)  # rounding of float64 over four steps
+
+
+def test_changed_losses_are_one_per_example(tmp_path: Path) -> None:
+    class Mean(Intervention):
+        def loss(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
+            return losses.mean()
+
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    with pytest.raises(errors.ReplayError, match="not one per example"):
+        list(attrib.retrain(trained.run, 2, Mean(), model=trained.model, loss=trained.case.loss))
+
+
+def test_the_replay_knows_no_kind_of_intervention() -> None:
+    kinds = {n for n in attrib.intervention.__all__ if isinstance(getattr(attrib.intervention, n), type)}
+    assert len(kinds) == 11
+    folder = Path(attrib.intervention.__file__).parent
+    for file in ("course.py", "prepare.py", "replay.py", "schedule.py"):
+        nodes = list(ast.walk(ast.parse((folder / file).read_text())))
+        names = {n.id for n in nodes if isinstance(n, ast.Name)} | {
+            n.attr for n in nodes if isinstance(n, ast.Attribute)
+        }
+        assert not names & (kinds - {"Intervention"}), file
+
+
 def test_hooks_of_interventions_of_ones_own_are_called(tmp_path: Path) -> None:
-    class Pull(attrib.intervention.Intervention):
+    class Pull(Intervention):
         def penalty(self, step: int, model: nn.Module) -> Tensor:
             return 0.1 * pull(model)
 

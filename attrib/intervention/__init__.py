@@ -6,9 +6,20 @@ An intervention is a small object. `Transplant`, `Redraw` and `Permute` change t
 `Freeze`, `Drop`, `Reweight`, `Options`, `Suppress` and `Penalty` act during a window of steps, counted as in the run. They
 compose in the order given. For a change of state in mid-replay, replay to the end, and replay the new run from its middle
 (its steps count from its own start).
+
+A kind of one's own is a frozen dataclass with one or two of the hooks of `Intervention`, or of `Window` if it acts during a
+window of steps:
+
+    @dataclass(frozen=True)
+    class Flood(Window):
+        level: float
+        steps: slice | None = None
+
+        def loss(self, step, losses, ids):
+            return (losses - self.level).abs() if self.active(step) else losses
 """
 
-from .base import Intervention
+from .base import Intervention, Window
 from .during import Drop, Freeze, Options, Penalty, Reweight, Suppress, weighted
 from .replay import replay, retrain
 from .state import Permute, Redraw, Transplant
@@ -24,6 +35,7 @@ __all__ = [
     "Reweight",
     "Suppress",
     "Transplant",
+    "Window",
     "replay",
     "retrain",
     "weighted",

@@ -1,24 +1,42 @@
-"""What an intervention may do, and when: nothing by default. One kind overrides one or two of these."""
+"""What an intervention may do, and when: hooks, of which one kind overrides one or two. The replay knows no kind.
 
-from collections.abc import Sequence
+    once       check, begin, sources, captures, describe
+    each step  options, batch, penalty, loss, gradient
+
+In this order; of several interventions each hook is called in the order in which they are given.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks.intake import CAPTURES
 from ..errors import ReplayError
 from ..layout import match_names
 from ..run import Run
 
 Groups = str | Sequence[str]  # parameter names or patterns
-Batch = tuple[np.ndarray, tuple[Tensor, ...]]  # index (B,), inputs of B rows each
+Batch = tuple[np.ndarray, tuple[Tensor, ...]]  # ids (B,), inputs of B rows each
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """Base of all: frozen fields, and hooks of the replay in the order in which they are called."""
+    """Base of all: frozen fields, and hooks that do nothing.
+
+    Two of the hooks are None where a kind has none, since a record holds a penalty, or weights, at every step or at none:
+
+    penalty: `penalty(step, model)`, a scalar to be added to the reduced loss of a step, or None; it draws no random numbers.
+    loss: `loss(step, losses, ids)`, the losses (B,) of a step's examples changed: any differentiable function of them; ids
+        (B,) is an array. The replay is recorded with `weighted(loss)`: the weight of an example, d sum(changed) / d its
+        loss, is the last tensor of every batch.
+    """
+
+    penalty: ClassVar[Callable[[Any, int, nn.Module], Tensor | None] | None] = None
+    loss: ClassVar[Callable[[Any, int, Tensor, np.ndarray], Tensor] | None] = None
 
     def check(self, run: Run, start: int, until: int) -> None:
         """Raise ReplayError where this cannot be done to the run; called before anything is."""
@@ -26,16 +44,20 @@ class Intervention:
     def begin(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Change the state that the replay starts from."""
 
-    def batch(self, step: int, batch: Batch) -> Batch:
-        """The batch of a step."""
-        return batch
+    def sources(self) -> tuple[Run, ...]:
+        """The runs that it reads, which the replay must not write over: those among its fields."""
+        return tuple(value for field in fields(self) if isinstance(value := getattr(self, field.name), Run))
+
+    def captures(self) -> tuple[str, ...]:
+        """What a replay with it can be recorded as."""
+        return CAPTURES
 
     def options(self, run: Run, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Change the optimizer's options, set as recorded; a parameter group per tensor of the layout."""
 
-    def penalty(self, step: int, model: nn.Module) -> Tensor | None:
-        """A scalar to be added to the reduced loss."""
-        return None
+    def batch(self, step: int, batch: Batch) -> Batch:
+        """The batch of a step."""
+        return batch
 
     def gradient(self, run: Run, step: int, model: nn.Module) -> None:
         """After the backward pass, before the optimizer's step."""

@@ -32,6 +32,9 @@ class Freeze(Window):
                 f"nothing would train: got all {len(run.groups)} tensors, expected some of them, at Freeze."
             )
 
+    def captures(self) -> tuple[str, ...]:
+        return ("replay",)  # stored shares are those of the backward pass, in which nothing was frozen
+
     def gradient(self, run: Run, step: int, model: nn.Module) -> None:
         if self.active(step):
             own = dict(model.named_parameters())
@@ -90,12 +93,11 @@ class Reweight(Window):
         if not all(np.isfinite(list(self.weights.values()))):
             raise ReplayError("a weight is not finite: expected numbers, at Reweight.")
 
-    def apply(self, step: int, index: np.ndarray, weights: Tensor) -> Tensor:
-        """The weights (B,) of a step's examples, times these."""
+    def loss(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
         if not self.active(step):
-            return weights
-        factors = [self.weights.get(int(i), 1.0) for i in index]
-        return weights * torch.tensor(factors, dtype=weights.dtype, device=weights.device)
+            return losses
+        weights = [self.weights.get(int(i), 1.0) for i in ids]
+        return torch.tensor(weights, dtype=losses.dtype, device=losses.device) * losses
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ class Suppress(Window):
 
 
 def weighted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss (B,) times the last tensor of the batch, (B,): what a replay with `Reweight` is recorded with."""
+    """The loss (B,) times the last tensor of the batch, (B,): what a replay whose losses are changed is recorded with."""
 
     def weighted_loss(model: nn.Module, *batch: Tensor) -> Tensor:
         *inputs, weights = batch

@@ -13,7 +13,7 @@ from ..run import Run
 Batches = Callable[[int], tuple[Any, ...]]  # step -> (index, *inputs)
 
 
-class Given(NamedTuple):
+class Scheduled(NamedTuple):
     """ids (B,), inputs of B rows each, hyper (K, H + 1), the generator's state before the forward pass or None."""
 
     ids: np.ndarray
@@ -43,7 +43,7 @@ class Schedule:
             f"every batch was all {len(run.examples)} examples. Pass batches=, a function step -> (index, *inputs)."
         )
 
-    def step(self, step: int) -> Given:
+    def step(self, step: int) -> Scheduled:
         run = self._run
         at = min(step, run.steps - 1)
         self._read(at)
@@ -52,10 +52,10 @@ class Schedule:
         if step >= run.steps and self._batches is not None:
             ids, *inputs = self._batches(step)
             batch = tuple(torch.as_tensor(t).to(self._device) for t in inputs)
-            return Given(torch.as_tensor(ids).cpu().numpy(), batch, hyper, None)
+            return Scheduled(torch.as_tensor(ids).cpu().numpy(), batch, hyper, None)
         kind, rows, ids = (self._rows[name][n] for name in ("kind", "row", "index"))
         drawn = torch.from_numpy(self._rows["random"][n]) if "random" in self._rows and step < run.steps else None
-        return Given(ids[ids >= 0], self._inputs(int(kind), rows[rows >= 0]), hyper, drawn)
+        return Scheduled(ids[ids >= 0], self._inputs(int(kind), rows[rows >= 0]), hyper, drawn)
 
     def _read(self, step: int) -> None:
         """The block that a step stands in."""
