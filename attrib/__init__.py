@@ -17,6 +17,7 @@ if not (Path(__file__).parent / "kernels").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import errors, intervention, measure, report
+from .attribute import attribute
 from .development import (
     ablate,
     barrier,
@@ -32,7 +33,6 @@ from .development import (
     vestiges,
     what_if,
 )
-from .attribute import attribute
 from .intervention import replay, retrain
 from .path import GaussLegendre, Midpoint, Secant
 from .phases import Phases, onset, phases

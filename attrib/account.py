@@ -16,7 +16,6 @@ from .shares import Contributions, Split
 from .steps import Step
 from .tally import Tally
 
-
 OWN = "the gradient of the example's own loss"  # what a share is in a result
 COUPLED = f"{OWN}; the losses of a batch depend on each other, so it goes through what the other examples do to it, too"
 
@@ -52,8 +51,8 @@ class Account:
         terms: Terms,
         splits: Mapping[int, Split],
     ) -> list[Tally]:
-        """Of n consecutive steps: their contributions (Q, B, K), which must sum to `gradient` (n, Q, K), group by group; what
-        is no example's; and of some the split. A tally each, the last first."""
+        """Of n consecutive steps: their contributions (Q, B, K), which must sum to `gradient` (n, Q, K), group by group;
+        what is no example's; and of some the split. A tally each, the last first."""
         rows = {name: (values @ self.member).swapaxes(0, 1) for name, values in terms.rows.items()}
         seen = np.broadcast_to(np.asarray(terms.seen, dtype=float), gradient.shape[:2])
         slots: Slots | None = None
@@ -96,8 +95,8 @@ class Account:
         sentence = (
             f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, expected at most "
             f"{self.bound:.1g}, at step {step.number}, example {step.ids[split.slot]}, group {self.labels[split.group]!r}. "
-            f"Does the loss draw random numbers outside of model(...), keep something from call to call, or let examples see "
-            f"each other in some batches only?"
+            f"Does the loss draw random numbers outside of model(...), keep something from call to call, or let examples "
+            f"see each other in some batches only?"
         )
         return {"split": sentence}
 

@@ -141,8 +141,8 @@ class Accounting:
         if limit.tensor is not None:
             failures["limit"] = (
                 f"the path does not tend to the gradient of the measurement: got a gap of {limit.gap:.3g}, expected "
-                f"at most {limit_bound(self.query.dtype):.1g}, at query {limit.query}, parameter {limit.tensor!r}. An operation "
-                f"of the measurement has a wrong derivative under this path: try another, such as "
+                f"at most {limit_bound(self.query.dtype):.1g}, at query {limit.query}, parameter {limit.tensor!r}. An "
+                f"operation of the measurement has a wrong derivative under this path: try another, such as "
                 f"path=attrib.GaussLegendre(nodes=4)."
             )
         return replace(terms, gaps={**terms.gaps, "limit": gaps}, failures=failures)

@@ -154,8 +154,8 @@ class _Listener:
             if gap > self.bound:
                 self._say(
                     "batch",
-                    "the shares miss the recorded gradient by %.2g of their size at step %d: the model or the loss is not the "
-                    "one that was recorded, or the loss holds a small penalty that is no example's",
+                    "the shares miss the recorded gradient by %.2g of their size at step %d: the model or the loss is not "
+                    "the one that was recorded, or the loss holds a small penalty that is no example's",
                     *(gap, tally.steps[n]),
                 )
         for name, sentence in tally.failures.items():

@@ -1,8 +1,8 @@
 """Who does the work of a sweep: this process at once, or the workers of any `concurrent.futures.Executor`.
 
 A worker is sent the work as bytes with every task and keeps what it made of them, so that a network is traced once by each.
-It does one task at a time, whatever the executor: a loss and a model are not made to be run twice at once, and random numbers
-have one state a process. Tensors on the CPU travel as plain bytes, without shared memory.
+It does one task at a time, whatever the executor: a loss and a model are not made to be run twice at once, and random
+numbers have one state a process. Tensors on the CPU travel as plain bytes, without shared memory.
 """
 
 import io
@@ -122,8 +122,8 @@ class Remote:
         except Exception as error:  # not of the work: that comes back as an answer
             raise WorkerError(
                 f"a worker died, or could not be reached: got {type(error).__name__}: {error}, at the steps "
-                f"{self._piece.start} to {self._piece.stop}. What was done before is the .result of this exception; repeat the "
-                f"call with an executor that works, with fewer workers where memory ran out."
+                f"{self._piece.start} to {self._piece.stop}. What was done before is the .result of this exception; repeat "
+                f"the call with an executor that works, with fewer workers where memory ran out."
             ) from error
         well, value = unpacked(answer)
         if not well:

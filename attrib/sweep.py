@@ -2,7 +2,8 @@
 
     store --> prepare (any worker) --> scan (in order, here) --> contract (any worker) --> Tally, summed
 
-Which question is asked stands in the sensitivity; who does the work, in the pool. Nothing has the size of examples x parameters.
+Which question is asked stands in the sensitivity; who does the work, in the pool. Nothing has the size of examples x
+parameters.
 """
 
 from collections import deque
@@ -110,8 +111,8 @@ class Passed(NamedTuple):
 def sweep(work: Work, pool: Pool, asked: Callable[[], bool] = lambda: False) -> Iterator[Passed]:
     """The pieces of the window, the last first, each when it is done.
 
-    At most `pool.ahead` pieces are prepared before they can be scanned, and as many contracted after. Asked to stop, those that
-    were scanned are finished: what was yielded is whole.
+    At most `pool.ahead` pieces are prepared before they can be scanned, and as many contracted after. Asked to stop, those
+    that were scanned are finished: what was yielded is whole.
 
     Raises:
         WorkerError: a worker died. What the work itself raises, as it is.

@@ -2,8 +2,8 @@
 
     total(pieces) = piece + piece + ...        in the order of a sweep, the last steps first
 
-An array with a step axis holds the steps of its piece alone, one with an example axis the examples of its batches: a piece is
-as small as what it is about, and their sum has room for all.
+An array with a step axis holds the steps of its piece alone, one with an example axis the examples of its batches: a piece
+is as small as what it is about, and their sum has room for all.
 """
 
 from collections.abc import Iterable
@@ -61,8 +61,8 @@ class Tally:
 
 
 def total(pieces: Iterable[Tally], steps: range, examples: np.ndarray) -> Tally | None:
-    """The sum of neighbouring pieces, the last steps first, with room for `steps` and the ids `examples` (E,), in order; None of
-    no pieces.
+    """The sum of neighbouring pieces, the last steps first, with room for `steps` and the ids `examples` (E,), in order; None
+    of no pieces.
 
     Pieces may end before the first of the steps: see `since`.
     """

@@ -250,10 +250,8 @@ def test_what_was_done_before_a_worker_died_is_complete_by_itself(tasks: int, tr
     first, last = result.dataset.attrs["window"]
     assert 0 < first < last == 11
     result.check(1e-10)
-    np.testing.assert_allclose(
-        result.by("example"), trained.attribute(steps=slice(first, None)).by("example").sel(example=result.dataset["example"]),
-        rtol=0, atol=1e-12,
-    )  # fmt: skip
+    window = trained.attribute(steps=slice(first, None))
+    np.testing.assert_allclose(result.by("example"), window.by("example"), rtol=0, atol=1e-12)
 
 
 class Pressing(Dying):

@@ -20,8 +20,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from ...development import ablate, connectivity, evaluate, similarity, vestiges, what_if
 from ...attribute import attribute
+from ...development import ablate, connectivity, evaluate, similarity, vestiges, what_if
 from ...intervention import Drop, Freeze, Intervention, Suppress, replay
 from ...phases import onset
 from ...result import Result, open_result

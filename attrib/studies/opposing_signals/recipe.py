@@ -16,8 +16,8 @@ import xarray as xr
 from torch import Tensor
 
 from ... import measure
-from ...development import Move, curvature, evaluate, moves
 from ...attribute import attribute
+from ...development import Move, curvature, evaluate, moves
 from ...intervention import Drop, Reweight, replay, weighted
 from ...kernels.opposition import help_between, opposing_groups, opposing_pairs
 from ...run import Run, open_run
