@@ -61,8 +61,8 @@ class Tally:
 
 
 def total(pieces: Iterable[Tally], steps: range, examples: np.ndarray) -> Tally | None:
-    """The sum of neighbouring pieces, the last steps first, with room for `steps` and the ids `examples` (E,), in order; None
-    of no pieces.
+    """The sum of neighbouring pieces, the last steps first, with room for `steps` and the ids `examples` (E,), in order.
+    None of no pieces.
 
     Pieces may end before the first of the steps: see `since`.
     """

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -114,20 +115,12 @@ def test_workers_read_what_was_captured(capture: str, tmp_path: Path, pool: Exec
 def test_a_window_its_groups_and_several_sweeps_are_those_of_one_process(trained: Trained, pool: Executor) -> None:
     options = {"steps": slice(2, 10), "groups": {"all": ["*"]}, "path": attrib.Secant(2)}
     same(trained.attribute(executor=pool, **options), trained.attribute(**options))
-    least = train_memory(trained)
+    with pytest.raises(ValueError, match="does not hold one query") as least:
+        attrib.plan(trained.run, 9, memory=1)
+    memory = int(re.findall(r"at least (\d+)", str(least.value))[0])
+    assert attrib.plan(trained.run, 9, memory).sweeps > 1
     whole = trained.attribute(trained.measurement(9))
-    same(trained.attribute(trained.measurement(9), memory=least, executor=pool), whole)
-
-
-def train_memory(trained: Trained) -> int:
-    """Bytes that hold one query, not nine."""
-    for power in range(18, 40):
-        try:
-            if attrib.plan(trained.run, 9, 1 << power).sweeps > 1:
-                return 1 << power
-        except ValueError:
-            continue
-    raise AssertionError
+    same(trained.attribute(trained.measurement(9), memory=memory, executor=pool), whole)
 
 
 def test_the_cube_is_written_by_the_caller(trained: Trained, pool: Executor, tmp_path: Path) -> None:
