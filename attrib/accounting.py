@@ -87,8 +87,9 @@ class Accounting:
             leverage += (here.abs() @ states[:-1].abs().unsqueeze(2)).squeeze(2)
         coefficients = [parts for parts, _ in steps.updates]
         rates = np.stack([decay_rates(parts, len(layout.names)) for parts in coefficients])
-        ends = (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
-        return Prepared(vectors, coefficients, *_by_tensor(sums), *ends, rates, limit)
+        moved, replayed, along_theta = _by_tensor(sums)
+        start, end, lever = (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
+        return Prepared(vectors, coefficients, moved, replayed, along_theta, start, end, lever, rates, limit)
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         carry, found = adjoint.state, []

@@ -94,7 +94,8 @@ class Functional:
         }
         swapped = []
         for module in self._model.modules():
-            for tensors in (module._parameters, module._buffers):
+            for named in (module._parameters, module._buffers):
+                tensors: dict[str, Any] = named
                 for name, t in tensors.items():
                     if t is not None and id(t) in held:
                         swapped.append((tensors, name, t))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .generators import drew_beyond_torch, generators, set_generators
 
@@ -132,7 +132,7 @@ class Program:
         self._calls = 0
         self._graph: fx.GraphModule | None = None
         self._checked = False
-        self._spec: TreeSpec | None = None
+        self._spec: Any = None  # of the result
         self._constants: list[Any] = []
         self._outside: list[Tensor] = []
         self._read: list[Tensor] = []  # the values that Python read on the way

@@ -163,7 +163,7 @@ class Recorder(Wrapper):
 
     # the journey of one step
 
-    def step(self, index: Any, *batch: Tensor) -> None:
+    def step(self, index: Any, *batch: Tensor) -> None:  # type: ignore[override]
         """Check, step the wrapped optimizer, check again, append.
 
         Args:

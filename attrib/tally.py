@@ -71,8 +71,7 @@ def total(pieces: Iterable[Tally], steps: range, examples: np.ndarray) -> Tally 
     known: np.ndarray | None = None
     coupled = False
     for piece in pieces:
-        if whole is None:
-            whole = _room(piece, steps, examples)
+        whole = whole or _room(piece, steps, examples)
         if known is None or not np.array_equal(known, piece.examples):
             known = piece.examples
             at = slice(None) if np.array_equal(known, examples) else np.searchsorted(examples, known)

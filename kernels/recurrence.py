@@ -12,6 +12,7 @@ Source: the adjoint of a linear recurrence; theory as in the README, "Second ide
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ class Coefficients:
         return sensitivity, self.keep * momentum - self.apply_old * path_gradient
 
     def to(self, device: torch.device) -> "Coefficients":
-        return replace(self, **{name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 IDLE = Coefficients(

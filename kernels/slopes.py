@@ -41,7 +41,7 @@ def smooth(f: Callable[[Tensor], Tensor], x0: Tensor, x1: Tensor, breaks: Sequen
     weights = torch.as_tensor(_WEIGHTS / 2, dtype=x0.dtype, device=x0.device)
     shape = (-1,) + (1,) * x0.dim()
     points = x0 + nodes.reshape(shape) * h
-    _, pull = torch.func.vjp(f, points)
+    _, pull = torch.func.vjp(f, points)  # type: ignore[misc]
     near = (weights.reshape(shape) * pull(torch.ones_like(points))[0]).sum(0)
     far = h.abs() > REACH
     for b in breaks:

@@ -96,7 +96,7 @@ def check_split(trial: Trial, found: Factors, scale: float, whole: float) -> flo
     gaps, bound = split_gaps(off, sizes, step.theta.dtype), split_bound(step.theta.dtype)
     worst = int(gaps.argmax())
     if not gaps[worst] <= bound:
-        stored = scale * sum(factor.rows() for factor in found[names[worst]])
+        stored = scale * torch.stack([factor.rows() for factor in found[names[worst]]]).sum(0)
         raise SplitIdentityError(
             f"the shares to be stored are other examples': got a gap of {gaps[worst]:.3g} of their size, expected at "
             f"most {bound:.1g}, at parameter {names[worst]!r}, slot {_worst_slot(trial, stored, whole, names[worst])} of "

@@ -87,7 +87,7 @@ def make_plan(follow: Follow, batch: tuple[Any, ...], start: Tensor | None) -> t
         trace = follow(batch)
     size, count = len(trace.losses), len(trace.sites)
     readings, coupled = _readings(follow, batch, trace, start)
-    wanted = [*(s.edge for s in trace.sites), *trace.parameters.values()]
+    wanted: list[Any] = [*(s.edge for s in trace.sites), *trace.parameters.values()]
     probes = []
     for i in sorted({0, size // 2, size - 1}):
         found = torch.autograd.grad(trace.losses[i], wanted, retain_graph=True, allow_unused=True)

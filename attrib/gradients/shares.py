@@ -269,7 +269,7 @@ def _reached(trace: Trace, plan: Plan) -> tuple[Reached, dict[str, Tensor]]:
     volatile = [n for n in used if n in plan.volatile]
     total = trace.losses.sum()
     deltas = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=bool(volatile)) if edges else ()
-    found = dict(zip(used, deltas, strict=True))
+    found: dict[int, Tensor | None] = dict(zip(used, deltas, strict=True))
     gaps: dict[str, Tensor] = {}
     if volatile:
         weights = random_weights(len(trace.losses), len(trace.losses), trace.losses)

@@ -208,7 +208,7 @@ def _reset(model: nn.Module, names: list[str]) -> None:
     """Every module that owns one of the parameters draws its own anew."""
     for name in names:
         path, _, _ = name.rpartition(".")
-        owner = model.get_submodule(path)
+        owner: Any = model.get_submodule(path)
         if not callable(getattr(owner, "reset_parameters", None)):
             raise ReplayError(
                 f"a module does not say how it is drawn: got {type(owner).__name__} without reset_parameters, at {name!r}. "

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def resume(
     """Torch's optimizer over `parameters`, in the layout's order, a group each, as it was before the next step: with the
     accumulators `state` (P,) and the numbers `hyper` (K, H + 1)."""
     groups = [{"params": [p], **rule.options(_named(rule, row))} for p, row in zip(parameters, hyper, strict=True)]
-    optimizer = kind(groups)
+    optimizer = cast(Any, kind)(groups)  # its other options are the defaults
     accumulators = {key: layout.unflatten(value) for key, value in state.items()}
     for name, p, row in zip(layout.names, parameters, hyper, strict=True):
         own = {key: value[name].clone() for key, value in accumulators.items()}

@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UntraceableModelError
-from .ends import Ends
+from .ends import Ends, run_node
 from .rules import pull
 
 aten = torch.ops.aten
@@ -157,14 +157,6 @@ class Graph:
             return list(pull(node, c, ends, moving))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _untraceable(f"no way through {node.target} ({error})") from error
-
-
-def run_node(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args = fx.map_arg(node.args, values.__getitem__)
-    kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-    if node.target is aten.view.default:  # a mapped-over tensor may not be contiguous
-        return torch.reshape(*args)
-    return node.target(*args, **kwargs)
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..kernels import discrete, slopes
-from .ends import Ends, Pairs, Values
+from .ends import Ends, Pairs, Values, arguments, run_node
 from .special import SPECIAL, applies
 
 log = logging.getLogger("attrib")
@@ -30,7 +30,7 @@ def pull(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> Pairs:
     operation = getattr(node.target, "overloadpacket", node.target)
     if applies(node):
         pairs = SPECIAL[operation](node, c, ends)
-    elif operation in ELEMENTWISE and not any(isinstance(a, fx.Node) for a in node.args[1:]):
+    elif operation in ELEMENTWISE and not any(isinstance(a, fx.Node) for a in arguments(node)[1:]):
         pairs = _elementwise(node, c, ends, ELEMENTWISE[operation])
     elif operation in WRITTEN_OUT:
         pairs = _written_out(node, c, ends, WRITTEN_OUT[operation])
@@ -45,8 +45,8 @@ def pull(node: fx.Node, c: Any, ends: Ends, moving: set[fx.Node]) -> Pairs:
 
 
 def _elementwise(node: fx.Node, c: Tensor, ends: Ends, slope: Callable[..., Tensor]) -> Pairs:
-    x0, x1 = ends.of(node.args[0])
-    yield node.args[0], c * slope(x0, x1, *node.args[1:], **node.kwargs)
+    x0, x1 = ends.of(arguments(node)[0])
+    yield arguments(node)[0], c * slope(x0, x1, *arguments(node)[1:], **node.kwargs)
 
 
 def _smooth(f: Callable[..., Tensor], *breaks: float) -> Callable[..., Tensor]:
@@ -123,13 +123,6 @@ def _between(a: Any, b: Any, dtype: torch.dtype | None = None) -> Any:
     return (a.to(dtype) + b.to(dtype)) / 2
 
 
-def _call(node: fx.Node, values: Values) -> Any:
-    args = fx.map_arg(node.args, values.__getitem__)
-    if node.target is aten.view.default:
-        return torch.reshape(*args)
-    return node.target(*args, **fx.map_arg(node.kwargs, values.__getitem__))
-
-
 def _float_inputs(node: fx.Node, ends: Ends, moving: set[fx.Node]) -> list[fx.Node]:
     return [n for n in dict.fromkeys(node.all_input_nodes) if n in moving and ends.first[n].is_floating_point()]
 
@@ -144,10 +137,10 @@ def _vjp(node: fx.Node, c: Any, inputs: list[fx.Node], around: Values, points: l
     """The ordinary vjp at `points`; all else as in `around`. c is a dict by position where the output is a tuple."""
 
     def run(*xs: Tensor) -> Any:
-        y = _call(node, {**around, **dict(zip(inputs, xs, strict=True))})
+        y = run_node(node, {**around, **dict(zip(inputs, xs, strict=True))})
         return tuple(y[k] for k in c) if isinstance(c, dict) else y
 
-    _, pullback = torch.func.vjp(run, *points)
+    _, pullback = torch.func.vjp(run, *points)  # type: ignore[misc]
     return list(pullback(tuple(c.values()) if isinstance(c, dict) else c))
 
 
@@ -249,7 +242,7 @@ def _written_out(node: fx.Node, c: Tensor, ends: Ends, rule: Callable[..., Itera
             known[value] = _between(*ends.of(value), c.dtype)
         return known[value]
 
-    yield from rule(c, *node.args, at=at, **node.kwargs)
+    yield from rule(c, *arguments(node), at=at, **node.kwargs)
 
 
 # anything else

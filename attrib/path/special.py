@@ -13,25 +13,25 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import discrete, slopes
-from .ends import Ends, Pairs
+from .ends import Ends, Pairs, arguments
 
 aten = torch.ops.aten
 
 
 def _item(node: fx.Node, c: Any, ends: Ends) -> Pairs:
-    source, position = node.args
+    source, position = arguments(node)
     yield source, {position: c}
 
 
 def _along(rule: Callable[..., Tensor], node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
     """Softmax and its kin, along args[1]."""
-    x = node.args[0]
-    yield x, rule(c, *ends.of(x), node.args[1])
+    x = arguments(node)[0]
+    yield x, rule(c, *ends.of(x), arguments(node)[1])
 
 
 def _logsumexp(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
-    x, dims = node.args[0], node.args[1]
-    keep = node.args[2] if len(node.args) > 2 else False
+    x, dims = arguments(node)[0], arguments(node)[1]
+    keep = arguments(node)[2] if len(arguments(node)) > 2 else False
     (x0, x1), dims = ends.of(x), [dims] if isinstance(dims, int) else list(dims)
     flat0, back = _join(x0, dims)
     wide = c if keep else _reinsert(c, dims, x0.dim())
@@ -59,10 +59,10 @@ def _reinsert(c: Tensor, dims: list[int], rank: int) -> Tensor:
 
 def _extreme(sign: int, node: fx.Node, c: Any, ends: Ends) -> Pairs:
     """amax, amin, and max, min along one dimension (tuples) or over all."""
-    x = node.args[0]
+    x = arguments(node)[0]
     x0, x1 = (sign * v for v in ends.of(x))
-    dims = node.args[1] if len(node.args) > 1 else []
-    keep = node.args[2] if len(node.args) > 2 else False
+    dims = arguments(node)[1] if len(arguments(node)) > 1 else []
+    keep = arguments(node)[2] if len(arguments(node)) > 2 else False
     dims = [dims] if isinstance(dims, int) else list(dims)
     if isinstance(c, dict):
         c = c[0]
@@ -75,18 +75,18 @@ def _extreme(sign: int, node: fx.Node, c: Any, ends: Ends) -> Pairs:
 
 def _larger(sign: int, node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
     """maximum(a, b) and minimum(a, b), broadcasting."""
-    (a0, a1), (b0, b1) = ends.of(node.args[0]), ends.of(node.args[1])
+    (a0, a1), (b0, b1) = ends.of(arguments(node)[0]), ends.of(arguments(node)[1])
     x0 = torch.stack(torch.broadcast_tensors(a0, b0)) * sign
     x1 = torch.stack(torch.broadcast_tensors(a1, b1)) * sign
     j0, j1 = (x.argmax(0, keepdim=True) for x in (x0, x1))
     both = discrete.maximum_along(c.unsqueeze(0), x0, x1, j0, j1, 0)
-    yield node.args[0], both[0].sum_to_size(a0.shape)
-    yield node.args[1], both[1].sum_to_size(b0.shape)
+    yield arguments(node)[0], both[0].sum_to_size(a0.shape)
+    yield arguments(node)[1], both[1].sum_to_size(b0.shape)
 
 
 def _max_pool(spatial: int, node: fx.Node, c: Any, ends: Ends) -> Pairs:
     """Windows' winners come with the operation, as flat positions in the last `spatial` dimensions."""
-    x = node.args[0]
+    x = arguments(node)[0]
     x0, x1 = (v.flatten(-spatial) for v in ends.of(x))
     j0, j1 = (v[1].flatten(-spatial) for v in ends.of(node))
     values = c[0].flatten(-spatial)
@@ -95,7 +95,7 @@ def _max_pool(spatial: int, node: fx.Node, c: Any, ends: Ends) -> Pairs:
 
 def _divide(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
     """a / b = a * (1 / b)."""
-    a, b = node.args[:2]
+    a, b = arguments(node)[:2]
     b0, b1 = ends.of(b) if isinstance(b, fx.Node) else (b, b)
     a0, a1 = ends.of(a)
     if not isinstance(b0, Tensor):
@@ -108,7 +108,7 @@ def _divide(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
 
 def _prelu(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
     """relu(x) + w n with n = min(x, 0) = x - relu(x): a product, so each factor's change times the mean of the other."""
-    x, w = node.args[:2]
+    x, w = arguments(node)[:2]
     (x0, x1), (w0, w1) = ends.of(x), ends.of(w)
     rising = slopes.relu(x0, x1)
     yield x, c * (rising + (w0 + w1) / 2 * (1 - rising))
@@ -116,7 +116,7 @@ def _prelu(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
 
 
 def _power(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
-    base, exponent = node.args
+    base, exponent = arguments(node)
     if isinstance(base, fx.Node):
         yield base, c * slopes.power(*ends.of(base), exponent)
     else:  # a number to the power of x
@@ -127,7 +127,7 @@ def _power(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
 
 def _compare(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
     """A mask that depends on parameters: c is what its 0 or 1 would be worth."""
-    a, b = node.args
+    a, b = arguments(node)
     a0, a1 = ends.of(a) if isinstance(a, fx.Node) else (a, a)
     b0, b1 = ends.of(b) if isinstance(b, fx.Node) else (b, b)
     inward = c * slopes.step(*ends.of(node), a0 - b0, a1 - b1)
@@ -139,13 +139,13 @@ def _compare(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
 
 def _rounded(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
     """To whole numbers, or to the nearest of some: nothing but jumps."""
-    x = node.args[0]
+    x = arguments(node)[0]
     yield x, c * slopes.step(*ends.of(node), *ends.of(x))
 
 
 def _converted(node: fx.Node, c: Tensor, ends: Ends) -> Pairs:
     """To another type; to whole numbers, by its jumps."""
-    x = node.args[0]
+    x = arguments(node)[0]
     if ends.first[x].is_floating_point() and not ends.first[node].is_floating_point():
         yield from _rounded(node, c, ends)
     else:
@@ -178,5 +178,5 @@ SPECIAL: dict[Any, Callable[[fx.Node, Any, Ends], Pairs]] = {
 def applies(node: fx.Node) -> bool:
     """Whether SPECIAL has the rule of this very call: not of rounded division, nor of x ** y with both moving."""
     operation = getattr(node.target, "overloadpacket", node.target)
-    both = operation is aten.pow and all(isinstance(a, fx.Node) for a in node.args[:2])
+    both = operation is aten.pow and all(isinstance(a, fx.Node) for a in arguments(node)[:2])
     return operation in SPECIAL and not both and not node.kwargs.get("rounding_mode")

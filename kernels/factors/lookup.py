@@ -1,4 +1,4 @@
-"""Rows of a table, looked up at several positions: g_i = sum_t values[i, t] at row index[i, t]."""
+"""Rows of a table, looked up at several positions: g_i = sum_t values[i, t] at row at[i, t]."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from . import base
 
 
 class Lookup(NamedTuple):
-    """index (B, n) int64, values (B, n, d): a weight (height, d)."""
+    """at (B, n) int64, values (B, n, d): a weight (height, d)."""
 
-    index: Tensor
+    at: Tensor
     values: Tensor
     height: int
 
@@ -26,7 +26,7 @@ class Lookup(NamedTuple):
 
     def contract(self, directions: Tensor) -> Tensor:
         """Positions that look up the same row are multiplied together."""
-        size, flat = self.index.shape, self.index.flatten()
+        size, flat = self.at.shape, self.at.flatten()
         values = self.values.flatten(0, 1)
         if len(directions) == 1:
             return base.dots(directions[0][flat], values).view(1, *size).sum(2)
@@ -39,19 +39,19 @@ class Lookup(NamedTuple):
         return out.view(*size, -1).sum(1).T
 
     def rows(self) -> Tensor:
-        index = self.index.unsqueeze(-1).expand_as(self.values)
+        index = self.at.unsqueeze(-1).expand_as(self.values)
         out = self.values.new_zeros(self.examples, self.height, self.values.shape[-1])
         return out.scatter_add_(1, index, self.values).flatten(1)
 
     def total(self) -> Tensor:
         values = self.values.flatten(0, 1)
-        return values.new_zeros(self.height, values.shape[-1]).index_add_(0, self.index.flatten(), values).flatten()
+        return values.new_zeros(self.height, values.shape[-1]).index_add_(0, self.at.flatten(), values).flatten()
 
     def weighted(self, weights: Tensor) -> "Lookup":
         return self._replace(values=base.times(self.values, weights))
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"index": self.index, "rows": self.values}
+        return {"index": self.at, "rows": self.values}
 
     def constants(self) -> dict[str, Any]:
         return {"height": self.height}

@@ -64,7 +64,7 @@ def _mean(model: Any, x: Tensor, y: Tensor, is_margin: Tensor) -> Tensor:
     margin = own - (outputs.sum(1) - own) / (outputs.shape[1] - 1)
     log_prob = own - torch.logsumexp(outputs, 1)
     means = (v.view(y.shape).mean(1) for v in (margin, log_prob))
-    return torch.where(is_margin, *means)
+    return torch.where(is_margin, next(means), next(means))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,7 +177,8 @@ def _projections(parts: SeedParts, seen: dict[str, Any], x: Tensor, y: Tensor) -
             model.zero_grad()
             cross_entropy(model, x[members], y[members]).mean().backward()
             own = dict(model.named_parameters())
-            gradient = torch.cat([own[name].grad.reshape(-1) for name in run.groups]).numpy()
+            gradients = [own[name].grad for name in run.groups]
+            gradient = torch.cat([g.reshape(-1) for g in gradients if g is not None]).numpy()
             row[side], row[f"{side} length"] = float(gradient @ along), float(np.linalg.norm(gradient))
         rows.append(row)
     return rows
