@@ -1,6 +1,7 @@
 """The recorder: an optimizer like the user's own; what is bad is refused and leaves everything as it was."""
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from training import flat, train
 
 import attrib
 from attrib import errors
+from attrib.capture import Settled
 from attrib.checks.intake import CAPTURES
+from attrib.store import creation
 
 LOSS = MODELS["mlp"].loss
 
@@ -21,9 +24,10 @@ LOSS = MODELS["mlp"].loss
 class Bench:
     """A model in mid-recording, one good step behind it."""
 
-    def __init__(self, tmp_path: Path, loss: Any = LOSS, **options: Any) -> None:
+    def __init__(self, tmp_path: Path, loss: Any = LOSS, drop: float = 0.0, **options: Any) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+        between = nn.Dropout(drop) if drop else nn.ReLU()
+        self.model = nn.Sequential(nn.Linear(3, 4), between, nn.Linear(4, 2)).double()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.store = tmp_path / "run"
         self.recorder = attrib.record(self.optimizer, self.model, loss, self.store, block=2, **options)
@@ -35,9 +39,12 @@ class Bench:
         self.recorder.zero_grad()
         self.loss(self.model, self.x, self.y).mean().backward()
 
+    def step(self) -> None:
+        self.recorder.step(self.index, self.x, self.y)
+
     def good_step(self) -> None:
         self.backward()
-        self.recorder.step(self.index, self.x, self.y)
+        self.step()
 
     def assert_refused(self, error: type[Exception], match: str, *arguments: Any) -> None:
         """The step raises; parameters, optimizer state and the number of steps are as they were; a good one follows."""
@@ -631,3 +638,159 @@ def test_groups_and_state_stay_the_optimizers_own_after_loading(tmp_path: Path) 
         with pytest.raises(errors.AttribError, match=f"{name} belongs to the wrapped optimizer"):
             setattr(bench.recorder, name, type(getattr(bench.recorder, name))())
     bench.good_step()
+
+
+def everything(bench: Bench) -> list[Tensor]:
+    """What a step may move: parameters, gradients, accumulators, torch's generator."""
+    parameters = list(bench.model.parameters())
+    state = [v for s in bench.optimizer.state.values() for v in s.values()]
+    return [t.clone() for t in (*parameters, *(p.grad for p in parameters), *state, torch.get_rng_state())]
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def without_a_group(bench: Bench, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("attrib.store.creation.zarr.create_group", no_space)
+
+
+def without_some_arrays(bench: Bench, patch: pytest.MonkeyPatch) -> None:
+    create, made = creation.create, []
+
+    def some(group: Any, name: str, *rest: Any) -> Any:
+        made.append(name)
+        return create(group, name, *rest) if len(made) < 8 else no_space()
+
+    patch.setattr(creation, "create", some)
+
+
+def without_a_header(bench: Bench, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("zarr.core.attributes.Attributes.__setitem__", no_space)
+
+
+def without_memory_for_the_batch(bench: Bench, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench.recorder, "_held", no_space)
+
+
+def with_an_optimizer_that_fails(bench: Bench, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(bench.optimizer, "step", no_space)
+
+
+FAILURES = [
+    without_a_group,
+    without_some_arrays,
+    without_a_header,
+    without_memory_for_the_batch,
+    with_an_optimizer_that_fails,
+]
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_first_step_that_fails_moves_nothing_and_leaves_no_store(
+    failure: Any, capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same step made afterwards is the one that would have been made."""
+    bench, other = (Bench(tmp_path / name, drop=0.5, capture=capture) for name in "ab")
+    torch.manual_seed(1)
+    bench.backward()
+    before = everything(bench)
+    with monkeypatch.context() as patch:
+        failure(bench, patch)
+        with pytest.raises((OSError, errors.StoreError), match="No space left"):
+            bench.step()
+    assert all(map(torch.equal, before, everything(bench)))
+    assert not bench.store.exists()
+    bench.step()
+    bench.good_step()
+    torch.manual_seed(1)
+    other.good_step()
+    other.good_step()
+    assert all(map(torch.equal, everything(bench), everything(other)))
+    bench.recorder.close()
+    other.recorder.close()
+    found, want = attrib.open_run(bench.store), attrib.open_run(other.store)
+    assert attrib.verify(found, progress=False).failure is None
+    for name in want.reader.names():
+        if name != "log/seconds":
+            np.testing.assert_array_equal(found.reader.array(name)[...], want.reader.array(name)[...], err_msg=name)
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_what_is_taken_away_is_what_was_made(existed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the user's stays, and so does a run that was to be replaced by one that cannot be."""
+    if existed:
+        (tmp_path / "run").mkdir()
+    bench = Bench(tmp_path)
+    bench.backward()
+    with monkeypatch.context() as patch:
+        without_some_arrays(bench, patch)
+        with pytest.raises(errors.StoreError, match=r"cannot be made.*No space left.*refused"):
+            bench.step()
+    assert bench.store.exists() == existed
+    bench.step()
+    bench.recorder.close()
+    again = Bench(tmp_path, overwrite=True)
+    again.backward()
+    with monkeypatch.context() as patch:
+        without_a_group(again, patch)
+        with pytest.raises(errors.StoreError, match="cannot be made"):
+            again.step()
+    assert attrib.open_run(bench.store).steps == 1
+    again.step()
+    again.good_step()
+    again.recorder.close()
+    assert attrib.open_run(bench.store).steps == 2
+
+
+def test_a_store_that_came_to_be_meanwhile_is_noticed_before_the_optimizer_moves(tmp_path: Path) -> None:
+    bench, other = Bench(tmp_path), Bench(tmp_path)
+    other.good_step()
+    other.recorder.close()
+    bench.backward()
+    bench.assert_refused(errors.StoreExistsError, "a store exists already")
+    assert attrib.open_run(bench.store).steps == 1
+
+
+def test_a_first_step_that_is_not_the_rules_leaves_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlike(*_: Any) -> float:
+        raise errors.StepIdentityError("not the rule's")
+
+    monkeypatch.setattr("attrib.recorder.step_identity", unlike)
+    bench = Bench(tmp_path)
+    with pytest.raises(errors.StepIdentityError):
+        bench.good_step()
+    assert not bench.store.exists()
+
+
+def test_a_block_that_is_not_written_is_noticed_before_the_optimizer_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that fills the next block waits for it."""
+    bench, go = Bench(tmp_path), threading.Event()
+
+    def late(self: Any) -> None:
+        go.wait(10)
+        no_space()
+
+    monkeypatch.setattr("attrib.store.examples.ExampleTable.commit", late)
+    for _ in range(3):
+        bench.good_step()
+    bench.backward()
+    threading.Timer(0.5, go.set).start()
+    bench.assert_refused(errors.StoreError, r"No space left.*step 3")
+
+
+def test_a_refused_step_settles_nothing(tmp_path: Path) -> None:
+    """A penalty that was not declared: its factor is not taken for the loop's, nor the shapes of a refused batch."""
+    bench = Bench(tmp_path, capture="factors", check_every=100)
+    bench.recorder.zero_grad()
+    penalty = 0.01 * bench.model[2].weight.square().sum()
+    (LOSS(bench.model, bench.x, bench.y).mean() + penalty).backward()
+    bench.assert_refused(errors.BatchIdentityError, "sum to p.grad")
+    assert bench.recorder._settled == Settled()
+    for _ in range(4):
+        bench.good_step()
+    bench.recorder.close()
+    assert bench.recorder._settled.reduction.kind == "mean"

@@ -35,14 +35,14 @@ class Listeners:
         self._watch = Watch(model, dict(zip(names, parameters, strict=True))) if sites else None
 
     def heard(self, size: int) -> Heard:
-        """Since `clear`, of a batch of so many examples. Sites are given away: they hold the pass.
+        """Since `clear`, of a batch of so many examples.
 
         Raises:
             BatchIdentityError: the gradients were changed by different factors.
         """
         random = self._random
         start = random.before if random.before is not None else generators()
-        sites = None if self._watch is None else self._watch.take(size)
+        sites = None if self._watch is None else self._watch.seen(size)
         return Heard(self._norms.clipping(), random.passes, random.before, random.behind, start, sites)
 
     @contextmanager
@@ -62,7 +62,7 @@ class Listeners:
         self._norms.clear()
         self._random.clear()
         if self._watch is not None:
-            self._watch.take(0)
+            self._watch.clear()
 
     def remove(self) -> None:
         """Take off all hooks."""

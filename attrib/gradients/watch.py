@@ -31,14 +31,17 @@ class Watch:
         ]
         self._open = False
 
-    def take(self, size: int) -> tuple[Trace, list[Tensor | None]] | None:
-        """The sites of the one pass since the last call and the gradients of their outputs, or None."""
-        tracer, passes = self._tracer, self._passes
-        self._tracer, self._passes = None, 0
-        if tracer is None or passes != 1:
+    def seen(self, size: int) -> tuple[Trace, list[Tensor | None]] | None:
+        """The sites of the one pass since `clear` and the gradients of their outputs, or None."""
+        tracer = self._tracer
+        if tracer is None or self._passes != 1:
             return None
         trace = Trace(tracer.parameters, tracer.sites, tracer.unsplit, torch.empty(size))
         return trace, [tracer.deltas.get(n) for n in range(len(tracer.sites))]
+
+    def clear(self) -> None:
+        """Forget the passes."""
+        self._tracer, self._passes = None, 0
 
     def remove(self) -> None:
         for hook in self._hooks:
