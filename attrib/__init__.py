@@ -9,12 +9,18 @@ weight decay, inherited momentum and a residual that is measured.
     print(result.check())
 """
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-# Installed, kernels/ is inside this package. In the source tree it stands beside it, where a plain `import attrib` with the
-# tree as the working directory would not find it.
+# Installed, kernels/ is inside this package. In the source tree it stands beside it: it is this package's all the same.
 if not (Path(__file__).parent / "kernels").exists():
-    __path__.append(str(Path(__file__).parent.parent))
+    spec = spec_from_file_location(f"{__name__}.kernels", Path(__file__).parent.parent / "kernels" / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    kernels = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    del spec
 
 from . import errors, intervention, measure, report
 from .attribute import attribute

@@ -1,6 +1,6 @@
 """What an attribution holds in memory, counted beforehand, and how many queries that leaves room for at once.
 
-    vectors         per query and parameter: the carry, Gbar or U, the one being made, U in the run's type
+    vectors         per query and parameter: the carry, Gbar, U, and the carry before the step
     contributions   per query, example of a batch and parameter tensor, float64: of a step, and twice while they are summed
     block           steps read together: state, gradient, the update and its coefficients, and the accumulators
     slices          what the passes over the examples of a slice keep, forwards and backwards
@@ -33,7 +33,7 @@ class Sizes:
 
     @property
     def per_query(self) -> int:
-        return self.parameters * (3 * 8 + self.itemsize) + 3 * 8 * self.batch * self.tensors
+        return self.parameters * 4 * 8 + 3 * 8 * self.batch * self.tensors
 
     @property
     def block_bytes(self) -> int:

@@ -6,6 +6,7 @@ query. What is kept is chosen beforehand; whatever can be summed from a kept arr
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,9 @@ def choose(keep: Sequence[str] | Sequence[Sequence[str]] | None, queries: int, s
     """
     if keep is not None:
         keep = [keep] if isinstance(keep, str) else keep
-        several = [keep] if keep and all(isinstance(k, str) for k in keep) else keep
-        wanted = {order(axes) for axes in several}  # type: ignore[arg-type]
+        one = bool(keep) and all(isinstance(k, str) for k in keep)
+        several: Iterable[Any] = [keep] if one else keep
+        wanted = {order(axes) for axes in several}
     else:
         wanted = {("example",), ("step", "group")}
         for axes in (("step", "example"), ("example", "group"), AXES):

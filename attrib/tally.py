@@ -69,6 +69,7 @@ def total(pieces: Iterable[Tally], steps: range, examples: np.ndarray) -> Tally 
     whole: Tally | None = None
     slots: list[Slots] = []
     known: np.ndarray | None = None
+    at: slice | np.ndarray = slice(None)
     coupled = False
     for piece in pieces:
         whole = whole or _room(piece, steps, examples)
@@ -81,7 +82,7 @@ def total(pieces: Iterable[Tally], steps: range, examples: np.ndarray) -> Tally 
     return None if whole is None else replace(whole, slots=tuple(slots), coupled=coupled)
 
 
-def _room(like: Tally, steps: range, examples: np.ndarray) -> Tally | None:
+def _room(like: Tally, steps: range, examples: np.ndarray) -> Tally:
     """Zeros for so many steps and examples; what is not checked is NaN."""
     length = {"step": len(steps), "example": len(examples)}
 

@@ -27,7 +27,8 @@ class Schedule:
 
     def __init__(self, run: Run, device: torch.device, batches: Batches | None) -> None:
         self._run, self._device, self._batches = run, device, batches
-        self._first, self._rows = -1, {}  # type: ignore[var-annotated]
+        self._first = -1
+        self._rows: dict[str, np.ndarray] = {}
         self._last: tuple[int, np.ndarray, tuple[Tensor, ...]] | None = None
 
     def check(self, until: int) -> None:

@@ -6,6 +6,7 @@ N eta, is the sum over items at eta that the theory has. All in float64.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,8 +125,8 @@ def study_seed(setting: Setting, parts: SeedParts) -> dict[str, Any]:
     made = networks(setting, parts.seed)
     found: dict[str, Any] = {"seed": parts.seed, "results": {}, "runs": {}, "ledgers": {}}
     for name, (items, model, measurement, steps) in made.items():
-        done = parts.part(name, f"the {name} network", lambda m=model, i=items, q=measurement, n=name, t=steps: _explained(  # type: ignore[misc]
-            setting, parts, n, i, m, q, t))  # fmt: skip
+        work = partial(_explained, setting, parts, name, items, model, measurement, steps)
+        done = parts.part(name, f"the {name} network", work)
         found["ledgers"][name] = done["ledger"]
         found["results"][name] = Result(open_result(parts.folder / f"{name} result.zarr").dataset.load())
         found["runs"][name] = open_run(parts.folder / f"{name}.zarr")

@@ -105,7 +105,8 @@ def _mlp(name: str, about: str, p: int, share: float, **rest: object) -> Setting
         build=PairMlp,
         tokens=ordered_tokens,
     )
-    return Setting(**{**known, **data, **rest})  # type: ignore[arg-type]
+    options: dict[str, Any] = {**known, **data, **rest}
+    return Setting(**options)
 
 
 QUICK = _mlp(

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def study_seed(setting: Setting, parts: SeedParts) -> dict[str, Any]:
     found["sgd"] = _studied(setting, parts, "sgd", x, y)
     found["projections"] = parts.part("projections", "project", lambda: _projections(parts, found["sgd"], x, y))
     found["trials"] = {
-        name: parts.trial(name, lambda n=name, w=weights: _again(setting, parts, found["sgd"]["first"], n, w, x, y))  # type: ignore[misc]
+        name: parts.trial(name, partial(_again, setting, parts, found["sgd"]["first"], name, weights, x, y))
         for name, weights in _changes(found["sgd"], parts.seed).items()
     }
     found["shuffled"] = _studied(setting, parts, "shuffled", *images(setting.images, parts.seed, shuffled=True))

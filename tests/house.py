@@ -1,0 +1,55 @@
+"""The house: which unit of attrib, a module or a folder, stands on which floor. It imports strictly lower floors alone."""
+
+from typing import NamedTuple
+
+
+class Floor(NamedTuple):
+    """units: names of modules and folders of `attrib`, that do not import one another."""
+
+    what: str
+    units: tuple[str, ...]
+
+
+FLOORS = (
+    Floor("arrays", ("kernels",)),
+    Floor("words and numbers", ("budget", "errors", "generators", "interrupt", "layout", "ledger")),
+    Floor("nouns", ("functional", "marginals", "measure", "program", "wrapper")),
+    Floor("sums and results", ("result", "setup", "tally")),
+    Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
+    Floor("a recorded step", ("capture", "trajectory")),
+    Floor("steps, as they are read", ("steps",)),
+    Floor("recording, reading", ("recorder", "run")),
+    Floor("what a sweep asks", ("sensitivity", "shares")),
+    Floor("questions and plans", ("accounting", "executor", "plan", "verify")),
+    Floor("the account", ("account",)),
+    Floor("one sweep", ("sweep",)),
+    Floor("the long calls", ("attribute", "intervention")),
+    Floor("for people", ("development", "phases", "report")),
+    Floor("studies", ("studies",)),
+    Floor("doors", ("cli", "__init__")),
+    Floor("the command", ("__main__",)),
+)
+
+FOREIGN = {  # other packages, and the only units that may import them
+    "cloudpickle": {"executor"},
+    "matplotlib": {"report"},
+    "pickle": {"executor"},
+    "plotly": {"report"},
+    "zarr": {"store"},
+}
+
+IGNORED = {  # the lines that mypy does not judge: file -> code, and why
+    "attrib/path/rules.py": ("misc", "torch types vjp as if it always returned auxiliary values"),
+    "attrib/recorder.py": ("override", "step takes the ids and the batch where an optimizer takes a closure"),
+    "kernels/slopes.py": ("misc", "torch types vjp as if it always returned auxiliary values"),
+}
+
+
+def picture() -> str:
+    """The house, the top floor first."""
+    width = max(len(floor.what) for floor in FLOORS)
+    return "\n".join(f"{floor.what.ljust(width)}  {'  '.join(floor.units)}" for floor in reversed(FLOORS))
+
+
+if __name__ == "__main__":
+    print(picture())
