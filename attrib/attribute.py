@@ -25,7 +25,6 @@ from .functional import differentiable
 from .interrupt import interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
-from .measure import Measurement
 from .path import Path, Query, Secant
 from .plan import sizes_of
 from .result import Result, join
@@ -79,37 +78,79 @@ def attribute(
         identities: those checked beside the three that cost nothing: "split", at a few steps, each share against the
             derivative of its own loss; "limit", that the path tends to the gradient. What is left out the result says.
         executor: whose workers do the work: any `concurrent.futures.Executor`, such as
-            `ProcessPoolExecutor(2, get_context("spawn"))` or Dask's `client.get_executor()`; None: this process. Equal up to
-            the order of sums.
+            `ProcessPoolExecutor(2, get_context("spawn"))` or Dask's `client.get_executor()`; None: this process. The
+            result is the same up to the order of sums.
 
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
         Interrupted: Ctrl-C; its `result` is complete for what was done. A second Ctrl-C stops at once.
         WorkerError: a worker died; its `result` is complete for what was done, None for nothing.
     """
-    _check_arguments(run, model, path, steps, identities, executor)
-    window = _window(run, steps)
-    query = _query(run, model, measurement, dtype, run.vector(window.stop).to(next(model.parameters()).device))
-    labels, member = group_tensors(run.layout.names, groups)
+    path = Secant() if path is None else path
+    options = AttributeOptions(loss, path, steps, keep, groups, dtype, progress, cube, memory, identities, executor)
+    options.check(run, model)
+    return _attribute(run, model, measurement, options)
+
+
+@dataclass(frozen=True)
+class AttributeOptions:
+    """The options of `attribute`."""
+
+    loss: Callable[..., Tensor] | None
+    path: Path
+    steps: slice | None
+    keep: Sequence[str] | Sequence[Sequence[str]] | None
+    groups: Mapping[str, Sequence[str]] | None
+    dtype: torch.dtype | None
+    progress: bool
+    cube: Any
+    memory: int | None
+    identities: Sequence[str]
+    executor: Executor | None
+
+    def check(self, run: Any, model: nn.Module) -> None:
+        """Raise TypeError, ValueError or ModelMismatchError where they are not what they should be."""
+        for name, value, kind, hint in (
+            ("run", run, Run, "Open it with attrib.open_run(path)."),
+            ("steps", self.steps, slice | None, "Pass slice(a, b), or None for the whole run."),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is not what it should be: got {value!r}. {hint}")
+        if isinstance(self.path, type) or not hasattr(self.path, "bind"):
+            raise TypeError(f"path is not a path: got {self.path!r}, expected an object such as attrib.Secant().")
+        if isinstance(self.identities, str) or not set(self.identities) <= set(IDENTITIES):
+            raise ValueError(
+                f"identities are none: got {self.identities!r}, expected some of {IDENTITIES}, such as ('split',)."
+            )
+        if self.executor is not None and (isinstance(self.executor, type) or not hasattr(self.executor, "submit")):
+            raise TypeError(
+                f"executor is none: got {self.executor!r}, expected an object of concurrent.futures, such as "
+                f"ProcessPoolExecutor(2)."
+            )
+        check_model(run, model)
+
+
+def _attribute(run: Run, model: nn.Module, measurement: Any, options: AttributeOptions) -> Result:
+    window, compute = _window(run, options.steps), options.dtype or run.dtype
+    final = run.vector(window.stop).to(next(model.parameters()).device)
+    query = _query(run, model, measurement, options.dtype, final)
+    labels, member = group_tensors(run.layout.names, options.groups)
     sizes = {"step": len(window), "example": len(run.examples), "group": len(labels)}
-    kept = choose(keep, query.count, sizes)
-    budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), memory, cube)
-    compute, chosen = dtype or run.dtype, path or Secant()
-    account = Account(labels, member, tuple(kept), cube is not None, share_bound(run.dtype, compute))
-    shares = Shares(run, model, loss, compute, budget.slices, member)
-    limit = window.stop if "limit" in identities else None
-    works = [
-        Work(run, window, Accounting(part, chosen, limit), shares, account, "split" in identities)
-        for part in query.parts(budget.at_once)
-    ]
-    cube_writer = None if cube is None else CubeWriter(cube, window.start, query.count, len(window), labels)
-    bar = tqdm(total=len(window) * len(works), desc="attribute", unit="step", delay=2, disable=not progress)
+    kept = choose(options.keep, query.count, sizes)
+    budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), options.memory, options.cube)
+    bound = share_bound(run.dtype, compute)
+    account = Account(labels, member, tuple(kept), options.cube is not None, bound)
+    shares = Shares(run, model, options.loss, compute, budget.slices, member)
+    limit = window.stop if "limit" in options.identities else None
+    questions = [Accounting(part, options.path, limit) for part in query.parts(budget.at_once)]
+    works = [Work(run, window, q, shares, account, "split" in options.identities) for q in questions]
+    cube = None if options.cube is None else CubeWriter(options.cube, window.start, query.count, len(window), labels)
+    bar = tqdm(total=len(window) * len(works), desc="attribute", unit="step", delay=2, disable=not options.progress)
     with bar, interruptible() as request:
-        found, died = _sweeps(works, executor, _Listener(bar, account.bound, cube_writer), lambda: request.asked)
-    if cube_writer is not None:
-        cube_writer.close(complete=not request.asked and died is None)
-    facts = _facts(run, measurement, chosen, dtype, identities)
-    names = measurement.names if isinstance(measurement, Measurement) else ()
+        found, died = _sweeps(works, options.executor, _Listener(bar, bound, cube), lambda: request.asked)
+    if cube is not None:
+        cube.close(complete=not request.asked and died is None)
+    facts, names = _facts(run, measurement, options), getattr(measurement, "names", ())
     result = Result(join([account.dataset(*sums, facts) for sums in found], names)) if found else None
     if died is not None:
         died.result = result
@@ -210,24 +251,6 @@ def _divided(run: Run, queries: int, kept: int, memory: int | None, cube: Any) -
     return budget
 
 
-def _check_arguments(run: Any, model: nn.Module, path: Any, steps: Any, identities: Any, executor: Any) -> None:
-    for name, value, kind, hint in (
-        ("run", run, Run, "Open it with attrib.open_run(path)."),
-        ("steps", steps, slice | None, "Pass slice(a, b), or None for the whole run."),
-    ):
-        if not isinstance(value, kind):
-            raise TypeError(f"{name} is not what it should be: got {value!r}. {hint}")
-    if path is not None and (isinstance(path, type) or not hasattr(path, "bind")):
-        raise TypeError(f"path is not a path: got {path!r}, expected an object such as attrib.Secant().")
-    if isinstance(identities, str) or not set(identities) <= set(IDENTITIES):
-        raise ValueError(f"identities are none: got {identities!r}, expected some of {IDENTITIES}, such as ('split',).")
-    if executor is not None and (isinstance(executor, type) or not hasattr(executor, "submit")):
-        raise TypeError(
-            f"executor is none: got {executor!r}, expected an object of concurrent.futures, such as ProcessPoolExecutor(2)."
-        )
-    check_model(run, model)
-
-
 def _window(run: Run, steps: slice | None) -> range:
     window = steps if steps is not None else slice(None)
     start, stop, stride = window.indices(run.steps)
@@ -240,17 +263,15 @@ def _window(run: Run, steps: slice | None) -> range:
     return range(start, stop)
 
 
-def _facts(
-    run: Run, measurement: Any, path: Path, dtype: torch.dtype | None, identities: Sequence[str]
-) -> dict[str, Any]:
+def _facts(run: Run, measurement: Any, options: AttributeOptions) -> dict[str, Any]:
     h = run.header
     return {
         "run": str(run.reader.target),
         "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
         "units": getattr(measurement, "units", ""),
-        "path": repr(path),
-        "identities": ["batch", "step", "measurement", *identities],
-        "dtype": str(dtype or run.dtype).removeprefix("torch."),
+        "path": repr(options.path),
+        "identities": ["batch", "step", "measurement", *options.identities],
+        "dtype": str(options.dtype or run.dtype).removeprefix("torch."),
         **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
         "parameters": run.layout.size,
         "tensors": len(run.groups),

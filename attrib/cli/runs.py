@@ -2,9 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..attribute import attribute
 from ..errors import Interrupted
@@ -14,7 +20,7 @@ from ..result import Result, check_place
 from ..run import open_run
 from ..setup import load_setup, select
 from ..verify import verify
-from .options import AXES, add_setup, axes, command, numbers, size, window
+from .options import AXES, add_setup, axes, command, numbers, positive, size, window
 
 
 def add(commands: Any) -> None:
@@ -40,6 +46,7 @@ def add(commands: Any) -> None:
     made.add_argument("--window", type=window, metavar="A:B", help="the change between two states, such as 100:200")
     made.add_argument("--keep", type=axes, action="append", metavar="AXES", help=AXES + "; several times for several")
     made.add_argument("--memory", type=size, metavar="BYTES", help="to hold at most, such as 2G or 500M")
+    made.add_argument("--workers", type=positive, metavar="N", help="processes that share the work (this one alone)")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -83,8 +90,10 @@ def _attribute(options: argparse.Namespace) -> int:
     measurement = select(setup.choose(options.measurement), options.queries)
     run.load(setup.model, run.steps)
     asked = {"loss": setup.loss, "groups": setup.groups, "steps": options.window, "keep": options.keep}
+    asked |= {"memory": options.memory, "progress": not options.json}
     try:
-        result = attribute(run, setup.model, measurement, memory=options.memory, progress=not options.json, **asked)
+        with _workers(options.workers) as executor:
+            result = attribute(run, setup.model, measurement, executor=executor, **asked)
     except Interrupted as stopped:
         _saved(stopped.result, options)
         raise Interrupted(f"interrupted; what was done is complete and saved: {options.out}", stopped.result) from None
@@ -96,6 +105,17 @@ def _attribute(options: argparse.Namespace) -> int:
     else:
         print(f"{result!r}\n\nsaved to {options.out}; see it with: attrib report {options.out} -o report.html")
     return 0
+
+
+@contextmanager
+def _workers(count: int | None) -> Iterator[Executor | None]:
+    """So many processes, the machine's threads shared among them."""
+    if count is None:
+        yield None
+        return
+    threads = max(1, torch.get_num_threads() // count)
+    with ProcessPoolExecutor(count, get_context("spawn"), torch.set_num_threads, (threads,)) as executor:
+        yield executor
 
 
 def _saved(result: Result, options: argparse.Namespace) -> Result:
