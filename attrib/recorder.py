@@ -173,7 +173,9 @@ class Recorder(Wrapper):
         Raises:
             BatchError, LossError, BatchIdentityError, SplitIdentityError, ChangedOutsideError: the step was refused;
                 parameters, optimizer and store are as they were.
+            StoreError, StoreExistsError: the store cannot be made, or was not written; they are as they were, too.
             StepIdentityError: the optimizer did something else than its rule; recording ends before this step.
+            What the optimizer's own step raises: the step is not recorded.
         """
         with torch.inference_mode(False), torch.enable_grad():  # however it is called
             self._step(index, batch)

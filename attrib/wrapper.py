@@ -1,7 +1,8 @@
 """An optimizer round another: one more object that steps, with the other's parameter groups, state and defaults.
 
-Hooks and profiling of a step are its own; the other's step, hooks and all, runs within. The state is the other's, so a hook
-round `state_dict` or `load_state_dict` is kept there, in one row with the other's own, and is handed the wrapper.
+Hooks and profiling of a step are its own; the other's step, hooks and all, runs within, so torch's global hooks hear both.
+The state is the other's: a hook round `state_dict` or `load_state_dict` is kept there, in one row with the other's own, and
+is handed the wrapper.
 """
 
 from collections.abc import Callable

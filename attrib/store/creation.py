@@ -56,13 +56,7 @@ class Created(NamedTuple):
     folder: Path | None
 
     def remove(self) -> None:
-        """Take away what was made and nothing else, as far as the place lets go of it."""
-        with suppress(Exception):
-            for name in NAMES:
-                sync((self.group.store_path / name).delete_dir())
-            sync((self.group.store_path / "zarr.json").delete())
-            if self.folder is not None:
-                self.folder.rmdir()
+        _remove(self.group, self.folder)
 
 
 def check_target(target: Any, overwrite: bool) -> None:
@@ -106,37 +100,45 @@ def create_store(
     folder = Path(target) if isinstance(target, str | Path) and not Path(target).exists() else None
     try:
         group = zarr.create_group(target, overwrite=overwrite, zarr_format=3)
-        made = Created(group, {}, tuple(first.shares), ExampleTables(group), lengths, folder)
         try:
-            _fill(made, header, constants, first)
+            arrays = _arrays(group, constants, first, lengths)
+            group.attrs["attrib"] = header
         except BaseException:
-            made.remove()
+            _remove(group, folder)
             raise
     except Exception as error:
         raise StoreError(
             f"the store cannot be made: got {error!r}, expected a place that can be written to, at {target}. Choose another "
             f"place, or make room. The step was refused."
         ) from error
-    return made
+    return Created(group, arrays, tuple(first.shares), ExampleTables(group), lengths, folder)
 
 
-def _fill(made: Created, header: dict[str, Any], constants: dict[str, np.ndarray], first: StepRecord) -> None:
+def _remove(group: zarr.Group, folder: Path | None) -> None:
+    """Take away what was made and nothing else, as far as the place lets go of it."""
+    with suppress(Exception):
+        for name in NAMES:
+            sync((group.store_path / name).delete_dir())
+        sync((group.store_path / "zarr.json").delete())
+        if folder is not None:
+            folder.rmdir()
+
+
+def _arrays(
+    group: zarr.Group, constants: dict[str, np.ndarray], first: StepRecord, lengths: Lengths
+) -> dict[str, zarr.Array]:
+    """Those of the steps, with no rows yet: one for each kind of thing in the first. The constants are written as well."""
     for name, value in constants.items():
         dims = tuple(f"d{d}" for d in range(value.ndim))
-        create(made.group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
-    _add_arrays(made, first)
-    made.group.attrs["attrib"] = header
-
-
-def _add_arrays(made: Created, first: StepRecord) -> None:
-    """One for each kind of thing in the first step, with no rows yet."""
-    n, every = made.lengths.block, made.lengths.states_every
+        create(group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
+    n, every = lengths.block, lengths.states_every
     size, slots, kind = len(first.gradient), len(first.ids), first.gradient.dtype
+    arrays: dict[str, zarr.Array] = {}
 
     def add(name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any, dims: Any = None) -> None:
         deltas = name == "theta" and every == 1
         dims, fill = dims or DIMENSIONS[name], PADDING.get(name, 0)
-        made.arrays[name] = create(made.group, name, (0, *shape), chunks, dtype, dims, fill, deltas)
+        arrays[name] = create(group, name, (0, *shape), chunks, dtype, dims, fill, deltas)
 
     entries = min(size, max(1, STATE_BYTES // (n * kind.itemsize)))
     alone = (1, min(size, STATE_BYTES // kind.itemsize))
@@ -157,6 +159,7 @@ def _add_arrays(made: Created, first: StepRecord) -> None:
         add(name, values.shape, (n, at_once, *values.shape[1:]), values.dtype, ("step", "slot", *rest))
     if first.random is not None:
         add("random", (len(first.random),), (n, len(first.random)), np.uint8)
+    return arrays
 
 
 def lengths_of(first: StepRecord, block: int | None, every: int) -> Lengths:
