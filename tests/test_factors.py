@@ -11,7 +11,7 @@ from attrib.kernels import factors
 from attrib.kernels.convolution import geometry
 from attrib.kernels.factors import Convolution, Dense, Factor, Lookup, Outer
 from cases import LAYERS, MODELS, OPTIMIZERS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_gradients import loss, setting
 from torch import Tensor, nn
@@ -72,7 +72,6 @@ def written_out(factor: Factor) -> Tensor:
     inputs=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
 def test_factors_are_the_gradient(
     kind: str, cheaper: bool, queries: int, count: int, positions: int, outputs: int, inputs: int, seed: int
 ) -> None:

@@ -84,7 +84,7 @@ def test_nothing_is_pickled() -> None:
         assert not {"pickle", "joblib", "dill"} & imports("x" if "kernels" not in str(file) else "kernels", file)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # builds a wheel
 def test_the_wheel_carries_no_top_level_kernels(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     source = tmp_path / "source"
@@ -98,6 +98,7 @@ def test_the_wheel_carries_no_top_level_kernels(tmp_path: Path) -> None:
     assert "attrib/py.typed" in names
 
 
+@pytest.mark.slow  # new processes, which import torch; `test_cli` starts one too
 @pytest.mark.parametrize("folder", [ROOT, Path("/")])
 def test_attrib_is_importable_from_any_folder(folder: Path) -> None:
     command = [sys.executable, "-c", "import attrib.kernels.slopes, attrib.cli; print(attrib.__name__)"]

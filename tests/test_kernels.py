@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from attrib.kernels.contraction import contract_rows, row_dots
 from attrib.kernels.hashing import combine, hash_rows
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -14,7 +14,6 @@ from hypothesis import strategies as st
     sizes=st.lists(st.integers(0, 7), min_size=1, max_size=4),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=50, deadline=None)
 def test_contraction_is_the_sum_over_each_tensor(q: int, b: int, sizes: list[int], seed: int) -> None:
     random = np.random.default_rng(seed)
     bounds = np.cumsum([0, *sizes])
@@ -36,7 +35,6 @@ def test_row_dots_accumulate_in_float64(dtype: type) -> None:
 
 
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 20), kind=st.sampled_from(["f4", "f8", "i8", "u1"]))
-@settings(max_examples=50, deadline=None)
 def test_rows_hash_alike_exactly_when_their_bytes_are_alike(seed: int, width: int, kind: str) -> None:
     random = np.random.default_rng(seed)
     rows = random.integers(0, 3, size=(30, width)).astype(kind)
