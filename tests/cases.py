@@ -1,11 +1,42 @@
 """The tables that property tests run over: optimizers, models, layers, operations, measurements. A new row is a new test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import product
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def covering(*tables: Collection[Any], whole: int = 1) -> list[tuple[Any, ...]]:
+    """A few of the combinations of the entries of some tables: the first `whole` tables crossed in full, the others counted
+    through beside them, as the digits of i + j + ... in row (i, j, ...).
+
+    Every entry of every table occurs, and every combination of the others, where the rows are as many. That suffices because
+    the parts meet in narrow places and know nothing of each other beyond them: an update rule sees flat vectors, whatever the
+    model; a capture stores what the layers give, whatever the optimizer; a type is the dtype of every array. What is wrong in
+    one part shows beside any entry of the others; what is wrong only where two certain entries meet is left to the full
+    cross, see `crossed`.
+    """
+    found = []
+    for row in product(*(enumerate(table) for table in tables[:whole])):
+        turn, entries = sum(place for place, _ in row), [entry for _, entry in row]
+        for table in tables[whole:]:
+            turn, place = divmod(turn, len(table))
+            entries.append(list(table)[place])
+        found.append(tuple(entries))
+    return found
+
+
+def crossed(*tables: Collection[Any], fast: Collection[tuple[Any, ...]] = ()) -> list[Any]:
+    """Every combination, for `parametrize`; slow are those that are not in `fast`, by default the covering ones."""
+    fast = fast or covering(*tables)
+    return [
+        pytest.param(*row, marks=[] if row in fast else pytest.mark.slow, id="-".join(map(str, row)))
+        for row in product(*tables)
+    ]
 
 
 def two_groups(parameters: list[nn.Parameter], kind: Callable[..., Any], **rest: Any) -> torch.optim.Optimizer:

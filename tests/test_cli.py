@@ -72,7 +72,7 @@ def test_module_and_command_are_one(store: str) -> None:
     assert "AdamW" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the whole demo: trains until it generalises, explains, draws
 def test_demo_tells_its_story_and_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out

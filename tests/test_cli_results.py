@@ -313,7 +313,7 @@ def test_notebooks_see_tables_and_data_stay_text(store: str, trained: Trained) -
     assert "steps           9" in str(trained.run)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 400 steps, and a process of its own to kill
 def test_killed_from_outside_leaves_what_was_done(tmp_path: Path) -> None:
     """A real process, a real Ctrl-C."""
     train(tmp_path / "run", OPTIMIZERS["adamw"], "gpt", steps=400, block=50)

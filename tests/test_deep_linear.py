@@ -64,7 +64,7 @@ def test_first_thing_a_network_learns_is_the_first_mode() -> None:
     assert abs(recipe.first_learned(y, 2.0, rng) @ v[:, 0]) > 0.99
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 700 steps, explained on two paths
 def test_aligned_network_does_what_the_theory_says(tmp_path: Path) -> None:
     setting = SETTINGS["quick"]
     items, model, measurement, steps = recipe.networks(setting, 0)["aligned"]
@@ -113,6 +113,7 @@ def test_spans_of_what_is_the_same_say_it_once() -> None:
     assert span([4, 4, float("nan")]) == "4 (4 to 4, 1 of 3 not reached)"
 
 
+@pytest.mark.slow  # trains and explains every network of a seed
 def test_tables_are_those_of_the_results(tmp_path: Path) -> None:
     setting = SETTINGS["toy"]
     parts = Parts(tmp_path / "study", {})

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from attrib.kernels import lines
 from cases import OPTIMIZERS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from training import Trained, flat, train
@@ -35,7 +35,6 @@ def test_barriers_and_gaps_of_curves_drawn_by_hand() -> None:
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(3, 12))
-@settings(max_examples=40, deadline=None)
 def test_gap_is_the_worst_of_all_chords(seed: int, n: int) -> None:
     f = np.random.default_rng(seed).normal(size=n)
     worst = 0.0
@@ -160,7 +159,6 @@ def test_clusters_hold_no_barrier_above_the_height_and_runs_settle_into_their_la
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 9), height=st.floats(0, 2))
-@settings(max_examples=40, deadline=None)
 def test_no_two_states_of_a_cluster_are_further_apart_than_the_height(seed: int, n: int, height: float) -> None:
     values = np.random.default_rng(seed).uniform(0, 2, (n, n))
     values = np.triu(values, 1) + np.triu(values, 1).T
@@ -303,7 +301,7 @@ def test_what_was_built_up_and_torn_down_is_vestigial() -> None:
         attrib.vestiges(result_of(np.zeros((3, 2))), 1)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])  # 300 steps, and as many changed
 def test_planted_vestigial_layer_is_found_and_confirmed_by_freezing(seed: int, tmp_path: Path) -> None:
     turn, steps = 150, 300
     model = planted.train(tmp_path / "run", steps, turn, seed)
@@ -410,7 +408,12 @@ def test_curvature_is_that_of_the_whole_hessian(tmp_path: Path) -> None:
 DECAYED = {"sgd decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.2)}  # no momentum
 
 
-@pytest.mark.parametrize("kind", ["sgd", "sgd decay", "sgd momentum dampening decay", "adamw", "adam decay"])
+# fast are one without momentum and decay, and one with both and adaptive
+@pytest.mark.parametrize(
+    "kind",
+    ["sgd", "adamw"]
+    + [pytest.param(k, marks=pytest.mark.slow) for k in ("sgd decay", "sgd momentum dampening decay", "adam decay")],
+)
 def test_moves_are_the_steps_changes_over_their_examples(kind: str, tmp_path: Path) -> None:
     trained = train(tmp_path / "run", {**OPTIMIZERS, **DECAYED}[kind])
     measurement = trained.measurement(3)

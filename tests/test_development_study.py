@@ -51,6 +51,7 @@ def test_looks_and_queries_are_those_of_the_model(digits_run: tuple[Network, att
     assert asked.names[2] == f"example {int(network.held_out[0])}"
 
 
+@pytest.mark.slow  # trains again for every layer and window
 def test_windows_are_interventions_by_themselves(digits_run: tuple[Network, attrib.Run]) -> None:
     network, run = digits_run
     found = recipe._windows(TOY, network, run, network.build())
@@ -89,6 +90,7 @@ def test_branches_go_on_with_other_batches(digits_run: tuple[Network, attrib.Run
     np.testing.assert_allclose(row["barrier"], attrib.barrier(line)[0], atol=1e-6)
 
 
+@pytest.mark.slow  # explains a whole run, and trains again without the largest
 def test_left_out_examples_are_the_largest_of_the_account(digits_run: tuple[Network, attrib.Run]) -> None:
     network, run = digits_run
     model = network.build()

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from cases import MODELS, OPTIMIZERS, Cnn, Mlp
-from hypothesis import given, settings
+from cases import MODELS, OPTIMIZERS, Cnn, Mlp, crossed
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from training import Trained, train
@@ -23,6 +23,12 @@ from attrib.tally import Tally, total
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("engine")
     return train(folder / "run", OPTIMIZERS["adamw amsgrad"], steps=11, examples=14, block=3)
+
+
+@pytest.fixture(scope="module")
+def result(trained: Trained) -> attrib.Result:
+    """Of the whole run, as it comes without options."""
+    return trained.attribute()
 
 
 @pytest.mark.parametrize("window", [(0, 11), (0, 3), (3, 6), (4, 5), (2, 11), (5, 9)])
@@ -40,17 +46,17 @@ def test_every_window_is_complete_by_itself(window: tuple[int, int], trained: Tr
         assert float(abs(result.inherited.sum("group")).min()) > 0
 
 
-def test_window_of_the_last_steps_agrees_with_the_whole_run(trained: Trained) -> None:
+def test_window_of_the_last_steps_agrees_with_the_whole_run(trained: Trained, result: attrib.Result) -> None:
     """The sensitivity of the end does not depend on where the window starts."""
-    whole = trained.attribute().by("step", "example").sel(step=slice(7, 10))
+    whole = result.by("step", "example").sel(step=slice(7, 10))
     part = trained.attribute(steps=slice(7, None)).by("step", "example")
     np.testing.assert_allclose(part, whole, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 64])
-def test_blocks_of_steps_change_nothing(block: int, trained: Trained, tmp_path: Path) -> None:
+def test_blocks_of_steps_change_nothing(block: int, result: attrib.Result, tmp_path: Path) -> None:
     other = train(tmp_path / "run", OPTIMIZERS["adamw amsgrad"], steps=11, examples=14, block=block)
-    a, b = (t.attribute().by("step", "example", "group").values for t in (trained, other))
+    a, b = (r.by("step", "example", "group").values for r in (result, other.attribute()))
     np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
@@ -63,14 +69,13 @@ def test_blocks_of_queries_change_nothing(trained: Trained, monkeypatch: pytest.
         np.testing.assert_allclose(
             trained.attribute(m).by("step", "example"), expected.by("step", "example"), rtol=1e-12, atol=1e-14
         )
-    for q in range(7):
+    for q in (0, 3, 6):
         x, y = (t[q : q + 1] for t in measurement.batch)
         single = trained.attribute(attrib.measure.log_prob(x, y))
         np.testing.assert_allclose(single.by("example")[0], whole.by("example")[q], rtol=1e-10, atol=1e-13)
 
 
-def test_both_clocks_sum_to_the_same_total(trained: Trained) -> None:
-    result = trained.attribute()
+def test_both_clocks_sum_to_the_same_total(result: attrib.Result) -> None:
     change = result.final - result.initial
     np.testing.assert_allclose(result.timeline().sum(["update_step", "group"]), change, rtol=1e-12)
     np.testing.assert_allclose(result.curve.diff("state"), result.timeline().sum("group"), rtol=1e-9, atol=1e-13)
@@ -78,17 +83,16 @@ def test_both_clocks_sum_to_the_same_total(trained: Trained) -> None:
     assert np.abs(by_step - result.timeline().sum("group").values).max() > 1e-4  # momentum: they are two clocks
 
 
-def test_groups_are_sums_of_tensors(trained: Trained) -> None:
+def test_groups_are_sums_of_tensors(trained: Trained, result: attrib.Result) -> None:
     groups = {"ends": ["embedding.*", "output.*"], "middle": "hidden.weight"}
-    result = trained.attribute(groups=groups)
-    tensors = trained.attribute()
-    assert list(result.dataset["group"].values) == ["ends", "middle", "other"]
+    grouped = trained.attribute(groups=groups)
+    assert list(grouped.dataset["group"].values) == ["ends", "middle", "other"]
     for term in (lambda r: r.by("step", "example", "group"), lambda r: r.decay, lambda r: r.timeline()):
-        fine, coarse = term(tensors), term(result)
+        fine, coarse = term(result), term(grouped)
         ends = fine.sel(group=["embedding.weight", "output.weight", "output.bias"]).sum("group")
         np.testing.assert_allclose(coarse.sel(group="ends"), ends, atol=1e-14)
         np.testing.assert_allclose(coarse.sel(group="other"), fine.sel(group="hidden.bias"), atol=1e-14)
-    result.check(1e-10)
+    grouped.check(1e-10)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +104,11 @@ def test_bad_groups_are_refused(groups: dict[str, list[str]], match: str, traine
         trained.attribute(groups=groups)
 
 
-def test_kept_axes_are_sums_of_the_whole(trained: Trained) -> None:
-    whole = trained.attribute()
+def test_kept_axes_are_sums_of_the_whole(trained: Trained, result: attrib.Result) -> None:
     for keep in (("example",), [("step",), ("group", "example")], [()]):
-        result = trained.attribute(keep=keep)
-        for kept in result.kept:
-            np.testing.assert_allclose(result.by(*kept), whole.by(*kept), rtol=1e-10, atol=1e-13)
+        part = trained.attribute(keep=keep)
+        for kept in part.kept:
+            np.testing.assert_allclose(part.by(*kept), result.by(*kept), rtol=1e-10, atol=1e-13)
     with pytest.raises(errors.KeptAxesError, match=r"keep=\('step', 'example'\)"):
         trained.attribute(keep=("example",)).by("example", "step")
     with pytest.raises(errors.KeptAxesError, match="unknown axes"):
@@ -116,7 +119,6 @@ def test_kept_axes_are_sums_of_the_whole(trained: Trained) -> None:
     queries=st.integers(1, 3), steps=st.integers(1, 4), groups=st.integers(1, 3), seed=st.integers(0, 99),
     kept=st.lists(st.sets(st.sampled_from(AXES)), min_size=1, max_size=3),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
 def test_marginals_are_sums_of_the_cube(queries: int, steps: int, groups: int, seed: int, kept: list[set[str]]) -> None:
     random = np.random.default_rng(seed)
     sizes = {"step": steps, "example": 5, "group": groups}
@@ -202,12 +204,11 @@ def test_another_loss_is_found_out(trained: Trained, caplog: pytest.LogCaptureFi
         result.check()
 
 
-def test_a_loss_that_is_recorded_times_a_number_is_the_same_account(trained: Trained) -> None:
+def test_a_loss_that_is_recorded_times_a_number_is_the_same_account(trained: Trained, result: attrib.Result) -> None:
     """What was recorded of the scale is assumed at steps that are not checked: p.grad says what it is."""
-    plain = trained.attribute()
     scaled = trained.attribute(loss=lambda m, x, y: 2 * trained.case.loss(m, x, y))
     scaled.check()
-    np.testing.assert_allclose(scaled.by("example"), plain.by("example"), rtol=1e-9)
+    np.testing.assert_allclose(scaled.by("example"), result.by("example"), rtol=1e-9)
 
 
 def test_arguments_of_another_kind_are_refused_in_words(trained: Trained) -> None:
@@ -236,18 +237,26 @@ def test_obvious_callables_over_float32_inputs_work(tmp_path: Path) -> None:
     np.testing.assert_allclose(result.by("example"), exact.by("example"), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["log_prob", "logit", "margin", "loss"])
-def test_every_measurement_of_a_float32_run_passes_the_default_check(name: str, tmp_path: Path) -> None:
-    """Terms that cancel, windows in which little happens: rounding is judged by the size of what is summed."""
-    recorded = train(
-        tmp_path / "run", OPTIMIZERS["adamw"], dtype=torch.float32, steps=40, clip=1.0,
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """In float32, with steps that grow small."""
+    return train(
+        tmp_path_factory.mktemp("single") / "run", OPTIMIZERS["adamw"], dtype=torch.float32, steps=40, clip=1.0,
         scheduler=lambda r: torch.optim.lr_scheduler.CosineAnnealingLR(r, 40),
     )  # fmt: skip
-    x, y = (d[:10] for d in recorded.data)
-    for window in (slice(None), slice(0, 5), slice(20, 40), slice(36, 40), slice(39, 40)):
-        result = recorded.attribute(getattr(attrib.measure, name)(x, y), steps=window)
-        ledger = result.check()
-        assert max(ledger.identities.values()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("window", "name"),
+    crossed([(0, 40), (0, 5), (20, 40), (36, 40), (39, 40)], ["log_prob", "logit", "margin", "loss"]),
+)
+def test_every_measurement_of_a_float32_run_passes_the_default_check(
+    window: tuple[int, int], name: str, single: Trained
+) -> None:
+    """Terms that cancel, windows in which little happens: rounding is judged by the size of what is summed."""
+    x, y = (d[:10] for d in single.data)
+    ledger = single.attribute(getattr(attrib.measure, name)(x, y), steps=slice(*window)).check()
+    assert max(ledger.identities.values()) < 1e-3
 
 
 @pytest.mark.parametrize("window", [slice(3, 3), slice(5, 2), slice(0, 12), slice(0, 6, 2), slice(20, 30)])

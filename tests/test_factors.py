@@ -13,7 +13,7 @@ from attrib.kernels.convolution import geometry
 from attrib.kernels.factors import KINDS, Convolution, Dense, Factor, Lookup, Outer, base
 from attrib.kernels.factors import kind_of as factor_kind
 from cases import LAYERS, MODELS, OPTIMIZERS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_gradients import loss, setting
 from torch import Tensor, nn
@@ -91,7 +91,6 @@ sizes = st.builds(Sizes, some, st.integers(1, 4), some, some)
 @pytest.mark.parametrize("cheaper", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @given(queries=st.integers(1, 4), n=sizes, seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
 def test_factors_are_the_gradient(kind: str, cheaper: bool, queries: int, n: Sizes, seed: int) -> None:
     random = Random(seed)
     factor, want = EXAMPLES[kind](random, n)
@@ -111,7 +110,6 @@ def test_factors_are_the_gradient(kind: str, cheaper: bool, queries: int, n: Siz
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(n=sizes, seed=st.integers(0, 99))
-@settings(max_examples=10, deadline=None)
 def test_a_factor_comes_back_from_its_arrays_and_its_constants(kind: str, n: Sizes, seed: int) -> None:
     factor, _ = EXAMPLES[kind](Random(seed), n)
     tensors, constants = factor.tensors(), json.loads(json.dumps(factor.constants()))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from cases import OPTIMIZERS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from training import train
@@ -93,7 +93,6 @@ def test_largest_groups_keep_their_own_bars() -> None:
 
 
 @given(st.integers(1, 500), st.integers(1, 130))
-@settings(deadline=None)
 def test_bins_cover_every_step_once(steps: int, most: int) -> None:
     bins = thin.bin_steps(steps, most)
     assert bins.count <= most

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attrib.kernels.factors.base import products_are_cheaper
 from cases import LAYERS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -218,7 +218,6 @@ def test_loss_must_be_one_number_per_example(bad: str) -> None:
     batch=st.integers(2, 5), inner=st.integers(1, 4), rest=st.integers(1, 3), where=st.integers(0, 1),
     seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
 def test_the_layout_of_a_batch_is_read_off(batch: int, inner: int, rest: int, where: int, seed: int) -> None:
     """A reading that is found splits the tensor into the examples that it was made of."""
     examples = torch.randn(batch, inner, rest, generator=torch.Generator().manual_seed(seed)) + 10

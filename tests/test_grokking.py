@@ -138,7 +138,7 @@ def test_comparisons_know_what_was_not_reached_from_what_was_not_tried() -> None
     assert by_seed([found]) == [True, True, False, False]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the whole study at toy size, killed and gone on with
 def test_study_is_done_once_goes_on_after_a_kill_and_writes_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,7 +89,7 @@ def test_nothing_is_pickled_to_disk() -> None:
         assert not {"joblib", "dill"} & imports(unit, file)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # builds a wheel
 def test_the_wheel_carries_every_module_and_no_top_level_kernels(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     source = tmp_path / "source"
@@ -115,6 +115,7 @@ print(attrib.__name__, twice, attrib.kernels.slopes is importlib.import_module("
 """
 
 
+@pytest.mark.slow  # new processes, which import torch; `test_cli` starts one too
 @pytest.mark.parametrize("folder", [ROOT, Path("/")])
 def test_attrib_is_importable_from_any_folder_and_each_module_once(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ONCE], cwd=folder, capture_output=True, text=True, check=False)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from cases import MODELS, OPTIMIZERS
+from cases import MODELS, OPTIMIZERS, covering, crossed
 from torch import Tensor, nn
 from training import Trained, flat, train
+from zarr.storage import MemoryStore
 
 import attrib
 from attrib import errors
@@ -209,8 +210,7 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "kind"), crossed(NAMES, KINDS))
 def test_changed_replay_is_the_plain_loop_with_the_change_and_complete(name: str, kind: str, tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS[kind], steps=STEPS)
     change, hand = changes(trained)[name]
@@ -234,17 +234,20 @@ def test_changed_replay_is_the_plain_loop_with_the_change_and_complete(name: str
     json.dumps(described)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 2e-15), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_transplanted_runs_are_as_complete_as_any(kind: str, dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
-    """Residual over the largest term: ten times what was measured over all optimizers, some eps of float64 and float32."""
-    trained = train(tmp_path / "run", OPTIMIZERS[kind], dtype=dtype, steps=STEPS)
+# residual over the largest term: ten times what was measured over all optimizers, some eps of float64 and float32
+BOUNDS = {torch.float64: 2e-15, torch.float32: 1e-6}
+
+
+# fast are those of every layout of the optimizer's state, of which alone a transplant knows
+@pytest.mark.parametrize(("kind", "dtype"), crossed(OPTIMIZERS, BOUNDS, fast=covering(KINDS, BOUNDS, whole=2)))
+def test_transplanted_runs_are_as_complete_as_any(kind: str, dtype: torch.dtype) -> None:
+    trained = train(MemoryStore(), OPTIMIZERS[kind], dtype=dtype, steps=STEPS)
     graft = Transplant("hidden.*", trained.run, STEPS, "taken")
-    again = attrib.replay(trained.run, 1, graft, model=trained.model, loss=trained.case.loss, store=tmp_path / "again")
+    again = attrib.replay(trained.run, 1, graft, model=trained.model, loss=trained.case.loss, store=MemoryStore())
     result = attrib.attribute(again, trained.model, trained.measurement(), loss=trained.case.loss, progress=False)
     terms = result.ledger().terms
     largest = np.abs(np.stack([terms[n].values for n in ("initial", "examples", "decay", "inherited", "final")])).max(0)
-    assert (np.abs(result.residual.values) / largest).max() < bound
+    assert (np.abs(result.residual.values) / largest).max() < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -350,8 +353,7 @@ def test_modules_draw_their_own_parameters_anew(tmp_path: Path) -> None:
     assert bound / 2 < float(drawn.abs().max()) <= bound
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("states_every", [1, 2])
+@pytest.mark.parametrize(("kind", "states_every"), crossed(KINDS, [1, 2]))
 def test_replay_goes_on_beyond_the_record(kind: str, states_every: int, tmp_path: Path) -> None:
     whole = {"batch": 12, "examples": 12, "states_every": states_every, "block": 2}
     short, long = tmp_path / "short", tmp_path / "long"
@@ -432,17 +434,21 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("intervention") / "run", OPTIMIZERS["adamw"])
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_fit_is_refused_and_nothing_written(name: str, tmp_path: Path) -> None:
-    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+def test_what_does_not_fit_is_refused_and_nothing_written(name: str, recorded: Trained, tmp_path: Path) -> None:
     make, message = WRONG[name]
     with pytest.raises(errors.ReplayError, match=message):
         attrib.replay(
-            trained.run,
+            recorded.run,
             START,
-            [make(trained.run)],
-            model=trained.model,
-            loss=trained.case.loss,
+            [make(recorded.run)],
+            model=recorded.model,
+            loss=recorded.case.loss,
             store=tmp_path / "again",
         )
     assert not (tmp_path / "again").exists()

@@ -6,7 +6,7 @@ import torch
 from attrib.kernels.contraction import contract_rows, row_dots
 from attrib.kernels.hashing import combine, hash_rows
 from attrib.kernels.recurrence import Coefficients
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -16,7 +16,6 @@ from hypothesis import strategies as st
     sizes=st.lists(st.integers(0, 7), min_size=1, max_size=4),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=50, deadline=None)
 def test_contraction_is_the_sum_over_each_tensor(q: int, b: int, sizes: list[int], seed: int) -> None:
     random = np.random.default_rng(seed)
     bounds = np.cumsum([0, *sizes])
@@ -38,7 +37,6 @@ def test_row_dots_accumulate_in_float64(dtype: type) -> None:
 
 
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 20), kind=st.sampled_from(["f4", "f8", "i8", "u1"]))
-@settings(max_examples=50, deadline=None)
 def test_rows_hash_alike_exactly_when_their_bytes_are_alike(seed: int, width: int, kind: str) -> None:
     random = np.random.default_rng(seed)
     rows = random.integers(0, 3, size=(30, width)).astype(kind)
@@ -59,7 +57,6 @@ def test_combined_hashes_depend_on_the_order() -> None:
 
 
 @given(seed=st.integers(0, 10**6), vectors=st.booleans())
-@settings(max_examples=50, deadline=None)
 def test_the_transpose_of_a_step_is_its_exact_adjoint(seed: int, vectors: bool) -> None:
     """Small integers in float64: nothing is rounded, and the two sides are equal."""
     random = torch.Generator().manual_seed(seed)

@@ -91,7 +91,7 @@ def test_planted_corners_are_where_they_are_said_to_be() -> None:
     assert torch.equal(shuffled.sort().values, labels.sort().values)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # trains to the edge of stability and explains it
 def test_planted_signal_is_found_and_the_matrix_is_exact(tmp_path: Path) -> None:
     parts = SeedParts(Parts(tmp_path / "study", {}), 0, lambda text: None)
     parts.folder.mkdir()

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from attrib.kernels.opposition import help_between, opposing_groups, opposing_pairs
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -59,7 +59,6 @@ def test_where_all_help_each_other_there_are_no_groups() -> None:
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(3, 7))
-@settings(max_examples=40, deadline=None)
 def test_strength_and_opposition_are_those_of_the_sides_and_no_better_than_the_best(seed: int, n: int) -> None:
     gradients = np.random.default_rng(seed).normal(size=(n, 3))
     help_ = gradients @ gradients.T

@@ -7,9 +7,10 @@ import oracles
 import pytest
 import torch
 import xarray as xr
-from cases import MODELS
+from cases import MODELS, crossed
 from torch import nn
 from training import train
+from zarr.storage import MemoryStore
 
 import attrib
 
@@ -47,12 +48,11 @@ def to_run_order(trained, values: np.ndarray) -> np.ndarray:  # type: ignore[no-
     return np.stack([sums[n] for n in trained.run.groups], -1)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "model"), crossed(CASES, MODELS))
 def test_every_contribution_is_the_double_sum(name: str, model: str, tmp_path: Path) -> None:
     kind, options, freeze = CASES[name]
     trained = train(
-        tmp_path / "run",
+        MemoryStore(),
         lambda p: kind(p, **options),
         model,
         scheduler=lambda r: torch.optim.lr_scheduler.StepLR(r, 2, 0.7),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import OPTIMIZERS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from setups import full
 from training import Trained, train
@@ -24,6 +24,8 @@ from attrib.report import payload, shown, write
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
+# a second or two of the browser each: the fast tier opens the page twice, to see it whole and that text stays text
+browsed = pytest.mark.slow
 SETUP = full()
 SHOWN = {"describe": SETUP.describe, "describe_query": SETUP.describe_query, "tag": SETUP.tag}
 
@@ -126,6 +128,7 @@ def test_page_shows_the_ledger_and_the_whole_run(opened: Opened, result: attrib.
         assert word in text
 
 
+@browsed
 def test_window_by_keyboard_changes_the_tables(opened: Opened, result: attrib.Result) -> None:
     page = opened.page
     page.focus("#from")
@@ -147,6 +150,7 @@ def test_window_by_keyboard_changes_the_tables(opened: Opened, result: attrib.Re
     expect_tables(opened, result, 0, 0, 30)
 
 
+@browsed
 def test_window_by_dragging_changes_the_tables(opened: Opened, result: attrib.Result) -> None:
     chart = opened.page.locator("#timeline .nsewdrag").first
     chart.scroll_into_view_if_needed()
@@ -163,6 +167,7 @@ def test_window_by_dragging_changes_the_tables(opened: Opened, result: attrib.Re
     expect_tables(opened, result, 0, 10, 21)
 
 
+@browsed
 def test_query_selector_changes_everything(opened: Opened, result: attrib.Result) -> None:
     opened.page.select_option("#query", "2")
     assert opened.terms()["final"] == pytest.approx(float(result.final[2]), rel=1e-12)
@@ -170,6 +175,7 @@ def test_query_selector_changes_everything(opened: Opened, result: attrib.Result
     np.testing.assert_allclose(opened.chart("timeline")[-1]["y"], result.curve[2], rtol=1e-6)
 
 
+@browsed
 def test_heat_map_shows_the_examples_of_the_tables_over_the_steps(opened: Opened, result: attrib.Result) -> None:
     (trace,) = opened.chart("heat")
     chosen = [*opened.table("top"), *reversed(opened.table("bottom"))]
@@ -189,12 +195,14 @@ def test_text_from_data_stays_text(opened: Opened, result: attrib.Result) -> Non
     assert "rest <img src=x onerror=" in page.locator("#layers").text_content()
 
 
+@browsed
 def test_pictures_are_the_examples(opened: Opened) -> None:
     rows = opened.page.evaluate("[...document.querySelectorAll('#top img')].map((i) => [i.naturalWidth, i.src])")
     assert len(rows) == len(opened.table("top"))
     assert all(width == 8 and src.startswith("data:image/png;base64,") for width, src in rows)
 
 
+@browsed
 @pytest.mark.parametrize("width", [1280, 800])
 def test_page_fits_the_screen(width: int, browser: Any, result: attrib.Result, tmp_path: Path) -> None:
     opened = Opened(browser, write(result, tmp_path / "report.html", **SHOWN), width)
@@ -204,6 +212,7 @@ def test_page_fits_the_screen(width: int, browser: Any, result: attrib.Result, t
     assert opened.wrong == []
 
 
+@browsed
 def test_every_control_has_a_name_and_can_be_reached(opened: Opened) -> None:
     page, reached = opened.page, []
     page.evaluate("document.activeElement.blur()")
@@ -216,6 +225,7 @@ def test_every_control_has_a_name_and_can_be_reached(opened: Opened) -> None:
     assert page.evaluate("[...document.querySelectorAll('table')].every((t) => t.caption)")
 
 
+@browsed
 def test_result_without_steps_of_examples_says_which_keep(
     browser: Any, trained: Trained, result: attrib.Result, tmp_path: Path
 ) -> None:
@@ -233,6 +243,7 @@ def test_result_without_steps_of_examples_says_which_keep(
     assert opened.wrong == []
 
 
+@browsed
 def test_numbers_that_are_not_finite_are_said(browser: Any, result: attrib.Result, tmp_path: Path) -> None:
     """log 0 early in training: the rest of the page stands."""
     dataset = result.dataset.copy(deep=True)
@@ -244,6 +255,7 @@ def test_numbers_that_are_not_finite_are_said(browser: Any, result: attrib.Resul
     assert opened.wrong == []
 
 
+@browsed
 def test_page_that_cannot_be_shown_says_so(browser: Any, result: attrib.Result, tmp_path: Path) -> None:
     path = write(result, tmp_path / "report.html")
     text = path.read_text()
@@ -255,6 +267,7 @@ def test_page_that_cannot_be_shown_says_so(browser: Any, result: attrib.Result, 
     page.close()
 
 
+@browsed
 def test_charts_fit_the_paper(opened: Opened) -> None:
     widths = "() => [...document.querySelectorAll('.chart .main-svg')].map((s) => s.getBoundingClientRect().width)"
     before = opened.page.evaluate(widths)
@@ -265,6 +278,7 @@ def test_charts_fit_the_paper(opened: Opened) -> None:
     assert opened.page.evaluate(widths) == before
 
 
+@browsed
 def test_window_of_a_run_keeps_its_own_steps(browser: Any, trained: Trained, tmp_path: Path) -> None:
     short = trained.attribute(SETUP.measurement["log_prob"].select([0]), steps=slice(11, 20))
     opened = Opened(browser, write(short, tmp_path / "report.html"))
@@ -293,6 +307,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(payload, name, value)
 
 
+@browsed
 def test_thinned_page_says_so_and_its_tables_stay_exact(
     narrow: None, browser: Any, trained: Trained, tmp_path: Path
 ) -> None:
@@ -321,7 +336,6 @@ def test_thinned_page_says_so_and_its_tables_stay_exact(
 
 
 @given(st.integers(1, 9), st.integers(25, 60), st.integers(0, 10_000))
-@settings(deadline=None, max_examples=30)
 def test_every_window_finds_its_extremes_in_the_page(bins: int, examples: int, seed: int) -> None:
     values = np.random.default_rng(seed).standard_normal((bins, examples)) ** 3
     chosen = payload._in_some_window(values, 0) if bins == 1 else payload._in_some_window(values, examples - 1)

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 from attrib.kernels import changes as kernel
 from cases import OPTIMIZERS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from training import train
 
@@ -52,7 +52,6 @@ def slow_best_split(rows: np.ndarray, smallest: int) -> tuple[int, float]:
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(6, 30), columns=st.integers(1, 4), smallest=st.integers(1, 3))
-@settings(max_examples=50, deadline=None)
 def test_the_gain_of_a_split_is_what_it_takes_off_the_sum_of_squares(
     seed: int, n: int, columns: int, smallest: int
 ) -> None:
@@ -141,7 +140,6 @@ def test_changes_are_located_again_between_their_neighbours() -> None:
 
 
 @given(scale=st.floats(1e-3, 1e3), sign=st.sampled_from([-1, 1]), shift=st.floats(-1e3, 1e3), column=st.integers(0, 2))
-@settings(max_examples=15, deadline=None)
 def test_units_and_level_of_a_column_do_not_matter(scale: float, sign: int, shift: float, column: int) -> None:
     series = planted(np.random.default_rng(2))
     want = kernel.find_changes(series, permutations=99)
@@ -209,7 +207,6 @@ def test_colouring_undoes_prewhitening() -> None:
 
 
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 6), extra=st.integers(1, 20))
-@settings(max_examples=50, deadline=None)
 def test_the_onset_is_the_first_largest_bend(seed: int, width: int, extra: int) -> None:
     values = np.random.default_rng(seed).integers(0, 4, 2 * width + extra).astype(float)
     best, where = -np.inf, -1

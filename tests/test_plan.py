@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from cases import OPTIMIZERS
+from cases import OPTIMIZERS, crossed
 from hypothesis import given
 from hypothesis import strategies as st
 from training import train
@@ -96,8 +96,7 @@ def forced(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     )
 
 
-@pytest.mark.parametrize("batched", [True, False], ids=["measurement with a batch", "any callable"])
-@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize(("at_once", "batched"), crossed([2, 1, 4], [True, False]))
 def test_queries_of_several_sweeps_come_in_their_order(
     at_once: int, batched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_along import layout_of
 from torch import Tensor, nn
@@ -112,7 +112,6 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
     sizes=st.lists(st.integers(1, 12), min_size=2, max_size=4),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=60, deadline=None)
 def test_every_share_of_a_random_model_is_that_of_its_loss(steps: list[Step], sizes: list[int], seed: int) -> None:
     torch.manual_seed(seed)
     model = Random(steps).double()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import MODELS, OPTIMIZERS
+from cases import MODELS, OPTIMIZERS, covering, crossed
 from torch import Tensor, nn
 from training import flat, train
 
@@ -414,19 +414,21 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd momentum"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("name", "optimizer"), crossed(SCHEDULERS, ["adamw", "sgd momentum"]))
 def test_schedulers_work_on_the_recorder(name: str, optimizer: str, tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS[optimizer], scheduler=SCHEDULERS[name], steps=8)
     assert len(set(trained.rates)) > 1
     trained.attribute().check(1e-10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("reduction", [torch.mean, torch.sum, lambda losses: losses.sum() / 7])
-@pytest.mark.parametrize("clip", [None, 0.1])
-def test_reduction_and_clipping_are_recognised(clip: float, reduction: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], reduction=reduction, clip=clip, steps=8, dtype=dtype)
+REDUCTIONS = {"mean": torch.mean, "sum": torch.sum, "seventh": lambda losses: losses.sum() / 7}
+SCALED = [None, 0.1], REDUCTIONS, [torch.float64, torch.float32]
+
+
+@pytest.mark.parametrize(("clip", "reduction", "dtype"), crossed(*SCALED, fast=covering(*SCALED, whole=2)))
+def test_reduction_and_clipping_are_recognised(clip: float, reduction: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    options = {"reduction": REDUCTIONS[reduction], "clip": clip, "steps": 8, "dtype": dtype}
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], **options)
     trained.attribute().check(1e-10 if dtype == torch.float64 else 1e-5)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import MODELS, OPTIMIZERS
+from cases import MODELS, OPTIMIZERS, crossed
 from torch import nn
 from training import train
 
@@ -21,23 +21,22 @@ class Dropped(nn.Module):
         return self.second(self.drop(torch.relu(self.first(x))))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_untouched_replay_is_the_run_bit_for_bit(optimizer: str, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "start", "dtype"), crossed(OPTIMIZERS, [3, 8, 0], [torch.float64, torch.float32])
+)
+def test_untouched_replay_is_the_run_bit_for_bit(
+    optimizer: str, start: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS[optimizer], dtype=dtype, steps=9, block=4)
     before = [p.detach().clone() for p in trained.model.parameters()]
-    for start in (0, 3, 8):
-        again = attrib.replay(
-            trained.run, start, model=trained.model, loss=trained.case.loss, store=tmp_path / f"again{start}"
-        )
-        assert again.steps == 9 - start
-        for step in range(start, 10):
-            assert torch.equal(again.vector(step - start), trained.run.vector(step)), (start, step)
+    again = attrib.replay(trained.run, start, model=trained.model, loss=trained.case.loss, store=tmp_path / "again")
+    assert again.steps == 9 - start
+    for step in range(start, 10):
+        assert torch.equal(again.vector(step - start), trained.run.vector(step)), step
     assert all(torch.equal(p, q) for p, q in zip(trained.model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["sgd momentum", "adamw"])
-@pytest.mark.parametrize("states_every", [1, 4])
+@pytest.mark.parametrize(("kind", "states_every"), crossed(["sgd momentum", "adamw"], [1, 4]))
 def test_dropout_batches_and_schedules_are_drawn_again(kind: str, states_every: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x, y = Dropped(), torch.randn(20, 4), torch.randint(0, 3, (20,))

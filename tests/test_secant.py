@@ -1,11 +1,12 @@
 """The secant: every rule exact, equal to the vjp in the limit, unchanged when the ends are swapped."""
 
 import logging
+from functools import cache
 
 import pytest
 import torch
 from cases import MODELS, OPERATIONS, OperationCase
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -34,8 +35,14 @@ def scalar(case: OperationCase):
     return f
 
 
+@cache
+def graph_of(case: OperationCase) -> Graph:
+    """Traced once, elsewhere than where it is used, as in a run."""
+    return Graph(scalar(case), [ends(case, 7, 0.0)[0]], [])
+
+
 def secant(case: OperationCase, x0: torch.Tensor, x1: torch.Tensor) -> torch.Tensor:
-    graph = Graph(scalar(case), [x0], [])
+    graph = graph_of(case)
     values = graph.forward([x0], [x1], [])
     return graph.backward(torch.ones((), dtype=x0.dtype), values)[0]
 
@@ -74,7 +81,6 @@ def test_every_rule_is_symmetric_in_the_ends(name: str) -> None:
 @given(
     seed=st.integers(0, 10**6), distance=st.sampled_from([0.0, 1e-7, 0.1, 10.0]), name=st.sampled_from(list(OPERATIONS))
 )
-@settings(max_examples=60, deadline=None)
 def test_rules_are_exact_for_random_ends(seed: int, distance: float, name: str) -> None:
     case = OPERATIONS[name]
     x0, x1 = ends(case, seed, distance)
@@ -114,7 +120,9 @@ def test_secant_of_a_network_is_complete_at_every_number_of_substeps(name: str, 
 @pytest.mark.parametrize("name", MODELS)
 def test_secant_tends_to_the_path_integral_as_substeps_grow(name: str) -> None:
     query, theta0, theta1 = model_query(name)
-    integral = attrib.Midpoint(2000).bind(query)(theta0, theta1).gradient
+    # the midpoint rule on 2000 cells, each a step of its own: steps are taken side by side, the nodes of one are not
+    ends = torch.lerp(theta0, theta1, torch.linspace(0, 1, 2001, dtype=theta0.dtype)[:, None])
+    integral = attrib.Midpoint(1).bind(query)(ends[:-1], ends[1:]).gradient.mean(0)
     errors = [
         float((attrib.Secant(n).bind(query)(theta0, theta1).gradient - integral).norm() / integral.norm())
         for n in (1, 4, 16, 64)

@@ -114,6 +114,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow  # a new process, which imports torch; `test_states` leaves a run without closing it
 def test_killed_run_reads_up_to_its_last_committed_block(tmp_path: Path) -> None:
     store = str(tmp_path / "run")
     script = textwrap.dedent(KILLED).format(store=store, paths=[str(Path(__file__).parent)])

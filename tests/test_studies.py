@@ -12,7 +12,7 @@ from attrib.studies import digits, modular, text
 from attrib.studies.recipe import cross_entropy
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # real images, 88 steps
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_digits_network_is_rebuilt(capture: str, tmp_path: Path) -> None:
     data = digits.load()
@@ -32,7 +32,7 @@ def test_digits_network_is_rebuilt(capture: str, tmp_path: Path) -> None:
         assert (data.y[torch.tensor(best)] == data.y[query]).double().mean() >= 0.5
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a language model on real text
 def test_small_gpt_on_source_text_is_rebuilt(tmp_path: Path) -> None:
     data = text.load()
     model = text.train(data, tmp_path / "run", steps=30, batch=8)

@@ -21,7 +21,7 @@ def drawn(page: str) -> str:
     return re.sub(r"f\d+-[pm][0-9a-f]+", "", page)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # whole studies at toy size
 @pytest.mark.parametrize("name", STUDIES)
 def test_study_writes_a_whole_page_and_is_not_done_twice(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from cases import OPTIMIZERS
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from training import Trained, train
@@ -159,7 +159,6 @@ def test_influence_is_the_derivative_of_training_by_the_weight_of_an_example(
     assert float(np.abs(found - want).max()) <= 1e-6 * float(np.abs(want).max())
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_tallies_sum_however_they_are_cut(data: st.DataObject) -> None:
     """`+` is associative over neighbours, and the whole is that of all pieces at once."""
