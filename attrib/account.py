@@ -13,7 +13,7 @@ from .marginals import Axes, Slots
 from .result import IDENTITIES, PREFIX
 from .sensitivity import Terms
 from .shares import Contributions, Split
-from .steps import Step
+from .steps import RecordedStep
 from .tally import Tally
 
 OWN = "the gradient of the example's own loss"  # what a share is in a result
@@ -45,7 +45,7 @@ class Account:
 
     def tallies(
         self,
-        steps: Sequence[Step],
+        steps: Sequence[RecordedStep],
         found: Sequence[Contributions],
         gradient: np.ndarray,
         terms: Terms,
@@ -89,7 +89,7 @@ class Account:
         sizes = np.array([np.abs(c).sum() for c in contributions])
         return float(relative(np.abs(shares - gradient).max(1), np.maximum(sizes, self.bound * seen)))
 
-    def _failure(self, step: Step, split: Split | None) -> dict[str, str]:
+    def _failure(self, step: RecordedStep, split: Split | None) -> dict[str, str]:
         if split is None or split.slot is None or split.group is None:
             return {}
         sentence = (

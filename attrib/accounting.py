@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .optim import Parts, decay_rates, pullback
-from .path import Limit, Path, PathGradient, Query, limit_bound, limit_gap
+from .optim import Segments, decay_rates, pullback
+from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
 from .sensitivity import Adjoint, Products, Terms, Traced
 from .steps import Steps
 
@@ -34,7 +34,7 @@ class Prepared(NamedTuple):
     decay (n, 2, K); and where it was looked at, the limit."""
 
     vectors: Tensor | None
-    coefficients: list[Parts]
+    coefficients: list[Segments]
     moved: np.ndarray
     replayed: np.ndarray
     along_theta: np.ndarray
@@ -49,34 +49,34 @@ class Prepared(NamedTuple):
 class Accounting:
     """m(theta_b) - m(theta_a) along the realised path.
 
-    query: the measurement. path: how a change of it is written through the update. limit_before: the state at whose step
+    measured: the measurement. path: how a change of it is written through the update. limit_before: the state at whose step
     it is seen to that the path tends to the gradient; None for nowhere.
     """
 
-    query: Query
+    measured: Measured
     path: Path
     limit_before: int | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Accounting, (self.query, self.path, self.limit_before)
+        return Accounting, (self.measured, self.path, self.limit_before)
 
     @cached_property
     def _integrate(self) -> Callable[[Tensor, Tensor], PathGradient]:
-        return self.path.bind(self.query)
+        return self.path.bind(self.measured)
 
     @property
     def at_once(self) -> int:
-        return self.query.steps_at_once()
+        return self.measured.steps_at_once()
 
     def begin(self) -> Adjoint:
-        size = self.query.count, self.query.layout.size
-        return Adjoint(torch.zeros(size, dtype=torch.float64, device=self.query.example.device))
+        size = self.measured.count, self.measured.layout.size
+        return Adjoint(torch.zeros(size, dtype=torch.float64, device=self.measured.example.device))
 
     def prepare(self, steps: Steps) -> Prepared:
-        theta = steps.theta.to(self.query.example.device)
+        theta = steps.theta.to(self.measured.example.device)
         limit = self._limit(theta) if steps.range.stop == self.limit_before else None
         path = self._integrated(theta)
-        vectors, layout = path.gradient.double(), self.query.layout
+        vectors, layout = path.gradient.double(), self.measured.layout
         update = torch.stack([delta for _, delta in steps.updates]).to(theta.device)
         leverage = torch.zeros_like(path.start, dtype=torch.float64)
         sums = []
@@ -121,7 +121,7 @@ class Accounting:
         return found if p.limit is None else self._with_limit(found, p.limit)
 
     def inherited(self, steps: Steps, adjoint: Adjoint) -> np.ndarray:
-        return over_tensors(self.query.layout, adjoint.state * steps.momentum.to(adjoint.state.device))
+        return over_tensors(self.measured.layout, adjoint.state * steps.momentum.to(adjoint.state.device))
 
     def _integrated(self, theta: Tensor) -> PathGradient:
         """Of the steps between n + 1 states, as many at once as are best."""
@@ -133,7 +133,7 @@ class Accounting:
 
     def _limit(self, theta: Tensor) -> Limit:
         at = min(len(theta) - 1, self.at_once, LIMIT_STEPS)
-        return limit_gap(self.query, self._integrate, theta[-at - 1 :])
+        return limit_gap(self.measured, self._integrate, theta[-at - 1 :])
 
     def _with_limit(self, terms: Terms, limit: Limit) -> Terms:
         gaps = np.full(len(terms.gaps["step"]), np.nan)
@@ -142,7 +142,7 @@ class Accounting:
         if limit.tensor is not None:
             failures["limit"] = (
                 f"the path does not tend to the gradient of the measurement: got a gap of {limit.gap:.3g}, expected "
-                f"at most {limit_bound(self.query.dtype):.1g}, at query {limit.query}, parameter {limit.tensor!r}. An "
+                f"at most {limit_bound(self.measured.dtype):.1g}, at query {limit.query}, parameter {limit.tensor!r}. An "
                 f"operation of the measurement has a wrong derivative under this path: try another, such as "
                 f"path=attrib.GaussLegendre(nodes=4)."
             )

@@ -25,7 +25,7 @@ from .functional import differentiable
 from .interrupt import interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
-from .path import Path, Query, Secant
+from .path import Measured, Path, Secant
 from .plan import sizes_of
 from .result import Result, join
 from .run import Run, check_model
@@ -226,15 +226,15 @@ def _interrupted(result: Result, asked: int) -> Interrupted:
 # what was asked
 
 
-def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None, theta: Tensor) -> Query:
+def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None, theta: Tensor) -> Measured:
     """In float64 unless asked otherwise; in the run's type where a callable's own tensors leave no choice."""
     try:
-        return Query(model, measurement, run.layout, dtype or torch.float64, theta)
+        return Measured(model, measurement, run.layout, dtype or torch.float64, theta)
     except MeasurementError as error:
         if dtype is not None or run.dtype == torch.float64:
             raise
         try:
-            found = Query(model, measurement, run.layout, run.dtype, theta)
+            found = Measured(model, measurement, run.layout, run.dtype, theta)
         except MeasurementError:
             raise error from None
         log.info("the measurement is computed in %s, the type of its own tensors", run.dtype)

@@ -21,7 +21,7 @@ from .generators import random_state
 from .gradients import random_weights
 from .kernels.contraction import contract_rows
 from .run import Run
-from .steps import Step
+from .steps import RecordedStep
 
 log = logging.getLogger("attrib")
 
@@ -82,10 +82,10 @@ class Shares:
         self._groups = member.argmax(1).tolist()
         self._contract = {"gradients": self._stored, "factors": self._factored, "replay": self._replayed}[run.capture]
         self._said = False
-        self._gradients: gradients.Shares | None = None
+        self._gradients: gradients.ExampleGradients | None = None
         if loss is not None:
             with training_modes(model, run.header["training"]):
-                self._gradients = gradients.Shares(loss, model, run.layout, dtype, slices)
+                self._gradients = gradients.ExampleGradients(loss, model, run.layout, dtype, slices)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shares, self._made_of
@@ -100,11 +100,11 @@ class Shares:
         """Whether a batch was met whose losses depend on each other."""
         return self._gradients is not None and self._gradients.coupled
 
-    def contract(self, step: Step, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
+    def contract(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         """From U (Q, P), and <U, gradient> (Q, K) of the recorded gradient of the examples."""
         return self._contract(step, sensitivity, gradient)
 
-    def curvature(self, step: Step, sensitivity: Tensor) -> Tensor:
+    def curvature(self, step: RecordedStep, sensitivity: Tensor) -> Tensor:
         """H U (Q, P): the Hessian of the step's reduced loss, sum_i scale loss_i, times U (Q, P), in float64."""
         if self._gradients is None:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
@@ -114,7 +114,9 @@ class Shares:
         scale = self._fitted(step) if np.isnan(step.scale) else step.scale
         return found.double() * (1.0 if scale is None else scale)
 
-    def split(self, step: Step, sensitivity: Tensor, found: Contributions, seen: np.ndarray | float) -> Split | None:
+    def split(
+        self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray | float
+    ) -> Split | None:
         """The fourth identity: sum_i v_i c_i = <d (v . losses) / d theta, U> for random v, for every query and group, by one
         backward pass that knows nothing of sites. Where nothing is left to learn, of the rounding of the measurement `seen`
         (Q,). Without a loss, None."""
@@ -148,7 +150,7 @@ class Shares:
         along = self._along(step, sensitivity[q], int(g)) * scale
         return Split(float(gaps[q, g]), int(np.abs(along - mine[q, :, g]).argmax()), int(g))
 
-    def _along(self, step: Step, sensitivity: Tensor, group: int) -> np.ndarray:
+    def _along(self, step: RecordedStep, sensitivity: Tensor, group: int) -> np.ndarray:
         """(B,): the truth example by example, along one query's U over one group."""
         assert self._gradients is not None
         named = self.run.layout.unflatten(sensitivity[None].to(self._dtype))
@@ -158,18 +160,18 @@ class Shares:
 
     # by capture
 
-    def _stored(self, step: Step, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
+    def _stored(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         rows = self.run.shares(step.number)
         return Contributions(contract_rows(sensitivity.cpu().numpy(), rows, self.run.layout.bounds), None)
 
-    def _factored(self, step: Step, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
+    def _factored(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         named = self.run.layout.unflatten(sensitivity.to(self.run.dtype))
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
         parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
         return Contributions((torch.stack(parts, 2) * step.scale).cpu().numpy(), None)
 
-    def _replayed(self, step: Step, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
+    def _replayed(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         assert self._gradients is not None
         with self._step(step) as (shares, batch):
             found = shares.contract(self._theta(step), batch, sensitivity, self._groups)[1].cpu().numpy()
@@ -178,7 +180,7 @@ class Shares:
         return Contributions(found, scale)
 
     @contextmanager
-    def _step(self, step: Step) -> Iterator[tuple[gradients.Shares, tuple[Tensor, ...]]]:
+    def _step(self, step: RecordedStep) -> Iterator[tuple[gradients.ExampleGradients, tuple[Tensor, ...]]]:
         """The gradients of the parameters that moved and the batch of a step, the world being as it was then."""
         assert self._gradients is not None
         batch = tuple(b.to(self._device) for b in self.run.inputs(step.kind, step.rows))
@@ -187,7 +189,7 @@ class Shares:
 
     # the common factor of a step
 
-    def _scale(self, step: Step, found: np.ndarray, gradient: np.ndarray) -> float:
+    def _scale(self, step: RecordedStep, found: np.ndarray, gradient: np.ndarray) -> float:
         """The recorded one where the shares then sum to p.grad, as far as U sees it; else what takes them there. What was
         recorded of steps that were not checked was assumed."""
         recorded = step.scale
@@ -210,12 +212,12 @@ class Shares:
             return fitted
         return 1.0 if np.isnan(recorded) else recorded
 
-    def _fitted(self, step: Step) -> float | None:
+    def _fitted(self, step: RecordedStep) -> float | None:
         """From p.grad and the sum of the gradients, over all parameters."""
         assert self._gradients is not None
         with self._step(step) as (shares, batch):
             total = shares.total(self._theta(step), batch)[1]
         return fit_scale(step.examples.to(total), total)
 
-    def _theta(self, step: Step) -> Tensor:
+    def _theta(self, step: RecordedStep) -> Tensor:
         return step.theta.to(self._device, self._dtype)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .optim import Parts, Replay
+from .optim import Replay, Segments
 from .trajectory import Trajectory
 
-Updates = list[tuple[Parts, Tensor]]
+Updates = list[tuple[Segments, Tensor]]
 
 
 class Block:
@@ -80,7 +80,7 @@ class Block:
         return Replay(self.trajectory.rule, self.trajectory.layout, self.state)
 
 
-class Step(NamedTuple):
+class RecordedStep(NamedTuple):
     """One of them. theta, examples (P,): before it, and what of its gradient is the examples'; ids (B,); rows (B,) of the
     table `kind`: where its inputs stand; scale: from an example's gradient to its share, NaN where it has to be fitted;
     random: the generators' state before its forward pass, or None; active: the parameters that had a gradient."""
@@ -98,7 +98,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Steps:
-    """Consecutive steps of one block, a `Step` each.
+    """Consecutive steps of one block, a `RecordedStep` each.
 
     block: what they are part of. range: their numbers in the run.
     """
@@ -109,15 +109,15 @@ class Steps:
     def __len__(self) -> int:
         return len(self.range)
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[RecordedStep]:
         return (self[n] for n in range(len(self)))
 
-    def __getitem__(self, n: int) -> Step:
+    def __getitem__(self, n: int) -> RecordedStep:
         number = self.range[n]
         at, facts = number - self.block.first, self.block.facts
         ids, rows = (facts[name][at] for name in ("index", "row"))
         on = self.block.hyper[at][:, -1]
-        return Step(
+        return RecordedStep(
             number=number,
             theta=self.block.theta[at],
             examples=self.block.examples[at],

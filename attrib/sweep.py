@@ -23,7 +23,7 @@ from .executor import Pool
 from .run import Run
 from .sensitivity import Adjoint, Products, Sensitivity, Traced
 from .shares import Contributions, Shares, Split, drawn
-from .steps import Blocks, Step, Steps
+from .steps import Blocks, RecordedStep, Steps
 from .tally import Tally, total
 
 
@@ -93,7 +93,7 @@ class Work:
         ]
         return Products(*torch.stack(found, 2).cpu().numpy().transpose(3, 0, 1, 2))
 
-    def _split(self, step: Step, sensitivity: Tensor, found: Contributions, seen: np.ndarray) -> Split | None:
+    def _split(self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray) -> Split | None:
         """Of a drawn step; without a loss, what was recorded with it."""
         if not self.shares.has_loss:
             return Split(float(self._recorded[step.number]))

@@ -20,7 +20,7 @@ import attrib
 from attrib import errors
 from attrib.functional import Functional
 from attrib.generators import generators, random_state, set_generators
-from attrib.gradients import LossVector, Shares
+from attrib.gradients import ExampleGradients, LossVector
 from attrib.layout import Layout
 
 
@@ -336,7 +336,7 @@ def truth(name: str, seed: int) -> np.ndarray:
 def test_shares_are_the_gradients_of_the_single_losses_of_the_batch(name: str, way: str) -> None:
     """On several batches of one kind, at parameters that the model does not hold: taped from the third call on."""
     case, model, layout, theta = setting(name)
-    shares = Shares(case.loss, model, layout, torch.float64)
+    shares = ExampleGradients(case.loss, model, layout, torch.float64)
     directions = torch.randn(3, layout.size, dtype=torch.float64)
     for seed in range(6):
         batch, moved = data(seed), theta + 0.1 * seed
@@ -358,7 +358,7 @@ def test_shares_are_the_gradients_of_the_single_losses_of_the_batch(name: str, w
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_slow_is_said_once_and_nothing_else_is(name: str, caplog: pytest.LogCaptureFixture) -> None:
     case, model, layout, theta = setting(name)
-    shares = Shares(case.loss, model, layout, torch.float64)
+    shares = ExampleGradients(case.loss, model, layout, torch.float64)
     for seed in (0, 1, 2, 3):
         shares.contract(theta, data(seed), theta[None])
     said = [m for m in caplog.messages if "are slow" in m]
@@ -484,9 +484,9 @@ def test_generators_are_put_back_to_the_bit() -> None:
 def test_tensors_of_a_group_go_along_a_direction_together(name: str) -> None:
     case, model, layout, theta = setting(name)
     batch, u = data(1), torch.randn(2, layout.size, dtype=torch.float64)
-    apart = Shares(case.loss, model, layout, torch.float64).contract(theta, batch, u)[1]
+    apart = ExampleGradients(case.loss, model, layout, torch.float64).contract(theta, batch, u)[1]
     groups = [k % 2 for k in range(len(layout.names))]
-    together = Shares(case.loss, model, layout, torch.float64).contract(theta, batch, u, groups)[1]
+    together = ExampleGradients(case.loss, model, layout, torch.float64).contract(theta, batch, u, groups)[1]
     for g in (0, 1):
         mine = [k for k, group in enumerate(groups) if group == g]
         np.testing.assert_allclose(together[..., mine].sum(-1), apart[..., mine].sum(-1), atol=1e-11)
@@ -590,7 +590,7 @@ def test_a_batch_is_cut_only_where_its_losses_are_those_of_its_slices() -> None:
         for size in (7, 12, 16):
             x, y = data(3, size)
             x = x[:1].expand(size, -1).clone() if size == 7 else x
-            shares = Shares(case.loss, model, layout, torch.float64, slices=1)
+            shares = ExampleGradients(case.loss, model, layout, torch.float64, slices=1)
             want = oracles.losses_one_by_one(model, theta.numpy(), case.loss, (x, y))
             for _ in range(2):
                 found = shares.contract(theta, (x, y), theta[None])[1].sum(-1)[0]

@@ -340,3 +340,28 @@ def test_killed_from_outside_leaves_what_was_done(tmp_path: Path) -> None:
     result = attrib.open_result(tmp_path / "result")
     result.check(1e-10)
     assert 0 < result.dataset.attrs["window"][0] < result.dataset.attrs["window"][1] == 400
+
+
+@pytest.mark.slow  # starts processes, which import torch
+def test_workers_of_the_command_line_give_the_result_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path / "run", OPTIMIZERS["adamw"], "gpt", steps=6)
+    (tmp_path / "mine.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch, cases, attrib\n"
+        "def setup():\n"
+        "    torch.manual_seed(0)\n"
+        "    case = cases.MODELS['gpt']\n"
+        "    x, y = case.data(3)\n"
+        "    return case.build().double(), case.loss, attrib.measure.log_prob(x, y)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, workers in (("alone", []), ("together", ["--workers", "2"])):
+        assert main(["attribute", "run", "--setup", f"{tmp_path}/mine.py:setup", "-o", name, *workers]) == 0
+    alone, together = (attrib.open_result(tmp_path / name) for name in ("alone", "together"))
+    np.testing.assert_allclose(together.by("step", "example"), alone.by("step", "example"), rtol=0, atol=1e-14)
+    with pytest.raises(SystemExit):
+        main(["attribute", "run", "--setup", "mine:setup", "--workers", "0"])
+    assert "not a count" in capsys.readouterr().err

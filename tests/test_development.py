@@ -17,7 +17,7 @@ from training import Trained, flat, train
 import attrib
 from attrib import errors
 from attrib.intervention import Drop, Freeze, Suppress, Transplant
-from attrib.path import Query
+from attrib.path import Measured
 from attrib.studies.development import planted
 
 
@@ -445,7 +445,7 @@ def test_moves_of_momentum_are_the_double_sum(tmp_path: Path) -> None:
     run, step = trained.run, 4
     measurement = trained.measurement(1)
     (move,) = attrib.moves(run, trained.model, measurement, range(step, step + 1), loss=trained.case.loss, lead=2)
-    bar = attrib.Secant().bind(Query(trained.model, measurement, run.layout, torch.float64, run.vector(0)))
+    bar = attrib.Secant().bind(Measured(trained.model, measurement, run.layout, torch.float64, run.vector(0)))
     gradient = bar(run.vector(step), run.vector(step + 1)).gradient[0].numpy()
     expected = np.zeros(len(run.examples))
     for r in (2, 3, 4):  # the lead and the step itself

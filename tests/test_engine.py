@@ -64,7 +64,7 @@ def test_blocks_of_queries_change_nothing(trained: Trained, monkeypatch: pytest.
     measurement = trained.measurement(7)
     whole = trained.attribute(measurement)
     plain = trained.attribute(lambda m: measurement(m))
-    monkeypatch.setattr("attrib.path.query.GRADIENT_BYTES", 8 * 2 * trained.run.layout.size)
+    monkeypatch.setattr("attrib.path.measured.GRADIENT_BYTES", 8 * 2 * trained.run.layout.size)
     for m, expected in ((measurement, whole), (lambda m: measurement(m), plain)):
         np.testing.assert_allclose(
             trained.attribute(m).by("step", "example"), expected.by("step", "example"), rtol=1e-12, atol=1e-14

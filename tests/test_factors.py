@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten
 from training import train
 
 import attrib
-from attrib.gradients import Shares
+from attrib.gradients import ExampleGradients
 from attrib.gradients.stored import describe, from_tensors, to_tensors
 from attrib.program import Programs, kind_of
 
@@ -140,7 +140,7 @@ def test_the_names_in_the_store_are_those_of_runs_already_recorded() -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_factors_of_every_layer_come_back_from_their_arrays(name: str) -> None:
     model, layout, theta, x, expected = setting(name, 5)
-    found = Shares(loss, model, layout, torch.float64).factors(theta, (x,))
+    found = ExampleGradients(loss, model, layout, torch.float64).factors(theta, (x,))
     described = describe(found)
     tensors = to_tensors(found, described)
     again = from_tensors(described, tensors.__getitem__)
@@ -156,7 +156,7 @@ def test_factors_of_every_layer_come_back_from_their_arrays(name: str) -> None:
 def test_a_traced_pass_gives_what_the_function_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attrib.program.TRACE_AFTER", 1)
     model, layout, theta, _, _ = setting(name, 4)
-    shares = Shares(loss, model, layout, torch.float64)
+    shares = ExampleGradients(loss, model, layout, torch.float64)
     for step in range(4):
         x = torch.randn(4, *LAYERS[name][1], dtype=torch.float64)
         moved = theta + 0.1 * step
@@ -188,12 +188,12 @@ def test_a_function_that_reads_values_is_run_as_it_is(monkeypatch: pytest.Monkey
 def test_slices_of_a_batch_change_nothing() -> None:
     model, layout, theta, x, expected = setting("attention, batch second", 7)
     directions = torch.randn(2, layout.size, dtype=torch.float64)
-    whole = Shares(loss, model, layout, torch.float64)
+    whole = ExampleGradients(loss, model, layout, torch.float64)
     whole.contract(theta, (x,), directions)
     bytes_ = whole._forms.of(theta, (x,)).bytes
     assert bytes_
     for size in (1, *(int(bytes_ * k) for k in range(1, 9))):  # of 1 to 7 examples; of 4 to 6 the last one overlaps
-        shares = Shares(loss, model, layout, torch.float64, slices=size)
+        shares = ExampleGradients(loss, model, layout, torch.float64, slices=size)
         losses, contracted = shares.contract(theta, (x,), directions)
         np.testing.assert_allclose(contracted.sum(-1), directions.numpy() @ expected.T, atol=1e-9)
         torch.testing.assert_close(losses, loss(model, x).detach())

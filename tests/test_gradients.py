@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import attrib
-from attrib.gradients import FUNCTIONS, Shares
+from attrib.gradients import FUNCTIONS, ExampleGradients
 from attrib.gradients.batchwise import Batchwise, candidates, find
 from attrib.layout import Layout
 
@@ -44,7 +44,7 @@ def setting(name: str, size: int, seed: int = 0) -> tuple[nn.Module, Layout, Ten
 @pytest.mark.parametrize("name", LAYERS)
 def test_shares_of_every_layer_are_those_of_single_examples(name: str, size: int) -> None:
     model, layout, theta, x, expected = setting(name, size)
-    shares = Shares(loss, model, layout, torch.float64)
+    shares = ExampleGradients(loss, model, layout, torch.float64)
     directions = torch.randn(3, layout.size, dtype=torch.float64)
     losses, contracted = shares.contract(theta, (x,), directions)
     torch.testing.assert_close(losses, loss(model, x).detach())
@@ -64,7 +64,7 @@ def test_contraction_is_the_same_by_rows_and_by_pairs(name: str, rows: bool, mon
     monkeypatch.setattr("attrib.kernels.factors.base.products_are_cheaper", lambda *sizes: not rows)
     monkeypatch.setattr("attrib.kernels.factors.base.SLICE_BYTES", 8 * 40)  # slices of one or a few examples
     directions = torch.randn(4, layout.size, dtype=torch.float64)
-    contracted = Shares(loss, model, layout, torch.float64).contract(theta, (x,), directions)[1]
+    contracted = ExampleGradients(loss, model, layout, torch.float64).contract(theta, (x,), directions)[1]
     products = directions.numpy()[:, None] * expected[None]
     want = np.stack([products[..., part].sum(-1) for _, part in layout.slices()], -1)
     np.testing.assert_allclose(contracted, want, rtol=1e-10, atol=1e-10 * np.abs(products).sum(-1).max())
@@ -81,7 +81,7 @@ def test_the_cheaper_contraction_is_chosen_at_the_crossing() -> None:
 
 def test_a_plan_made_on_one_batch_size_serves_the_others() -> None:
     model, layout, theta, _, _ = setting("attention, batch second", 2)
-    shares = Shares(loss, model, layout, torch.float64)
+    shares = ExampleGradients(loss, model, layout, torch.float64)
     for size in (5, 1, 3, 12):
         x = torch.randn(size, 3, 6, dtype=torch.float64)
         expected = oracles.single_gradients(model, theta.numpy(), loss, (x,))
@@ -92,10 +92,10 @@ def test_a_plan_made_on_one_batch_size_serves_the_others() -> None:
 def test_listed_functions_make_no_detour(name: str) -> None:
     """Layers in the table go neither through vmap of the loss nor through forward-mode derivatives of a whole model."""
     model, layout, theta, x, _ = setting(name, 4)
-    shares = Shares(loss, model, layout, torch.float64)
+    shares = ExampleGradients(loss, model, layout, torch.float64)
     shares.contract(theta, (x,), theta[None])
-    (plan,) = shares._forms.plans.values()
-    assert plan.whole == {}
+    (assignment,) = shares._forms.assignments.values()
+    assert assignment.whole == {}
     parameters = shares.vector.parameters(theta)
     with shares._loss.bound(parameters):
         sites = shares._forms.follow(parameters, (x,)).sites
@@ -130,7 +130,7 @@ def test_examples_without_a_gradient_do_not_hide_the_layout(zero: bool, length: 
     torch.manual_seed(0)
     model = TimeFirstFlat(width, zero).double()
     layout, theta = layout_of(model)
-    shares = Shares(hinge, model, layout, torch.float64)
+    shares = ExampleGradients(hinge, model, layout, torch.float64)
     x = torch.randn(5, length, 3, dtype=torch.float64)
     shares.rows(theta, (x,))  # a plan is made here, where gradients vanish
     moved = theta + 0.1
@@ -148,7 +148,7 @@ def test_examples_without_a_gradient_do_not_hide_the_layout(zero: bool, length: 
 
 def test_frozen_parameters_have_no_shares() -> None:
     model, layout, theta, x, expected = setting("one layer used twice", 4)
-    shares = Shares(loss, model, layout, torch.float64).at(frozenset(["linear.weight"]))
+    shares = ExampleGradients(loss, model, layout, torch.float64).at(frozenset(["linear.weight"]))
     rows = shares.rows(theta, (x,)).numpy()
     bias = dict(layout.slices())["linear.bias"]
     assert not rows[:, bias].any()
@@ -163,7 +163,7 @@ def test_dropout_inside_attention_is_the_same_when_run_again() -> None:
     model = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.5, batch_first=True).double()
     layout, theta = layout_of(model)
     x = torch.randn(5, 3, 6, dtype=torch.float64)
-    shares = Shares(loss, model, layout, torch.float64)
+    shares = ExampleGradients(loss, model, layout, torch.float64)
     directions = torch.randn(2, layout.size, dtype=torch.float64)
     state = torch.get_rng_state()
     contracted = shares.contract(theta, (x,), directions)[1].sum(-1)
@@ -190,7 +190,7 @@ def test_products_with_a_vector_or_a_stack_of_matrices(shape: tuple[int, ...]) -
     layout, theta = layout_of(model)
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     expected = oracles.single_gradients(model, theta.numpy(), loss, (x,))
-    shares = Shares(loss, model, layout, torch.float64)
+    shares = ExampleGradients(loss, model, layout, torch.float64)
     np.testing.assert_allclose(shares.rows(theta, (x,)), expected, atol=1e-10)
     directions = torch.randn(3, layout.size, dtype=torch.float64)
     np.testing.assert_allclose(
@@ -202,7 +202,7 @@ def test_products_with_a_vector_or_a_stack_of_matrices(shape: tuple[int, ...]) -
 def test_running_statistics_in_train_mode_are_refused_by_name(build: Callable[..., nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(3, 3), build(3, track_running_stats=True)).double()
     with pytest.raises(attrib.errors.ChangedOutsideError, match=r"running statistics.*in train mode.*'1'"):
-        Shares(loss, model, layout_of(model)[0], torch.float64)
+        ExampleGradients(loss, model, layout_of(model)[0], torch.float64)
 
 
 @pytest.mark.parametrize("bad", ["scalar", "matrix", "number"])
@@ -211,7 +211,7 @@ def test_loss_must_be_one_number_per_example(bad: str) -> None:
     layout, theta = layout_of(model)
     wrong = {"scalar": lambda m, x: m(x).sum(), "matrix": lambda m, x: m(x), "number": lambda m, x: 1.0}[bad]
     with pytest.raises(attrib.errors.LossError, match=r"expected shape \(4,\)"):
-        Shares(wrong, model, layout, torch.float64).total(theta, (torch.randn(4, 3).double(),))
+        ExampleGradients(wrong, model, layout, torch.float64).total(theta, (torch.randn(4, 3).double(),))
 
 
 @given(
@@ -245,7 +245,7 @@ def test_the_callers_model_and_generator_are_left_alone() -> None:
     model, layout, theta, x, _ = setting("attention, batch first", 4)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     state, modes = torch.get_rng_state(), [m.training for m in model.modules()]
-    shares = Shares(loss, model, layout, torch.float64)
+    shares = ExampleGradients(loss, model, layout, torch.float64)
     shares.contract(theta + 1, (x,), theta[None])
     shares.rows(theta + 1, (x,))
     assert torch.equal(state, torch.get_rng_state())

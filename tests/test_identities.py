@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 import attrib
 from attrib import errors
 from attrib.functional import Functional
-from attrib.gradients import forms, functions, plan, shares
+from attrib.gradients import assignment, examples, forms, functions
 from attrib.gradients.batchwise import Batchwise
-from attrib.path import graph, query, rules, secant, special
+from attrib.path import graph, measured, rules, secant, special
 from attrib.shares import Shares
 from attrib.verify import verify
 
@@ -59,10 +59,10 @@ def explain(
 
 def trusting(patch: Patch) -> None:
     """Rows are taken to be in the order of the examples, and that is held against nothing."""
-    patch.setattr(plan, "find", lambda *given: Batchwise(0))
+    patch.setattr(assignment, "find", lambda *given: Batchwise(0))
     patch.setattr(forms, "unproven", lambda trace, plan: {})
-    patch.setattr(shares, "ownership", lambda *given: {})
-    patch.setattr(plan, "_unsplit", lambda *given: None)
+    patch.setattr(examples, "ownership", lambda *given: {})
+    patch.setattr(assignment, "_unsplit", lambda *given: None)
 
 
 def test_rows_that_change_places_are_found_by_the_split(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -79,7 +79,7 @@ def test_rows_that_change_places_are_found_by_the_split(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("capture", ["gradients", "factors"])
 def test_rows_that_change_places_are_found_while_recording(tmp_path: Path, monkeypatch: Patch, capture: str) -> None:
     trusting(monkeypatch)
-    monkeypatch.setattr(forms, "make_plan", lambda *given: _steady(*plan.make_plan(*given)))
+    monkeypatch.setattr(forms, "assigned", lambda *given: _steady(*assignment.assigned(*given)))
     with pytest.raises(
         errors.SplitIdentityError, match=r"at parameter '[ab]\.(weight|bias)', slot \d of the batch, step 1"
     ):
@@ -87,7 +87,7 @@ def test_rows_that_change_places_are_found_while_recording(tmp_path: Path, monke
 
 
 def _steady(trace: Any, made: Any) -> tuple[Any, Any]:
-    return trace, plan.Plan(made.readings, {}, made.calls)
+    return trace, assignment.Assignment(made.readings, {}, made.calls)
 
 
 @pytest.mark.parametrize("capture", ["replay", "gradients", "factors"])
@@ -125,7 +125,7 @@ def test_two_examples_exchanged_among_many_are_found_in_float32(tmp_path: Path, 
             recorder.step(torch.arange(2000), x, y)
     run = attrib.open_run(tmp_path / "run")
     explain(run, model).check()
-    contract = shares.Shares.contract
+    contract = examples.ExampleGradients.contract
 
     def exchanged(self: Any, *given: Any) -> tuple[Tensor, Tensor]:
         losses, found = contract(self, *given)
@@ -133,7 +133,7 @@ def test_two_examples_exchanged_among_many_are_found_in_float32(tmp_path: Path, 
         order[3], order[4] = 4, 3
         return losses, found[:, order]
 
-    monkeypatch.setattr(shares.Shares, "contract", exchanged)
+    monkeypatch.setattr(examples.ExampleGradients, "contract", exchanged)
     with pytest.raises(errors.SplitIdentityError, match=r"example [34],"):
         explain(run, model).check()
 
@@ -177,8 +177,8 @@ def test_gradients_that_do_not_map_are_found_by_the_limit(tmp_path: Path, monkey
     model = Between(nn.PReLU(6))
     run = record(tmp_path, model)
     explain(run, model, path=attrib.GaussLegendre(8), queries=2).check(1e-3)
-    monkeypatch.setattr(query, "alike", lambda *given: True)
-    monkeypatch.setattr(query.Query, "steps_at_once", lambda self: 2)
+    monkeypatch.setattr(measured, "alike", lambda *given: True)
+    monkeypatch.setattr(measured.Measured, "steps_at_once", lambda self: 2)
     result = explain(run, model, path=attrib.GaussLegendre(8), queries=2)
     with pytest.raises(errors.LimitIdentityError):
         result.check(np.inf)
@@ -213,7 +213,7 @@ def test_a_batch_that_is_cut_though_its_losses_depend_on_each_other_is_found_by_
     model = normed()
     run = record(tmp_path, model)
     monkeypatch.setattr(forms.Forms, "of", lambda self, theta, batch: forms.Form(1.0, True))
-    monkeypatch.setattr(forms.Forms, "plan", lambda self, theta, trace, *given: _by_rows(trace))
+    monkeypatch.setattr(forms.Forms, "assignment", lambda self, theta, trace, *given: _by_rows(trace))
     monkeypatch.setattr(
         forms.Forms, "slices", lambda self, form, batch: ((tuple(b[k : k + 3] for b in batch), 0) for k in (0, 3, 6))
     )
@@ -223,7 +223,7 @@ def test_a_batch_that_is_cut_though_its_losses_depend_on_each_other_is_found_by_
 
 
 def _by_rows(trace: Any) -> Any:
-    return plan.Plan([Batchwise(0)] * len(trace.sites), {}, plan.calls_of(trace))
+    return assignment.Assignment([Batchwise(0)] * len(trace.sites), {}, assignment.calls_of(trace))
 
 
 def test_a_tape_that_keeps_what_python_read_is_found_by_the_batch(tmp_path: Path, monkeypatch: Patch) -> None:
@@ -257,14 +257,14 @@ def test_a_scale_that_was_assumed_is_found_by_the_batch(tmp_path: Path, monkeypa
 def test_rows_without_the_reduction_are_found_by_the_batch_while_recording(
     tmp_path: Path, monkeypatch: Patch, capture: str
 ) -> None:
-    watched = shares.Shares.watched
+    watched = examples.ExampleGradients.watched
 
     def mixed(self: Any, theta: Tensor, batch: Any, *given: Any) -> Any:
         found = watched(self, theta, batch, *given)
         rows = {n: torch.stack([r[n] for r in self.vector.rows(theta, batch, [n])]) for n in self.layout.names[:1]}
         return found and {**found, **{n: [Dense(r)] for n, r in rows.items()}}
 
-    monkeypatch.setattr(shares.Shares, "watched", mixed)
+    monkeypatch.setattr(examples.ExampleGradients, "watched", mixed)
     with pytest.raises(errors.BatchIdentityError, match=r"'a\.weight', step 0"):
         record(tmp_path, Between(torch.tanh), capture=capture)
 
@@ -326,7 +326,9 @@ def test_layouts_of_every_kind_of_parameter_are_walked_once() -> None:
     model = Deep().double()
     layout, theta = layout_of(model)
     x, y = data(0)
-    found = shares.Shares(cross_entropy, model, layout, torch.float64).contract(theta, (x, y), theta[None])[1]
+    found = examples.ExampleGradients(cross_entropy, model, layout, torch.float64).contract(theta, (x, y), theta[None])[
+        1
+    ]
     assert torch.isfinite(found).all()
 
 

@@ -51,7 +51,7 @@ def test_ctrl_c_leaves_a_complete_window(
     at_once: int, trained: Trained, press: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the start of a block, and within one, where momentum has moved since it was stored."""
-    monkeypatch.setattr("attrib.path.query.Query.steps_at_once", lambda self: at_once)
+    monkeypatch.setattr("attrib.path.measured.Measured.steps_at_once", lambda self: at_once)
     before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
     press(2)
     with pytest.raises(errors.Interrupted, match="complete by themselves") as stopped:

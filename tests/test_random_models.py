@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_along import layout_of
 from torch import Tensor, nn
 
-from attrib.gradients import Shares
+from attrib.gradients import ExampleGradients
 
 WIDTH, LENGTH = 4, 3
 Step = Callable[["Random", Tensor, Tensor], Tensor]  # h (B, LENGTH, WIDTH), x -> the same shape
@@ -116,7 +116,7 @@ def test_every_share_of_a_random_model_is_that_of_its_loss(steps: list[Step], si
     torch.manual_seed(seed)
     model = Random(steps).double()
     layout, theta = layout_of(model)
-    shares = Shares(loss, model, layout, torch.float64)
+    shares = ExampleGradients(loss, model, layout, torch.float64)
     directions = torch.randn(2, layout.size, dtype=torch.float64)
     for size in sizes:
         x = torch.randn(size, LENGTH, WIDTH, dtype=torch.float64)

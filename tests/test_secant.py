@@ -12,7 +12,7 @@ from torch import nn
 
 import attrib
 from attrib.layout import Layout
-from attrib.path import Query, rules
+from attrib.path import Measured, rules
 from attrib.path.graph import Graph
 from attrib.path.quadrature import gradients_one_by_one, gradients_side_by_side
 
@@ -91,14 +91,14 @@ def test_rules_are_exact_for_random_ends(seed: int, distance: float, name: str) 
     assert abs(float((gradient * (x1 - x0)).sum() - change)) <= 1e-12 * gross
 
 
-def query_of(model: nn.Module, measurement: object) -> tuple[Query, torch.Tensor, torch.Tensor]:
+def query_of(model: nn.Module, measurement: object) -> tuple[Measured, torch.Tensor, torch.Tensor]:
     layout = Layout(tuple(n for n, _ in model.named_parameters()), tuple(tuple(p.shape) for p in model.parameters()))
     theta = layout.flatten(model.parameters())
     other = theta + 0.3 * torch.randn(theta.shape, dtype=theta.dtype)
-    return Query(model, measurement, layout, torch.float64, theta), theta, other
+    return Measured(model, measurement, layout, torch.float64, theta), theta, other
 
 
-def model_query(name: str) -> tuple[Query, torch.Tensor, torch.Tensor]:
+def model_query(name: str) -> tuple[Measured, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     case = MODELS[name]
     model = case.build().double().eval()
@@ -213,8 +213,8 @@ def test_model_that_runs_in_one_type_only_is_told_of_dtype() -> None:
     theta = layout.flatten(model.parameters())
     x = torch.randint(0, 255, (2, 3), dtype=torch.uint8)
     with pytest.raises(attrib.errors.MeasurementError, match="pass that as dtype="):
-        Query(model, lambda m: m(x.float() / 255)[:, 0], layout, torch.float64, theta)
-    Query(model, lambda m: m(x.float() / 255)[:, 0], layout, torch.float32, theta)
+        Measured(model, lambda m: m(x.float() / 255)[:, 0], layout, torch.float64, theta)
+    Measured(model, lambda m: m(x.float() / 255)[:, 0], layout, torch.float32, theta)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "4"])

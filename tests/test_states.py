@@ -109,8 +109,7 @@ def test_states_that_come_out_different_are_refused(
     theta[row, 3] = np.nextafter(theta[row, 3], 1e9)  # the last bit
     run = attrib.open_run(tmp_path / "run")
     with pytest.raises(StoreError, match=rf"other bits than the stored state, at step {(8, 11)[row - 1]}"):
-        for steps in run.blocks(0, STEPS, backwards=False):
-            assert len(steps.theta) == len(steps) + 1
+        _ = [steps.theta for steps in run.blocks(0, STEPS, backwards=False)]
     assert main(["verify", str(tmp_path / "run")]) == 1
     assert "other bits" in capsys.readouterr().out
 

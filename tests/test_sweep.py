@@ -16,7 +16,7 @@ from training import Trained, train
 from attrib.account import Account
 from attrib.executor import Serial
 from attrib.optim import pullback
-from attrib.path import Query
+from attrib.path import Measured
 from attrib.sensitivity import Adjoint, Products, Terms, Traced
 from attrib.shares import Shares
 from attrib.steps import Steps
@@ -53,7 +53,7 @@ class Influence:
     """The derivative of the final measurement by the weight of each example's loss, for plain and momentum SGD: the adjoint
     is carried through the parameters, lambda <- (1 - decoupled) lambda + coupled U + H U."""
 
-    query: Query
+    query: Measured
     shares: Shares
     at_once: int = 1
 
@@ -137,7 +137,7 @@ def test_influence_is_the_derivative_of_training_by_the_weight_of_an_example(
     amplifies, relative to the largest."""
     trained = train(tmp_path / "run", lambda p: torch.optim.SGD(p, **options), model, steps=6, examples=8)
     measurement = trained.measurement(2)
-    query = Query(trained.model, measurement, trained.run.layout, torch.float64, trained.run.vector(6))
+    query = Measured(trained.model, measurement, trained.run.layout, torch.float64, trained.run.vector(6))
     shares = shares_of(trained)
     work = work_of(trained, Influence(query, shares), shares, range(6))
     tally, _ = swept(work, Serial(work), lambda tally: tally, lambda: False)

@@ -14,7 +14,7 @@ import attrib
 from attrib import errors
 from attrib.checks.intake import CAPTURES
 from attrib.measure import Measurement
-from attrib.path import Query
+from attrib.path import Measured
 
 
 class Held(nn.Module):
@@ -39,7 +39,7 @@ def test_the_secant_tends_to_the_gradient_on_every_operation(name: str, queries:
     layout, theta = layout_of(model)
     weights = torch.randn(queries, *model().shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     measurement = Measurement(lambda m, w: (m() * w).reshape(len(w), -1).sum(1), (weights,), name)
-    query = Query(model, measurement, layout, torch.float64, theta)
+    query = Measured(model, measurement, layout, torch.float64, theta)
     along = torch.randn(theta.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     end = theta + 1e-6 * along
     if name in REFUSED:

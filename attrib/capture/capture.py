@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..generators import random_state
-from ..gradients import Shares
+from ..gradients import ExampleGradients
 from ..layout import Layout
 from .identities import Fit, Trial, check_split, check_sum, fitted
 from .listen import Listeners
@@ -32,7 +32,7 @@ class Capture:
         options: CaptureOptions,
     ) -> None:
         self._model, self._layout, self._parameters, self._options = model, layout, parameters, options
-        self._shares = Shares(loss, model, layout, parameters[0].dtype)
+        self._shares = ExampleGradients(loss, model, layout, parameters[0].dtype)
         self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay")
         log.info(
             "recording %s: batch identity on the first %d steps, then every %d",

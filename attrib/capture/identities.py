@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import ShareBound, batch_identity, split_bound, split_gaps
 from ..errors import BatchIdentityError, SplitIdentityError
 from ..generators import generators, random_state
-from ..gradients import Shares, random_weights
+from ..gradients import ExampleGradients, random_weights
 from .listen import Heard
 from .records import Factors, Settled, Step
 
@@ -22,7 +22,7 @@ class Trial:
 
     step: Step
     heard: Heard
-    shares: Shares
+    shares: ExampleGradients
     examples: Tensor
     penalty: Tensor | None
 

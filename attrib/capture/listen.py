@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..checks import NormWatch, RandomWatch
 from ..generators import generators
 from ..gradients import Watch
-from ..gradients.plan import Trace
+from ..gradients.assignment import Trace
 
 
 @dataclass(frozen=True)

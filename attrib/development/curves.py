@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelMismatchError
 from ..kernels import lines
-from ..path import Query
+from ..path import Measured
 from ..run import Run, check_model
 
 
@@ -89,7 +89,7 @@ def values_of(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype |
     """theta (P,) -> the measurement (Q,)."""
     check_model(run, model)
     device = next(model.parameters()).device
-    query = Query(model, measurement, run.layout, dtype or run.dtype, run.vector(0).to(device))
+    query = Measured(model, measurement, run.layout, dtype or run.dtype, run.vector(0).to(device))
     return lambda theta: query.values(theta.to(device))
 
 

@@ -6,17 +6,26 @@
   others go through forward-mode derivatives of the call
 - `batchwise`: which index of a site's output belongs to which example
 - `terms`: a parameter's share at its sites
-- `plan`: how the sites of one kind of batch split, read off and proven
+- `assignment`: how the sites of one kind of batch split, read off and proven
 - `mapped`: gradients written out by vmap
-- `shares`: the whole: `Shares.total`, `contract`, `rows`, `factors`
+- `examples`: the whole: `ExampleGradients.total`, `contract`, `rows`, `factors`
 - `checks`: what a loss and a model must be
 - `watch`: the same from the user's own passes; `stored`: factors as named arrays
 """
 
 from .along import LossVector, random_weights
+from .examples import ExampleGradients
 from .functions import FUNCTIONS
-from .shares import Shares
 from .stored import describe, from_tensors, to_tensors
 from .watch import Watch
 
-__all__ = ["FUNCTIONS", "LossVector", "Shares", "Watch", "describe", "from_tensors", "random_weights", "to_tensors"]
+__all__ = [
+    "FUNCTIONS",
+    "ExampleGradients",
+    "LossVector",
+    "Watch",
+    "describe",
+    "from_tensors",
+    "random_weights",
+    "to_tensors",
+]

@@ -1,7 +1,8 @@
-"""How the batches of a run are worked through: followed once of each kind, judged, cut into slices, planned.
+"""How the batches of a run are worked through: followed once of each kind, judged, cut into slices, assigned.
 
-    form    whether a few examples by themselves are as in their batch, so that it can be cut; whether losses see each other
-    plan    of one kind of forward pass: which rows of which site are whose (`plan`), proven on the batch at hand
+    form        whether a few examples by themselves are as in their batch, so that it can be cut; whether losses see each
+                other
+    assignment  of one kind of forward pass: which rows of which site are whose (`assignment`), proven on the batch at hand
 
 What goes the slow way is said once, with the reason and the cost.
 """
@@ -19,13 +20,13 @@ from ..errors import ChangedOutsideError, LossError
 from ..functional import Functional
 from ..generators import generators, random_state, set_generators
 from .along import Batch, LossVector
+from .assignment import Assignment, Trace, assigned, calls_of, few, kind_of, unproven
 from .checks import check_losses, first_line
-from .plan import Plan, Trace, calls_of, few, kind_of, make_plan, unproven
 from .sites import SiteTracer
 
 log = logging.getLogger("attrib")
 
-PLANS = 24  # of other calls: where they are others each time, they are not followed any more
+ASSIGNMENTS = 24  # of other calls: where they are others each time, they are not followed any more
 _COUPLED = "the losses of a batch depend on each other"
 _OTHERS = "its calls are others from batch to batch"
 
@@ -44,7 +45,7 @@ class Form:
 
 
 class Forms:
-    """plans: by kind of forward pass.
+    """assignments: by kind of forward pass.
 
     Args:
         loss, vector: the loss bound to the model, and as a vector.
@@ -53,7 +54,7 @@ class Forms:
 
     def __init__(self, loss: Functional, vector: LossVector, slices: int) -> None:
         self._loss, self.vector, self._slice_bytes = loss, vector, slices
-        self.plans: dict[Any, Plan] = {}
+        self.assignments: dict[Any, Assignment] = {}
         self._forms: dict[Any, Form] = {}
         self._cut: set[Any] = set()  # kinds of batches of which one was compared with its slices
         self._said: set[str] = set()
@@ -67,7 +68,7 @@ class Forms:
     @property
     def coupled(self) -> bool:
         """Whether a batch was met whose losses depend on each other."""
-        return any(plan.coupled for plan in self.plans.values())
+        return any(assignment.coupled for assignment in self.assignments.values())
 
     def of(self, theta: Tensor, batch: Batch) -> Form:
         shapes = tuple((a.dim(), a.dtype) if isinstance(a, Tensor) else repr(a) for a in batch)
@@ -109,12 +110,12 @@ class Forms:
                 form = Form(max(1.0, found.bytes / len(found.losses)) if alike else 0.0, alike)
                 part, _ = next(iter(self.slices(form, batch)))
                 set_generators(start)
-                plan = self.plan(theta, self.follow(parameters, part), part, form)
+                assignment = self.assignment(theta, self.follow(parameters, part), part, form)
         except (LossError, ChangedOutsideError):
             raise
         except Exception as error:  # whatever a model does that cannot be followed call by call
             return Form(0.0, False, f"its calls cannot be followed ({first_line(error)})")
-        if plan.coupled:
+        if assignment.coupled:
             return Form(0.0, False, _COUPLED)
         return form
 
@@ -136,25 +137,27 @@ class Forms:
             at = min(lo, size - length)
             yield tuple(a[at : at + length] if isinstance(a, Tensor) else a for a in batch), lo - at
 
-    def plan(self, theta: Tensor, trace: Trace, batch: Batch, form: Form) -> Plan:
+    def assignment(self, theta: Tensor, trace: Trace, batch: Batch, form: Form) -> Assignment:
         """Of the trace's kind; the model is bound to the leaves of `trace`, which is of `batch`."""
         key = kind_of(trace)
-        if key not in self.plans:
+        if key not in self.assignments:
             parameters = self.vector.parameters(theta)
             with self._loss.bound(parameters):
                 part = few(batch) if form.few else batch
-                seen, plan = make_plan(lambda b: self.follow(parameters, b, values=True), part, trace.start)
-            kinds = {known.calls for known in self.plans.values()}
+                seen, assignment = assigned(lambda b: self.follow(parameters, b, values=True), part, trace.start)
+            kinds = {known.calls for known in self.assignments.values()}
             same = (calls_of(seen), seen.unsplit) == (calls_of(trace), trace.unsplit)
-            reason = _COUPLED if plan.coupled else None if same and len(kinds) < PLANS else _OTHERS
+            reason = _COUPLED if assignment.coupled else None if same and len(kinds) < ASSIGNMENTS else _OTHERS
             if reason is None:
-                plan = replace(plan, whole=plan.whole | unproven(trace, plan))
+                assignment = replace(assignment, whole=assignment.whole | unproven(trace, assignment))
             else:
-                plan = replace(plan, readings=[None] * len(trace.sites), whole=dict.fromkeys(trace.parameters, reason))
-            for reason in set(plan.whole.values()):
-                self._say(sum(r == reason for r in plan.whole.values()), reason)
-            self.plans[key] = plan
-        return self.plans[key]
+                assignment = replace(
+                    assignment, readings=[None] * len(trace.sites), whole=dict.fromkeys(trace.parameters, reason)
+                )
+            for reason in set(assignment.whole.values()):
+                self._say(sum(r == reason for r in assignment.whole.values()), reason)
+            self.assignments[key] = assignment
+        return self.assignments[key]
 
     def _say(self, tensors: int, reason: str) -> None:
         """Once, what is slow and why."""
@@ -180,7 +183,7 @@ class Forms:
         return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed)
 
     def misread(self, gaps: dict[str, Tensor]) -> list[str]:
-        """Parameters with a site whose rows are other examples' in this batch than in the one that the plan was made on."""
+        """Parameters with a site whose rows are other examples' in this batch than in the one that they were assigned on."""
         wrong = [n for n, gap in gaps.items() if not float(gap) <= torch.finfo(gap.dtype).eps ** 0.5]
         if wrong:
             self._say(len(wrong), "which rows are whose depends on the content of the batch")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .plan import Trace
+from .assignment import Trace
 from .sites import SiteTracer
 
 

@@ -7,17 +7,17 @@ import torch
 
 from ..errors import UnsupportedOptimizerError
 from .adam import ADAM
-from .replay import Parts, Replay, decay_rates, pullback, read_hyper, read_state
+from .replay import Replay, Segments, decay_rates, pullback, read_hyper, read_state
 from .rerun import Rerun, resume, set_options
 from .rule import Rule, describe_options
 from .sgd import SGD
 
 __all__ = [
     "RULES",
-    "Parts",
     "Replay",
     "Rerun",
     "Rule",
+    "Segments",
     "decay_rates",
     "describe_options",
     "kind_by_name",

@@ -19,7 +19,7 @@ from .rule import Rule
 CACHED = 1 << 16  # entries worked on at once, to stay in the cache
 
 
-class Part(NamedTuple):
+class Segment(NamedTuple):
     """Neighbouring tensors with equal numbers, or a piece of them: a slice of the entries P, one of the tensors K that it
     lies in, and the coefficients of their step."""
 
@@ -27,11 +27,11 @@ class Part(NamedTuple):
     tensors: slice
     coefficients: Coefficients
 
-    def to(self, device: torch.device) -> "Part":
+    def to(self, device: torch.device) -> "Segment":
         return self._replace(coefficients=self.coefficients.to(device))
 
 
-Parts = list[Part]
+Segments = list[Segment]
 
 
 def read_hyper(rule: Rule, optimizer: torch.optim.Optimizer) -> np.ndarray:
@@ -66,9 +66,9 @@ class Replay:
     def __init__(self, rule: Rule, layout: Layout, state: dict[str, Tensor]) -> None:
         self.rule, self.layout, self.state = rule, layout, dict(state)
 
-    def step(self, hyper: np.ndarray, gradient: Tensor, theta: Tensor) -> tuple[Parts, Tensor]:
+    def step(self, hyper: np.ndarray, gradient: Tensor, theta: Tensor) -> tuple[Segments, Tensor]:
         """Advance by one step: (K, H + 1), (P,), (P,) -> coefficients per part, the update Delta (P,)."""
-        parts: Parts = []
+        parts: Segments = []
         delta = torch.empty_like(theta)
         after = {key: torch.empty_like(value) for key, value in self.state.items()}
         for piece, tensors, row in self._pieces(hyper):
@@ -82,7 +82,7 @@ class Replay:
             delta[piece], after[self.rule.momentum][piece] = coefficients.apply(
                 before[self.rule.momentum], gradient[piece], theta[piece]
             )
-            parts.append(Part(piece, tensors, coefficients))
+            parts.append(Segment(piece, tensors, coefficients))
         self.state = after
         return parts, delta
 
@@ -96,7 +96,7 @@ class Replay:
                 yield slice(start, min(start + CACHED, hi)), slice(int(a), int(b)), row
 
 
-def pullback(parts: Parts, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def pullback(parts: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The transpose of a step over all its parts: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
     sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
     sensitivity, before = torch.empty_like(gradient), torch.empty_like(carry)
@@ -108,7 +108,7 @@ def pullback(parts: Parts, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Ten
     return sensitivity, before
 
 
-def decay_rates(parts: Parts, tensors: int) -> np.ndarray:
+def decay_rates(parts: Segments, tensors: int) -> np.ndarray:
     """(2, K): coupled and decoupled decay of each tensor, which add coupled <U, theta> - decoupled <Gbar, theta> to the
     measurement."""
     rates = np.zeros((2, tensors))

@@ -7,8 +7,18 @@ Three ways behind one interface, `path.bind(query)(theta0, theta1) -> PathGradie
 """
 
 from .limit import Limit, limit_bound, limit_gap
+from .measured import Measured, Path, PathGradient
 from .quadrature import GaussLegendre, Midpoint
-from .query import Path, PathGradient, Query
 from .secant import Secant
 
-__all__ = ["GaussLegendre", "Limit", "Midpoint", "Path", "PathGradient", "Query", "Secant", "limit_bound", "limit_gap"]
+__all__ = [
+    "GaussLegendre",
+    "Limit",
+    "Measured",
+    "Midpoint",
+    "Path",
+    "PathGradient",
+    "Secant",
+    "limit_bound",
+    "limit_gap",
+]

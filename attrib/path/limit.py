@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .query import PathGradient, Query
+from .measured import Measured, PathGradient
 
 TRIES = 3  # ever shorter displacements: a kink that one crosses is not there in the next
 
@@ -32,16 +32,16 @@ def limit_bound(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** 0.25)
 
 
-def limit_gap(query: Query, integrate: Callable[[Tensor, Tensor], PathGradient], theta: Tensor) -> Limit:
+def limit_gap(measured: Measured, integrate: Callable[[Tensor, Tensor], PathGradient], theta: Tensor) -> Limit:
     """theta (n + 1, P): states of the run, n steps for `integrate` to run side by side as the sweep does."""
-    start = theta[:-1].to(query.dtype)
+    start = theta[:-1].to(measured.dtype)
     found = Limit(float("inf"))
     for attempt in range(TRIES):
-        end = start + _displacement(start, theta.to(query.dtype)) / 16**attempt
+        end = start + _displacement(start, theta.to(measured.dtype)) / 16**attempt
         vectors = integrate(start, end).gradient
-        steps = [_compared(query, v.to(query.dtype), m) for v, m in zip(vectors, (start + end) / 2, strict=True)]
+        steps = [_compared(measured, v.to(measured.dtype), m) for v, m in zip(vectors, (start + end) / 2, strict=True)]
         found = min(found, max(steps, key=lambda s: s.gap), key=lambda s: s.gap)
-        if found.gap <= limit_bound(query.dtype):
+        if found.gap <= limit_bound(measured.dtype):
             return Limit(found.gap)
     return found
 
@@ -55,36 +55,36 @@ def _displacement(start: Tensor, theta: Tensor) -> Tensor:
     return along * size / torch.where(norm > 0, norm, 1.0)
 
 
-def _compared(query: Query, vectors: Tensor, middle: Tensor) -> Limit:
+def _compared(measured: Measured, vectors: Tensor, middle: Tensor) -> Limit:
     """The gap at one step, (Q, P) against the gradient at the middle of the displacement."""
     sizes = vectors.norm(dim=1)
     weights = torch.where(sizes > 0, 1 / torch.where(sizes > 0, sizes, 1.0), 1.0)
     generator = torch.Generator().manual_seed(0)
-    weights = weights * torch.randn(query.count, generator=generator, dtype=torch.float64).to(weights)
-    gaps = _gaps(query, weights @ vectors, query.gradient(middle, weights))
-    off = [name for name, gap in gaps.items() if gap > limit_bound(query.dtype)]
+    weights = weights * torch.randn(measured.count, generator=generator, dtype=torch.float64).to(weights)
+    gaps = _gaps(measured, weights @ vectors, measured.gradient(middle, weights))
+    off = [name for name, gap in gaps.items() if gap > limit_bound(measured.dtype)]
     if off:  # torch's gradient need not be the derivative: a part may be detached, or have a backward pass of its own
         mine = weights @ vectors
-        gaps |= {name: min(gaps[name], _numerical_gap(query, mine, middle, weights, name)) for name in off}
+        gaps |= {name: min(gaps[name], _numerical_gap(measured, mine, middle, weights, name)) for name in off}
     name, gap = max(gaps.items(), key=lambda item: item[1])
-    if gap <= limit_bound(query.dtype):
+    if gap <= limit_bound(measured.dtype):
         return Limit(gap)
-    eye = torch.eye(query.count, dtype=query.dtype, device=middle.device)
-    single = [_gaps(query, vectors[q], query.gradient(middle, eye[q]))[name] for q in range(query.count)]
-    return Limit(gap, max(range(query.count), key=single.__getitem__), name)
+    eye = torch.eye(measured.count, dtype=measured.dtype, device=middle.device)
+    single = [_gaps(measured, vectors[q], measured.gradient(middle, eye[q]))[name] for q in range(measured.count)]
+    return Limit(gap, max(range(measured.count), key=single.__getitem__), name)
 
 
-def _numerical_gap(query: Query, mine: Tensor, middle: Tensor, weights: Tensor, name: str) -> float:
+def _numerical_gap(measured: Measured, mine: Tensor, middle: Tensor, weights: Tensor, name: str) -> float:
     """Against central differences of the measurement along two directions of one tensor."""
-    part = dict(query.layout.slices())[name]
-    step = torch.finfo(query.dtype).eps ** (1 / 3) * max(float(middle.norm()), 1e-3)
+    part = dict(measured.layout.slices())[name]
+    step = torch.finfo(measured.dtype).eps ** (1 / 3) * max(float(middle.norm()), 1e-3)
     gaps = []
     for seed in (1, 2):
         along = torch.zeros_like(middle)
         generator = torch.Generator().manual_seed(seed)
         along[part] = torch.randn(part.stop - part.start, generator=generator, dtype=torch.float64).to(middle)
         along /= along.norm()
-        ends = [float((query.values(middle + sign * step * along).double() * weights).sum()) for sign in (1, -1)]
+        ends = [float((measured.values(middle + sign * step * along).double() * weights).sum()) for sign in (1, -1)]
         slope, size = (ends[0] - ends[1]) / (2 * step), float(mine[part].norm())
         gaps.append(
             abs(slope - float((mine * along).sum())) / max(abs(slope), size * (part.stop - part.start) ** -0.5, 1e-30)
@@ -92,11 +92,11 @@ def _numerical_gap(query: Query, mine: Tensor, middle: Tensor, weights: Tensor, 
     return max(gaps)
 
 
-def _gaps(query: Query, mine: Tensor, gradient: Tensor) -> dict[str, float]:
+def _gaps(measured: Measured, mine: Tensor, gradient: Tensor) -> dict[str, float]:
     """By tensor, relative to its gradient, counted as no smaller than 100 sqrt(eps) of all."""
-    floor = 100 * torch.finfo(query.dtype).eps ** 0.5 * float(gradient.norm())
+    floor = 100 * torch.finfo(measured.dtype).eps ** 0.5 * float(gradient.norm())
     out = {}
-    for name, part in query.layout.slices():
+    for name, part in measured.layout.slices():
         size = max(float(gradient[part].norm()), floor)
         gap = float((mine[part] - gradient[part]).norm())
         out[name] = gap / size if size else gap

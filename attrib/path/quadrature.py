@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import MeasurementError
 from ..functional import mapped
-from .query import PathGradient, Query
+from .measured import Measured, PathGradient
 
 log = logging.getLogger("attrib")
 
@@ -26,29 +26,29 @@ class Quadrature:
     def points(self) -> Iterator[tuple[float, float]]:
         raise NotImplementedError
 
-    def bind(self, query: Query) -> Callable[[Tensor, Tensor], PathGradient]:
+    def bind(self, measured: Measured) -> Callable[[Tensor, Tensor], PathGradient]:
         with torch.enable_grad():
-            named = {n: t.clone().requires_grad_() for n, t in query.named(query.example).items()}
-            if not query.of_parameters(named, *query.batch).requires_grad:
+            named = {n: t.clone().requires_grad_() for n, t in measured.named(measured.example).items()}
+            if not measured.of_parameters(named, *measured.batch).requires_grad:
                 raise MeasurementError(
                     "the measurement has no gradient to integrate: got values that are detached from the parameters, "
                     "expected ones that are not. Take off torch.no_grad() and detach(), or pass path=attrib.Secant()."
                 )
-        gradient = gradients_side_by_side(query)
-        single = gradients_one_by_one(query)
-        side_by_side = _agree(query, gradient)
+        gradient = gradients_side_by_side(measured)
+        single = gradients_one_by_one(measured)
+        side_by_side = _agree(measured, gradient)
 
         def integrate(theta0: Tensor, theta1: Tensor) -> PathGradient:
-            start, end = theta0.to(query.dtype), theta1.to(query.dtype)
+            start, end = theta0.to(measured.dtype), theta1.to(measured.dtype)
             total: Tensor | float = 0.0
             for position, weight in self.points():
                 total = total + weight * (gradient if side_by_side else single)(torch.lerp(start, end, position))
             assert isinstance(total, Tensor)
-            return PathGradient(total, query.values(theta0), query.values(theta1))
+            return PathGradient(total, measured.values(theta0), measured.values(theta1))
 
         if not side_by_side:
             log.info("gradients of the measurement do not map over queries: one backward pass for each")
-        return query.over_steps(integrate)
+        return measured.over_steps(integrate)
 
 
 @dataclass(frozen=True)
@@ -86,41 +86,41 @@ def check_count(name: str, value: int) -> None:
 Gradient = Callable[[Tensor], Tensor]  # theta (P,) -> (Q, P)
 
 
-def gradients_side_by_side(query: Query) -> Gradient:
+def gradients_side_by_side(measured: Measured) -> Gradient:
     """The gradients of the queries, mapped over them."""
 
     def one(named: dict[str, Tensor], *row: Tensor) -> Tensor:
-        return query.of_parameters(named, *(r[None] for r in row))[0]
+        return measured.of_parameters(named, *(r[None] for r in row))[0]
 
     def by_rows(named: dict[str, Tensor]) -> dict[str, Tensor]:
-        dims = (None, *(0 for _ in query.batch))
-        return mapped(torch.func.grad(one), dims, query.at_once())(named, *query.batch)
+        dims = (None, *(0 for _ in measured.batch))
+        return mapped(torch.func.grad(one), dims, measured.at_once())(named, *measured.batch)
 
-    jacobian = torch.func.jacrev(query.of_parameters, chunk_size=query.at_once())
+    jacobian = torch.func.jacrev(measured.of_parameters, chunk_size=measured.at_once())
 
     def gradient(theta: Tensor) -> Tensor:
-        named = query.named(theta)
-        with query.bound(named):
-            found = by_rows(named) if query.batch else jacobian(named)
-        return torch.cat([found[name].reshape(query.count, -1) for name in query.layout.names], dim=1)
+        named = measured.named(theta)
+        with measured.bound(named):
+            found = by_rows(named) if measured.batch else jacobian(named)
+        return torch.cat([found[name].reshape(measured.count, -1) for name in measured.layout.names], dim=1)
 
     return gradient
 
 
-def gradients_one_by_one(query: Query) -> Gradient:
+def gradients_one_by_one(measured: Measured) -> Gradient:
     """A backward pass for each query."""
 
     def gradient(theta: Tensor) -> Tensor:
-        eye = torch.eye(query.count, dtype=query.dtype, device=theta.device)
-        return torch.stack([query.gradient(theta, weights) for weights in eye])
+        eye = torch.eye(measured.count, dtype=measured.dtype, device=theta.device)
+        return torch.stack([measured.gradient(theta, weights) for weights in eye])
 
     return gradient
 
 
-def _agree(query: Query, gradient: Gradient) -> bool:
+def _agree(measured: Measured, gradient: Gradient) -> bool:
     """Whether gradients mapped over queries are torch's own. Some operations do not map, or map to something else: in torch
     2.13 the weight of prelu gets nothing."""
-    theta = query.example.to(query.dtype)
+    theta = measured.example.to(measured.dtype)
     try:
         found = gradient(theta)
     except (RuntimeError, NotImplementedError) as error:
@@ -128,8 +128,10 @@ def _agree(query: Query, gradient: Gradient) -> bool:
         return False
     sizes = found.norm(dim=1)
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randn(query.count, generator=generator, dtype=torch.float64).to(found)
+    weights = torch.randn(measured.count, generator=generator, dtype=torch.float64).to(found)
     weights = weights / torch.where(sizes > 0, sizes, 1.0)
-    whole = query.gradient(theta, weights)
-    gaps = ((weights @ found - whole)[part].norm() / max(whole[part].norm(), 1e-3) for _, part in query.layout.slices())
-    return all(float(gap) <= torch.finfo(query.dtype).eps ** 0.5 for gap in gaps)
+    whole = measured.gradient(theta, weights)
+    gaps = (
+        (weights @ found - whole)[part].norm() / max(whole[part].norm(), 1e-3) for _, part in measured.layout.slices()
+    )
+    return all(float(gap) <= torch.finfo(measured.dtype).eps ** 0.5 for gap in gaps)

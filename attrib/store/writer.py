@@ -17,7 +17,7 @@ from .creation import PADDING, Created, StepRecord, check_target, create_store, 
 from .schema import LOGS
 
 
-class Steps(NamedTuple):
+class StepRecords(NamedTuple):
     """Consecutive steps from `start` on."""
 
     start: int
@@ -57,13 +57,13 @@ class Writer:
         self._records: list[StepRecord] = []
         self._buffers: dict[str, np.ndarray] = {}
         self._thread = ThreadPoolExecutor(1, "attrib-writer")
-        self._writing: tuple[Steps, Future[None]] | None = None
-        self._unwritten: Steps | None = None  # of a block that failed
+        self._writing: tuple[StepRecords, Future[None]] | None = None
+        self._unwritten: StepRecords | None = None  # of a block that failed
         self._broken: BaseException | None = None
 
     @property
     def steps(self) -> int:
-        """Steps appended so far, committed or not."""
+        """StepRecords appended so far, committed or not."""
         return self._steps
 
     @property
@@ -144,18 +144,18 @@ class Writer:
         self._header.update(**lengths._asdict(), arity=len(first.batch))
         self._created = create_store(self._target, self._overwrite, self._header, self._constants, first, lengths)
 
-    def _take(self) -> Steps:
+    def _take(self) -> StepRecords:
         records, self._records = self._records, []
-        return Steps(self._steps - len(records), records)
+        return StepRecords(self._steps - len(records), records)
 
     # one block, on the writing thread
 
-    def _write(self, steps: Steps) -> None:
+    def _write(self, steps: StepRecords) -> None:
         self._put_block(steps)
         # the state after the last step stands in the next block, or can be made again
         self._mark(steps.start + len(steps.records) - (self._store.lengths.states_every == 1))
 
-    def _put_block(self, steps: Steps) -> None:
+    def _put_block(self, steps: StepRecords) -> None:
         start, records, lengths = steps.start, steps.records, self._store.lengths
         placed = [self._store.examples.place(r.ids, r.batch) for r in records]
         width = max(self._store.arrays["index"].shape[1], *(len(r.ids) for r in records))

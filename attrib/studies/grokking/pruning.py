@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...path import Query, Secant
+from ...path import Measured, Secant
 from ...run import Run
 from ..modular import Pairs
 from .setting import Setting
@@ -26,7 +26,7 @@ def importance(setting: Setting, run: Run, model: nn.Module, pairs: Pairs) -> Te
         logits: Tensor = network(x)
         return logits.flatten() if everything else logits.gather(1, y[:, None]).squeeze(1)
 
-    query = Query(model, outputs, run.layout, run.dtype, run.vector(run.steps))
+    query = Measured(model, outputs, run.layout, run.dtype, run.vector(run.steps))
     integrate, total = Secant().bind(query), torch.zeros(query.count, run.layout.size, dtype=run.dtype)
     for block in run.blocks(0, run.steps):
         for lo in range(0, len(block), at_once := query.steps_at_once()):

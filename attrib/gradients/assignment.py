@@ -19,7 +19,7 @@ from .batchwise import Batchwise, find
 from .sites import Site
 from .terms import contract, jvp_flow, names_of, terms_at
 
-PLAN_BATCH = 7  # examples that a plan is made on, or that are replaced
+PROBED = 7  # examples that an assignment is made on, or that are replaced
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Assignment:
     """How the sites of one kind of batch split.
 
     readings: of each site which rows are whose. whole: parameter -> why its shares go by the derivative along U. calls:
@@ -67,11 +67,11 @@ Follow = Callable[[tuple[Any, ...]], Trace]  # a batch -> its forward pass, with
 
 def few(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     """The first examples of a batch."""
-    return tuple(a[:PLAN_BATCH] if isinstance(a, Tensor) else a for a in batch)
+    return tuple(a[:PROBED] if isinstance(a, Tensor) else a for a in batch)
 
 
 def kind_of(trace: Trace) -> tuple[Any, ...]:
-    """What a plan may depend on."""
+    """What an assignment may depend on."""
     size = len(trace.losses)
     return (*(_kind(s, size) for s in trace.sites), *sorted(trace.unsplit), size == 1)
 
@@ -81,8 +81,8 @@ def calls_of(trace: Trace) -> tuple[Any, ...]:
     return tuple((site.call.function, *sorted(names_of(site))) for site in trace.sites)
 
 
-def make_plan(follow: Follow, batch: tuple[Any, ...], start: Tensor | None) -> tuple[Trace, Plan]:
-    """A plan from some examples, one backward pass for each of three; `start`: the generators' state for every pass."""
+def assigned(follow: Follow, batch: tuple[Any, ...], start: Tensor | None) -> tuple[Trace, Assignment]:
+    """From some examples, one backward pass for each of three; `start`: the generators' state for every pass."""
     with random_state(start):
         trace = follow(batch)
     size, count = len(trace.losses), len(trace.sites)
@@ -98,13 +98,13 @@ def make_plan(follow: Follow, batch: tuple[Any, ...], start: Tensor | None) -> t
         if name not in whole and (reason := _unsplit(name, sites.get(name, []), trace, readings, probes)):
             whole[name] = reason
     volatile = tuple(n for n, site in enumerate(trace.sites) if site.volatile or trace.mixed)
-    return trace, Plan(readings, whole, calls_of(trace), volatile, coupled)
+    return trace, Assignment(readings, whole, calls_of(trace), volatile, coupled)
 
 
-def unproven(trace: Trace, plan: Plan) -> dict[str, str]:
+def unproven(trace: Trace, assignment: Assignment) -> dict[str, str]:
     """On a whole batch: the parameters whose contraction, times random weights of the examples, is not that of the
     gradient of the losses so weighted."""
-    size, names = len(trace.losses), [n for n in trace.parameters if n not in plan.whole]
+    size, names = len(trace.losses), [n for n in trace.parameters if n not in assignment.whole]
     if not names or not trace.losses.requires_grad:
         return {}
     weights = random_weights(size, size, trace.losses)
@@ -114,7 +114,7 @@ def unproven(trace: Trace, plan: Plan) -> dict[str, str]:
     wrong, sites = {}, _by_name(trace.sites)
     for name, gradient in zip(names, pulled, strict=True):
         want = torch.zeros_like(trace.parameters[name]) if gradient is None else gradient
-        found = _contracted(name, sites.get(name, []), trace, plan.readings, deltas, want)
+        found = _contracted(name, sites.get(name, []), trace, assignment.readings, deltas, want)
         if found is None:
             wrong[name] = "its sites cannot be contracted"
         elif not found.within(
@@ -125,12 +125,16 @@ def unproven(trace: Trace, plan: Plan) -> dict[str, str]:
 
 
 def ownership(
-    trace: Trace, plan: Plan, ones: dict[int, Tensor | None], weighted: dict[int, Tensor | None], weights: Tensor
+    trace: Trace,
+    assignment: Assignment,
+    ones: dict[int, Tensor | None],
+    weighted: dict[int, Tensor | None],
+    weights: Tensor,
 ) -> dict[int, Tensor]:
     """Of each site how far off that is, relative to the largest."""
     size, found = len(trace.losses), {}
     for n, delta in weighted.items():
-        reading, plain = plan.readings[n], ones[n]
+        reading, plain = assignment.readings[n], ones[n]
         if delta is None or plain is None or reading is None:
             continue
         rows, plain = reading.split(delta, size), reading.split(plain, size)
@@ -157,7 +161,7 @@ def _readings(
         return [Batchwise(0) if site.shape else None for site in trace.sites], False
     changes: list[list[tuple[int, Tensor]]] = [[] for _ in trace.sites]
     coupled = False
-    for i in torch.linspace(0, size - 1, min(size, PLAN_BATCH)).long().tolist():
+    for i in torch.linspace(0, size - 1, min(size, PROBED)).long().tolist():
         order = torch.arange(size)
         order[i] = (i + 1) % size
         other = tuple(a[order.to(a.device)] if isinstance(a, Tensor) else a for a in batch)

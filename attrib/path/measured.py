@@ -36,7 +36,7 @@ class PathGradient(NamedTuple):
 class Path(Protocol):
     """One way of writing a change of the measurement through the update."""
 
-    def bind(self, query: "Query") -> Callable[[Tensor, Tensor], PathGradient]:
+    def bind(self, measured: "Measured") -> Callable[[Tensor, Tensor], PathGradient]:
         """Prepare for one query; the returned function takes theta0, theta1, (P,) each or (n, P) for n steps at once. What
         it returns belongs to the caller, who may write over it."""
 
@@ -46,12 +46,12 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
 
 
-def _again(made_of: tuple[Any, ...], chosen: slice | None) -> "Query":
-    whole = Query(*made_of)
+def _again(made_of: tuple[Any, ...], chosen: slice | None) -> "Measured":
+    whole = Measured(*made_of)
     return whole if chosen is None else whole.part(chosen)
 
 
-class Query:
+class Measured:
     """A measurement of a model, `values(theta) -> (Q,)`.
 
     Args:
@@ -126,11 +126,11 @@ class Query:
                 found = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
         return torch.zeros_like(leaf) if found is None else found
 
-    def parts(self, at_once: int) -> "list[Query]":
+    def parts(self, at_once: int) -> "list[Measured]":
         """The same queries, so many to a part."""
         return [self.part(slice(lo, min(lo + at_once, self.count))) for lo in range(0, self.count, at_once)]
 
-    def part(self, chosen: slice) -> "Query":
+    def part(self, chosen: slice) -> "Measured":
         """Some of the queries, of all of them."""
         found = copy(self)
         found.batch, found._chosen = tuple(b[chosen] for b in self.batch), chosen

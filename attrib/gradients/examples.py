@@ -1,4 +1,4 @@
-"""Shares of the examples of a batch in its gradient: their total, their products with directions, their rows.
+"""ExampleGradients of the examples of a batch in its gradient: their total, their products with directions, their rows.
 
     total     sum_i g_i                   (P,)         one backward pass
     contract  <U_q, g_{i,k}>              (Q, B, K)    K parameter tensors
@@ -7,8 +7,9 @@
 
 with g_i = d loss_i / d theta, the batch and all. The truth is the loss vector's derivative (`along`), which asks nothing of
 the model. The fast form reads the shares off where parameters meet data (`sites`), one backward pass to the sites and no g
-made; it is used for the parameters for which it was proven equal on a batch of that kind (`plan`, `forms`). Where examples
-do not see each other a batch is worked through in slices that fit the cache, in memory that does not depend on its size.
+made; it is used for the parameters for which it was proven equal on a batch of that kind (`assignment`, `forms`). Where
+examples do not see each other a batch is worked through in slices that fit the cache, in memory that does not depend on its
+size.
 """
 
 import logging
@@ -26,10 +27,10 @@ from ..layout import Layout
 from ..program import Programs
 from ..program import kind_of as kind_of_inputs
 from .along import Batch, LossVector, random_weights
+from .assignment import Assignment, Trace, calls_of, kind_of, ownership
 from .checks import check_losses, refuse_written_buffers
 from .forms import Form, Forms
 from .mapped import agree, rows_by_vmap
-from .plan import Plan, Trace, calls_of, kind_of, ownership
 from .terms import Reached, Term, contract, factors_of, names_of, rows_of, terms_at
 
 log = logging.getLogger("attrib")
@@ -37,7 +38,7 @@ log = logging.getLogger("attrib")
 ROWS_BYTES = 32 << 20  # gradient rows held at once
 
 
-class Shares:
+class ExampleGradients:
     """Per-example gradients of `loss(model, *batch) -> (B,)`.
 
     Args:
@@ -63,7 +64,7 @@ class Shares:
         self._forms = Forms(self._loss, self.vector, slices or slice_bytes(layout.size, dtype.itemsize))
         self._programs = Programs()
 
-    def at(self, active: frozenset[str]) -> "Shares":
+    def at(self, active: frozenset[str]) -> "ExampleGradients":
         """The same at a step where these parameters have a gradient; what is learnt of the loss is shared."""
         other = copy(self)
         other.vector = self.vector.at(active)
@@ -147,9 +148,9 @@ class Shares:
         parameters = self.vector.parameters(theta)
         with self._loss.bound(parameters):
             trace = self._forms.follow(parameters, batch)
-            plan = self._forms.plan(theta, trace, batch, form)
-            reached, gaps = _reached(trace, plan)
-        whole, at = {*plan.whole, *self._forms.misread(gaps)}, _by_name(reached)
+            assignment = self._forms.assignment(theta, trace, batch, form)
+            reached, gaps = _reached(trace, assignment)
+        whole, at = {*assignment.whole, *self._forms.misread(gaps)}, _by_name(reached)
         out: dict[str, list[Factor]] = {}
         for name in self.layout.names:
             found = None if name in whole else factors_of(at.get(name, []), name, len(trace.losses))
@@ -167,10 +168,10 @@ class Shares:
         form = self._forms.of(theta, batch)
         if form.reason is not None:
             return None
-        plan = self._forms.plans.get(kind_of(trace))
-        if plan is None or plan.calls != calls_of(trace) or plan.whole or plan.volatile:
+        assignment = self._forms.assignments.get(kind_of(trace))
+        if assignment is None or assignment.calls != calls_of(trace) or assignment.whole or assignment.volatile:
             return None
-        found = zip(trace.sites, plan.readings, deltas, strict=True)
+        found = zip(trace.sites, assignment.readings, deltas, strict=True)
         reached = [(site, reading, d) for site, reading, d in found if d is not None and reading is not None]
         out: dict[str, list[Factor]] = {}
         at = _by_name(reached)
@@ -195,7 +196,7 @@ class Shares:
         if form.reason is not None:
             return self.vector.values(theta, batch), [], moving
         count, tensors = len(self.layout.names), [isinstance(a, Tensor) for a in batch]
-        known: list[Plan] = []  # from the call that comes before tracing
+        known: list[Assignment] = []  # from the call that comes before tracing
 
         def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], dict[str, Tensor], list[str]]:
             named = zip(self.layout.names, inputs[:count], strict=True)
@@ -206,12 +207,12 @@ class Shares:
             with self._loss.bound(parameters):
                 trace = self._forms.follow(parameters, given, checked=not known)
                 if not known:
-                    known.append(self._forms.plan(theta, trace, batch, form))
-                (plan,), size = known, len(trace.losses)
-                along = {name: u for name, u in along.items() if name not in plan.whole}
-                reached, gaps = _reached(trace, plan)
+                    known.append(self._forms.assignment(theta, trace, batch, form))
+                (assignment,), size = known, len(trace.losses)
+                along = {name: u for name, u in along.items() if name not in assignment.whole}
+                reached, gaps = _reached(trace, assignment)
                 found = [term for at in reached for term in terms_at(*at, along, size)]
-            return trace.losses.detach(), found, gaps, list(plan.whole)
+            return trace.losses.detach(), found, gaps, list(assignment.whole)
 
         parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
         inputs = [*parameters, *(directions[n] for n in moving), *(a for a in batch if isinstance(a, Tensor))]
@@ -260,13 +261,17 @@ def _by_name(reached: Reached) -> dict[str, Reached]:
     return found
 
 
-def _reached(trace: Trace, plan: Plan) -> tuple[Reached, dict[str, Tensor]]:
+def _reached(trace: Trace, assignment: Assignment) -> tuple[Reached, dict[str, Tensor]]:
     """The sites that the losses depend on and that split, each with its reading and the gradient of its output; and of the
     parameters at volatile ones, how far off the reading is in this batch: for weighted losses the gradient there must be
     that of their sum, each row times the weight of its example."""
-    used = [n for n, s in enumerate(trace.sites) if plan.readings[n] is not None and not names_of(s) <= set(plan.whole)]
+    used = [
+        n
+        for n, s in enumerate(trace.sites)
+        if assignment.readings[n] is not None and not names_of(s) <= set(assignment.whole)
+    ]
     edges = [trace.sites[n].edge for n in used]
-    volatile = [n for n in used if n in plan.volatile]
+    volatile = [n for n in used if n in assignment.volatile]
     total = trace.losses.sum()
     deltas = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=bool(volatile)) if edges else ()
     found: dict[int, Tensor | None] = dict(zip(used, deltas, strict=True))
@@ -276,10 +281,10 @@ def _reached(trace: Trace, plan: Plan) -> tuple[Reached, dict[str, Tensor]]:
         again = torch.autograd.grad(
             (trace.losses * weights).sum(), [trace.sites[n].edge for n in volatile], allow_unused=True
         )
-        for n, gap in ownership(trace, plan, found, dict(zip(volatile, again, strict=True)), weights).items():
+        for n, gap in ownership(trace, assignment, found, dict(zip(volatile, again, strict=True)), weights).items():
             for name in names_of(trace.sites[n]):
                 gaps[name] = torch.maximum(gaps[name], gap) if name in gaps else gap
     reached = [
-        (trace.sites[n], r, d) for n, d in found.items() if d is not None and (r := plan.readings[n]) is not None
+        (trace.sites[n], r, d) for n, d in found.items() if d is not None and (r := assignment.readings[n]) is not None
     ]
     return reached, gaps
