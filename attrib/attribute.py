@@ -6,7 +6,7 @@ What U is stands in `accounting`, how the run is gone through in `sweep`. Sums a
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from .account import Account, share_bound
 from .accounting import Accounting
-from .budget import Budget, divide
+from .budget import Budget, divide, divide_ahead
 from .errors import Interrupted, MeasurementError, WorkerError
-from .executor import Serial, Workers
+from .executor import Pool, pool_of
 from .functional import differentiable
 from .interrupt import interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
+from .measure import Measurement
 from .path import Measured, Path, Secant
 from .plan import sizes_of
 from .result import Result, join
@@ -137,7 +138,7 @@ def _attribute(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     labels, member = group_tensors(run.layout.names, options.groups)
     sizes = {"step": len(window), "example": len(run.examples), "group": len(labels)}
     kept = choose(options.keep, query.count, sizes)
-    budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), options.memory, options.cube)
+    budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), options)
     bound = share_bound(run.dtype, compute)
     account = Account(labels, member, tuple(kept), options.cube is not None, bound)
     shares = Shares(run, model, options.loss, compute, budget.slices, member)
@@ -147,10 +148,11 @@ def _attribute(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     cube = None if options.cube is None else CubeWriter(options.cube, window.start, query.count, len(window), labels)
     bar = tqdm(total=len(window) * len(works), desc="attribute", unit="step", delay=2, disable=not options.progress)
     with bar, interruptible() as request:
-        found, died = _sweeps(works, options.executor, _Listener(bar, bound, cube), lambda: request.asked)
+        pooled = ((work, pool_of(work, options.executor, budget.ahead)) for work in works)
+        found, died = _sweeps(pooled, _Listener(bar, bound, cube), lambda: request.asked)
     if cube is not None:
         cube.close(complete=not request.asked and died is None)
-    facts, names = _facts(run, measurement, options), getattr(measurement, "names", ())
+    facts, names = _facts(run, measurement, options), measurement.names if isinstance(measurement, Measurement) else ()
     result = Result(join([account.dataset(*sums, facts) for sums in found], names)) if found else None
     if died is not None:
         died.result = result
@@ -162,14 +164,13 @@ def _attribute(run: Run, model: nn.Module, measurement: Any, options: AttributeO
 
 
 def _sweeps(
-    works: Sequence[Work], executor: Executor | None, heard: Callable[[Tally], Tally], asked: Callable[[], bool]
+    works: Iterable[tuple[Work, Pool]], heard: Callable[[Tally], Tally], asked: Callable[[], bool]
 ) -> tuple[list[tuple[Tally, np.ndarray]], WorkerError | None]:
     """One sweep for each part of the queries: its tally and what was inherited. Cut short, the parts that are whole, or the
     first as far as it came, and the error that did it."""
     found: list[tuple[Tally, np.ndarray]] = []
     died: WorkerError | None = None
-    for work in works:
-        pool = Serial(work) if executor is None else Workers(executor, work)
+    for work, pool in works:
         try:
             sums = swept(work, pool, heard, asked)
         except WorkerError as error:
@@ -241,9 +242,10 @@ def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | No
         return found
 
 
-def _divided(run: Run, queries: int, kept: int, memory: int | None, cube: Any) -> Budget:
-    budget = divide(sizes_of(run, kept), queries, memory)
-    if cube is not None and budget.at_once < queries:
+def _divided(run: Run, queries: int, kept: int, options: AttributeOptions) -> Budget:
+    divided = divide if options.executor is None else divide_ahead
+    budget = divided(sizes_of(run, kept), queries, options.memory)
+    if options.cube is not None and budget.at_once < queries:
         raise ValueError(
             f"a cube is written in one sweep: got {queries} queries, of which {budget.at_once} fit the memory. Allow more "
             f"memory, or ask for them in several calls with a cube each."

@@ -1,6 +1,7 @@
 """What an attribution holds in memory, counted beforehand, and how many queries that leaves room for at once.
 
-    vectors         per query and parameter: the carry, Gbar, U, and the carry before the step
+    vectors         per query and parameter: the carry, Gbar, U, and the carry before the step; where workers do the work, of
+                    every piece that is under way Gbar, U and the carry
     contributions   per query, example of a batch and parameter tensor, float64: of a step, and twice while they are summed
     block           steps read together: state, gradient, the update and its coefficients, and the accumulators
     slices          what the passes over the examples of a slice keep, forwards and backwards
@@ -9,19 +10,20 @@
 Counted in addition to the process as it stands (Python, torch, the model: about 400 MiB). Bytes throughout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 MEMORY = 4 << 30  # unless asked otherwise, or one query needs more
 SLICE_BYTES = 64 << 20  # of what the calls of a forward pass return for the examples of a slice
 SLICE_WEIGHTS = 64  # and at least so many times the bytes of the parameters, which every slice reads again
+AHEAD = (8, 4, 2)  # pieces that may be prepared before they are needed, and as many contracted after
 PASSES = 5  # of slices: activations, their gradients, what is at work, what the allocator keeps
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Of a run: P parameters in K tensors of `itemsize` bytes, at most B examples a step, `block` steps read together,
-    `accumulators` of the optimizer. kept: bytes of the result's marginals."""
+    `accumulators` of the optimizer. kept: bytes of the result's marginals. ahead: pieces under way at workers."""
 
     parameters: int
     tensors: int
@@ -30,10 +32,11 @@ class Sizes:
     block: int
     accumulators: int
     kept: int
+    ahead: int = 0
 
     @property
     def per_query(self) -> int:
-        return self.parameters * 4 * 8 + 3 * 8 * self.batch * self.tensors
+        return self.parameters * 8 * (4 + 3 * self.ahead) + 3 * 8 * self.batch * self.tensors
 
     @property
     def block_bytes(self) -> int:
@@ -42,11 +45,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Budget:
-    """at_once: queries of one sweep; slices: bytes of a slice; peak: of everything."""
+    """at_once: queries of one sweep; slices: bytes of a slice; peak: of everything; ahead: pieces under way at workers."""
 
     at_once: int
     slices: int
     peak: int
+    ahead: int = 0
 
 
 def slice_bytes(parameters: int, itemsize: int) -> int:
@@ -77,4 +81,16 @@ def divide(sizes: Sizes, queries: int, memory: int | None = None) -> Budget:
         )
     sweeps = ceil(queries / (room // sizes.per_query))
     at_once = ceil(queries / sweeps)
-    return Budget(at_once, slices, fixed + PASSES * slices + at_once * sizes.per_query)
+    return Budget(at_once, slices, fixed + PASSES * slices + at_once * sizes.per_query, sizes.ahead)
+
+
+def divide_ahead(sizes: Sizes, queries: int, memory: int | None = None) -> Budget:
+    """The same where workers do the work: with as few sweeps as can be, and then as many pieces under way."""
+    found = []
+    for ahead in AHEAD:
+        try:
+            found.append(divide(replace(sizes, ahead=ahead), queries, memory))
+        except ValueError:
+            if ahead == AHEAD[-1] and not found:
+                raise
+    return max(found, key=lambda budget: budget.at_once)

@@ -24,7 +24,6 @@ try:
 except ImportError:
     from pickle import Pickler
 
-AHEAD = 8  # pieces prepared before they are needed, and contracted after
 PIECES = 32  # that a sweep is cut into at least, so that no worker waits for the last one
 
 
@@ -85,10 +84,8 @@ class Workers:
         WorkerError: something of the work cannot be sent.
     """
 
-    ahead = AHEAD
-
-    def __init__(self, executor: Executor, work: Any) -> None:
-        self._executor, self._key = executor, uuid.uuid4().hex
+    def __init__(self, executor: Executor, work: Any, ahead: int) -> None:
+        self._executor, self.ahead, self._key = executor, ahead, uuid.uuid4().hex
         try:
             self._work = packed((torch.get_default_dtype(), work))
         except Exception as error:
@@ -132,6 +129,11 @@ class Remote:
 
     def cancel(self) -> bool:
         return self._future.cancel()
+
+
+def pool_of(work: Any, executor: Executor | None, ahead: int) -> Pool:
+    """This process, or the workers of an executor."""
+    return Serial(work) if executor is None else Workers(executor, work, ahead)
 
 
 # on the worker

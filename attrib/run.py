@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,10 @@ class Run:
         return map(blocks.at, ranges if backwards else reversed(ranges))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_run, (self.reader.target,)
+        """Opened again, from whichever folder."""
+        target: Any = self.reader.target
+        local = isinstance(target, str | Path) and "://" not in str(target)
+        return open_run, (Path(target).resolve() if local else target,)
 
     def _step(self, step: int) -> int:
         if not -self.steps <= step < self.steps:

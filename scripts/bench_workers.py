@@ -1,0 +1,102 @@
+"""What workers save: attributing one question by one process of one thread, and by several processes of one thread each.
+
+Each repetition asks one process, then a process pool, then (with --dask) a cluster of Dask on this machine; ratios are taken
+within a repetition. Workers are started before, and have answered once; `started` is the first call, which starts them.
+
+    python scripts/bench_workers.py [SETTING ...] [--workers 2] [--repeats 3] [--steps N] [--dask]
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from settings import SETTINGS, Setting, machine, ratio, train
+
+import attrib
+from attrib.studies.recipe import cross_entropy
+
+
+@contextmanager
+def pool(workers: int) -> Iterator[Executor]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as executor:
+        yield executor
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[Executor]:
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(workers, threads_per_worker=1, dashboard_address=None) as local,
+        Client(local) as client,
+        client.get_executor() as executor,
+    ):
+        client.run(torch.set_num_threads, 1)
+        yield executor
+
+
+def ask(setting: Setting, store: Path, executor: Executor | None) -> tuple[float, attrib.Result]:
+    run, start = attrib.open_run(store), time.perf_counter()
+    options: dict[str, Any] = {"loss": cross_entropy, "groups": setting.groups, "progress": False}
+    result = attrib.attribute(run, setting.model, setting.query, executor=executor, **options)
+    return time.perf_counter() - start, result
+
+
+def furthest(found: attrib.Result, serial: attrib.Result) -> float:
+    """The largest difference of a contribution, decay or timeline over the largest."""
+    names = [name for name in serial.dataset if str(name).startswith(("contribution", "decay", "timeline"))]
+    pairs = [(found.dataset[name].values, serial.dataset[name].values) for name in names]
+    return max(float(np.abs(a - b).max() / (np.abs(b).max() or 1.0)) for a, b in pairs)
+
+
+def measure(name: str, options: argparse.Namespace, store: Path) -> None:
+    setting: Setting = SETTINGS[name](**({"steps": options.steps} if options.steps else {}))
+    train(setting, store)
+    ask(setting, store, None)
+    print(f"\n{name}: {len(setting.batches)} steps, {setting.parameters} parameters", flush=True)
+    with ExitStack() as stack:
+        ways = {"one process": None, f"{options.workers} processes": stack.enter_context(pool(options.workers))}
+        if options.dask:
+            ways[f"Dask, {options.workers} processes"] = stack.enter_context(cluster(options.workers))
+        started = {way: ask(setting, store, executor)[0] for way, executor in ways.items()}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        results = {}
+        for _ in range(options.repeats):
+            for way, executor in ways.items():
+                took, results[way] = ask(setting, store, executor)
+                seconds[way].append(took)
+    for way, values in seconds.items():
+        print(
+            f"{way:22s} {statistics.median(values):7.2f} s  {ratio(seconds['one process'], values)} x as fast  started "
+            f"{started[way]:.2f} s  furthest off {furthest(results[way], results['one process']):.1e}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("settings", nargs="*", default=["gpt", "p113"], metavar="SETTING", help=", ".join(SETTINGS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--dask", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine())
+    for name in options.settings:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(name, options, Path(folder) / "run.zarr")
+
+
+if __name__ == "__main__":
+    main()
