@@ -15,10 +15,10 @@ def covering(*tables: Collection[Any], whole: int = 1) -> list[tuple[Any, ...]]:
     through beside them, as the digits of i + j + ... in row (i, j, ...).
 
     Every entry of every table occurs, and every combination of the others, where the rows are as many. That suffices because
-    the parts meet in narrow places and know nothing of each other beyond them: an update rule sees flat vectors, whatever the
-    model; a capture stores what the layers give, whatever the optimizer; a type is the dtype of every array. What is wrong in
-    one part shows beside any entry of the others; what is wrong only where two certain entries meet is left to the full
-    cross, see `crossed`.
+    the parts meet in narrow places and know nothing of each other beyond them: an update rule sees flat vectors, whatever
+    the model; a capture stores what the layers give, whatever the optimizer; a type is the dtype of every array. What is
+    wrong in one part shows beside any entry of the others; what is wrong only where two certain entries meet is left to the
+    full cross, see `crossed`.
     """
     found = []
     for row in product(*(enumerate(table) for table in tables[:whole])):

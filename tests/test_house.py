@@ -98,7 +98,7 @@ def test_the_wheel_carries_no_top_level_kernels(tmp_path: Path) -> None:
     assert "attrib/py.typed" in names
 
 
-@pytest.mark.slow  # new processes, which import torch; `test_cli` starts one too
+@pytest.mark.slow  # new processes, which import torch
 @pytest.mark.parametrize("folder", [ROOT, Path("/")])
 def test_attrib_is_importable_from_any_folder(folder: Path) -> None:
     command = [sys.executable, "-c", "import attrib.kernels.slopes, attrib.cli; print(attrib.__name__)"]
