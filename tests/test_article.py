@@ -494,8 +494,8 @@ def test_labels_are_not_read_as_mathematics() -> None:
     assert said == (r"\$y\$", r"\$x\$", r"\$z\$")
 
 
-# a browser of its own for each width
-@pytest.mark.parametrize("width", [1280, pytest.param(800, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a browser of its own for each width
+@pytest.mark.parametrize("width", [1280, 800])
 def test_page_opens_without_a_word_and_does_not_scroll_sideways(tmp_path: Path, width: int) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")
     if not CHROMIUM.exists():

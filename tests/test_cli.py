@@ -1,6 +1,7 @@
 """The command line: demo, info, verify."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -67,7 +68,18 @@ def test_errors_are_one_line_and_a_status(tmp_path: Path, capsys: pytest.Capture
     assert captured.err.startswith("attrib: no run is stored there")
 
 
-def test_module_and_command_are_one(store: str) -> None:
+def test_module_and_command_are_one(
+    store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["attrib", "info", store])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("attrib", run_name="__main__")
+    assert stopped.value.code == 0
+    assert "AdamW" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # a new process, which imports torch
+def test_module_runs_in_a_process_of_its_own(store: str) -> None:
     done = subprocess.run([sys.executable, "-m", "attrib", "info", store], capture_output=True, text=True, check=True)
     assert "AdamW" in done.stdout
 

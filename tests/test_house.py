@@ -115,7 +115,7 @@ print(attrib.__name__, twice, attrib.kernels.slopes is importlib.import_module("
 """
 
 
-@pytest.mark.slow  # new processes, which import torch; `test_cli` starts one too
+@pytest.mark.slow  # new processes, which import torch
 @pytest.mark.parametrize("folder", [ROOT, Path("/")])
 def test_attrib_is_importable_from_any_folder_and_each_module_once(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ONCE], cwd=folder, capture_output=True, text=True, check=False)

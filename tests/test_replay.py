@@ -7,6 +7,7 @@ import torch
 from cases import MODELS, OPTIMIZERS, crossed
 from torch import nn
 from training import train
+from zarr.storage import MemoryStore
 
 import attrib
 from attrib import errors
@@ -24,12 +25,10 @@ class Dropped(nn.Module):
 @pytest.mark.parametrize(
     ("optimizer", "start", "dtype"), crossed(OPTIMIZERS, [3, 8, 0], [torch.float64, torch.float32])
 )
-def test_untouched_replay_is_the_run_bit_for_bit(
-    optimizer: str, start: int, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    trained = train(tmp_path / "run", OPTIMIZERS[optimizer], dtype=dtype, steps=9, block=4)
+def test_untouched_replay_is_the_run_bit_for_bit(optimizer: str, start: int, dtype: torch.dtype) -> None:
+    trained = train(MemoryStore(), OPTIMIZERS[optimizer], dtype=dtype, steps=9, block=4)
     before = [p.detach().clone() for p in trained.model.parameters()]
-    again = attrib.replay(trained.run, start, model=trained.model, loss=trained.case.loss, store=tmp_path / "again")
+    again = attrib.replay(trained.run, start, model=trained.model, loss=trained.case.loss, store=MemoryStore())
     assert again.steps == 9 - start
     for step in range(start, 10):
         assert torch.equal(again.vector(step - start), trained.run.vector(step)), step
@@ -131,8 +130,8 @@ def test_run_is_not_replayed_into_itself(tmp_path: Path) -> None:
     assert attrib.open_run(tmp_path / "run").steps == 6
 
 
-def test_another_version_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+def test_another_version_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    trained = train(MemoryStore(), OPTIMIZERS["sgd"])
     trained.run.header["versions"]["torch"] = "1.0"
-    attrib.replay(trained.run, 3, model=trained.model, loss=trained.case.loss, store=tmp_path / "again")
+    attrib.replay(trained.run, 3, model=trained.model, loss=trained.case.loss, store=MemoryStore())
     assert "recorded with torch 1.0" in caplog.text

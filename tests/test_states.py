@@ -9,6 +9,7 @@ import torch
 import zarr
 from cases import OPTIMIZERS, covering, crossed
 from training import Trained, flat, train
+from zarr.storage import MemoryStore
 
 import attrib
 from attrib.cli import main
@@ -26,10 +27,8 @@ DECAYING = {"steps": STEPS, "scheduler": lambda o: torch.optim.lr_scheduler.Expo
 
 
 @pytest.mark.parametrize(("optimizer", "dtype"), crossed(OPTIMIZERS, DTYPES))
-def test_states_between_key_frames_are_those_of_the_run_bit_for_bit(
-    optimizer: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    few = train(tmp_path / "few", OPTIMIZERS[optimizer], states_every=8, dtype=dtype, **DECAYING)
+def test_states_between_key_frames_are_those_of_the_run_bit_for_bit(optimizer: str, dtype: torch.dtype) -> None:
+    few = train(MemoryStore(), OPTIMIZERS[optimizer], states_every=8, dtype=dtype, **DECAYING)
     assert few.run.reader.array("theta").shape[0] == 3  # steps 0, 8 and the end
     for step, theta in enumerate(few.thetas):
         few.run.load(few.model, step)
@@ -41,9 +40,9 @@ KINDS = ("sgd", "sgd groups", "adamw amsgrad")
 
 
 @pytest.mark.parametrize(("optimizer", "dtype"), crossed(OPTIMIZERS, DTYPES, fast=covering(KINDS, DTYPES)))
-def test_a_result_of_few_states_is_that_of_all(optimizer: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", OPTIMIZERS[optimizer], dtype=dtype, **DECAYING)
-    few = train(tmp_path / "few", OPTIMIZERS[optimizer], states_every=8, dtype=dtype, **DECAYING)
+def test_a_result_of_few_states_is_that_of_all(optimizer: str, dtype: torch.dtype) -> None:
+    whole = train(MemoryStore(), OPTIMIZERS[optimizer], dtype=dtype, **DECAYING)
+    few = train(MemoryStore(), OPTIMIZERS[optimizer], states_every=8, dtype=dtype, **DECAYING)
     assert whole.run.reader.array("theta").shape[0] == STEPS + 1
     mine, other = few.attribute(), whole.attribute()
     for name in mine.dataset.data_vars:  # the same numbers in the same order: nothing to round differently
@@ -53,8 +52,8 @@ def test_a_result_of_few_states_is_that_of_all(optimizer: str, dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("every", "block", "stored"), [(2, 4, 2), (3, 4, 3), (4, 4, 4), (5, 4, 8), (7, 1, 7), (100, 4, 100)]
 )
-def test_key_frames_stand_on_whole_blocks(every: int, block: int, stored: int, tmp_path: Path) -> None:
-    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=STEPS, states_every=every, block=block)
+def test_key_frames_stand_on_whole_blocks(every: int, block: int, stored: int) -> None:
+    trained = train(MemoryStore(), OPTIMIZERS["adamw"], steps=STEPS, states_every=every, block=block)
     assert trained.run.header["states_every"] == stored
     assert trained.run.reader.array("theta").shape[0] == -(-STEPS // stored) + 1
     for step in (10, 3, 0, 7, 11, 5):  # in no order
@@ -63,20 +62,18 @@ def test_key_frames_stand_on_whole_blocks(every: int, block: int, stored: int, t
     trained.attribute(steps=slice(2, 9)).check(1e-10)
 
 
-def test_more_states_than_are_kept_between_key_frames_are_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_states_than_are_kept_between_key_frames_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attrib.trajectory.KEPT", 2)
-    trained = train(tmp_path / "run", OPTIMIZERS["adam amsgrad"], steps=29, states_every=28, block=4)
-    whole = train(tmp_path / "whole", OPTIMIZERS["adam amsgrad"], steps=29)
+    trained = train(MemoryStore(), OPTIMIZERS["adam amsgrad"], steps=29, states_every=28, block=4)
+    whole = train(MemoryStore(), OPTIMIZERS["adam amsgrad"], steps=29)
     for ours, theirs in zip(bits(trained), bits(whole), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(trained.attribute().by("example"), whole.attribute().by("example"))
 
 
 @pytest.mark.parametrize("capture", ["gradients", "factors"])
-def test_stored_shares_go_with_fewer_states(capture: str, tmp_path: Path) -> None:
-    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], capture=capture, steps=STEPS, states_every=8)
+def test_stored_shares_go_with_fewer_states(capture: str) -> None:
+    trained = train(MemoryStore(), OPTIMIZERS["adamw"], capture=capture, steps=STEPS, states_every=8)
     trained.attribute(loss=None).check(1e-10)
 
 
@@ -126,7 +123,7 @@ def test_optimizer_that_cannot_be_run_again_is_refused_before_anything_is_writte
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_options_that_are_tensors_are_refused(late: bool, tmp_path: Path) -> None:
+def test_options_that_are_tensors_are_refused(late: bool) -> None:
     """torch computes with them in another precision than with numbers; only numbers are stored."""
 
     def schedule(recorder: attrib.Recorder) -> object:
@@ -138,7 +135,7 @@ def test_options_that_are_tensors_are_refused(late: bool, tmp_path: Path) -> Non
         return torch.optim.AdamW(parameters, lr=0.1 if late else torch.tensor(0.0123), weight_decay=0.3)
 
     with pytest.raises(ChangedOutsideError if late else ValueError, match=r"'lr'.*states_every=1"):
-        train(tmp_path / "run", optimizer, dtype=torch.float32, states_every=4, scheduler=schedule)
+        train(MemoryStore(), optimizer, dtype=torch.float32, states_every=4, scheduler=schedule)
 
 
 @pytest.mark.parametrize("value", [0, -3, 2.5, "many"])
