@@ -38,22 +38,18 @@ def noisy_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y, reduction="none")
 
 
-class Mortal(nn.Module):
-    """Kills the process that runs it, once, at the step whose batch begins with a certain number; never the test's own."""
+class Mortal:
+    """A loss that kills the process that computes it, once, at the batch that begins with a certain number; never the
+    test's own."""
 
-    def __init__(self, mark: str, fatal: float) -> None:
-        super().__init__()
-        self.linear, self.mark, self.fatal, self.parent = nn.Linear(4, 3), mark, fatal, os.getpid()
+    def __init__(self, mark: Path) -> None:
+        self.mark, self.fatal, self.parent = mark, float("nan"), os.getpid()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if (
-            bool((x[0, 0].detach() == self.fatal).any())
-            and os.getpid() != self.parent
-            and not os.path.exists(self.mark)
-        ):
-            Path(self.mark).touch()
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if float(x[0, 0]) == self.fatal and os.getpid() != self.parent and not self.mark.exists():
+            self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return self.linear(x)
+        return noisy_loss(model, x, y)
 
 
 def failing_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -194,16 +190,16 @@ def test_an_executor_that_was_shut_down_is_named(trained: Trained) -> None:
 
 
 def test_a_killed_worker_is_an_error_that_names_the_steps_and_the_call_can_be_repeated(tmp_path: Path) -> None:
-    model = Mortal(str(tmp_path / "mark"), 0.0)
+    model, loss = nn.Linear(4, 3), Mortal(tmp_path / "mark")
     run, x, y = record(tmp_path / "run", model)
-    model.fatal = float(run.batch(3)[0][0, 0])
-    question = attrib.measure.log_prob(x[:2] + 10, y[:2])
-    serial = attrib.attribute(run, model, question, loss=noisy_loss, progress=False)
+    loss.fatal = float(run.batch(3)[0][0, 0])
+    question = attrib.measure.log_prob(x[:2], y[:2])
+    serial = attrib.attribute(run, model, question, loss=loss, progress=False)
 
     def ask() -> attrib.Result:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as executor:
-            return attrib.attribute(run, model, question, loss=noisy_loss, progress=False, executor=executor)
+            return attrib.attribute(run, model, question, loss=loss, progress=False, executor=executor)
 
     with pytest.raises(errors.WorkerError, match=r"a worker died.*at the steps \d to \d") as raised:
         ask()
@@ -287,19 +283,19 @@ def test_workers_leave_ctrl_c_to_the_caller(trained: Trained, pool: Executor) ->
 @pytest.mark.filterwarnings("ignore")
 def test_a_dask_cluster_goes_on_where_a_worker_is_killed(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
-    model = Mortal(str(tmp_path / "mark"), 0.0)
+    model, loss = nn.Linear(4, 3), Mortal(tmp_path / "mark")
     run, x, y = record(tmp_path / "run", model)
-    question = attrib.measure.log_prob(x[:2] + 10, y[:2])
-    serial = attrib.attribute(run, model, question, loss=noisy_loss, progress=False)
+    question = attrib.measure.log_prob(x[:2], y[:2])
+    serial = attrib.attribute(run, model, question, loss=loss, progress=False)
     with (
         distributed.LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
         executor = client.get_executor()
-        plain = attrib.attribute(run, model, question, loss=noisy_loss, progress=False, executor=executor)
+        plain = attrib.attribute(run, model, question, loss=loss, progress=False, executor=executor)
         same_floats(plain, serial)
-        assert not (tmp_path / "mark").exists()
-        model.fatal = float(run.batch(3)[0][0, 0])
-        found = attrib.attribute(run, model, question, loss=noisy_loss, progress=False, executor=executor)
-        assert (tmp_path / "mark").exists()  # a worker was killed
+        assert not loss.mark.exists()
+        loss.fatal = float(run.batch(3)[0][0, 0])
+        found = attrib.attribute(run, model, question, loss=loss, progress=False, executor=executor)
+        assert loss.mark.exists()  # a worker was killed
         same_floats(found, serial)
