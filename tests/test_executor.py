@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -299,3 +300,14 @@ def test_a_dask_cluster_goes_on_where_a_worker_is_killed(tmp_path: Path) -> None
         found = attrib.attribute(run, model, question, loss=loss, progress=False, executor=executor)
         assert loss.mark.exists()  # a worker was killed
         same_floats(found, serial)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("processes", [False, True])
+def test_workers_use_the_device_of_the_model(processes: bool, trained: Trained, pool: Executor) -> None:
+    serial = trained.attribute()
+    with ThreadPoolExecutor(2) as threads:
+        options = {"loss": trained.case.loss, "progress": False, "executor": pool if processes else threads}
+        found = attrib.attribute(trained.run, deepcopy(trained.model).cuda(), trained.measurement(), **options)
+    found.check(1e-9)
+    np.testing.assert_allclose(found.by("example"), serial.by("example"), rtol=1e-8, atol=1e-10)
