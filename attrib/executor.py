@@ -11,7 +11,9 @@ import signal
 import threading
 import traceback
 import uuid
+import warnings
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -87,7 +89,8 @@ class Workers:
     def __init__(self, executor: Executor, work: Any, ahead: int) -> None:
         self._executor, self.ahead, self._key = executor, ahead, uuid.uuid4().hex
         try:
-            self._work = packed((torch.get_default_dtype(), work))
+            blocks = -(-ahead * self.length(work) // work.run.trajectory.block) + 1
+            self._work = packed((torch.get_default_dtype(), replace(work, blocks=blocks)))
         except Exception as error:
             raise WorkerError(
                 f"the work cannot be sent to a worker: got {type(error).__name__}: {error}, expected model, measurement and "
@@ -100,7 +103,9 @@ class Workers:
     def submit(self, method: str, piece: range, *arguments: Any) -> "Remote":
         method = {"contract": "summed"}.get(method, method)
         try:
-            future = self._executor.submit(perform, self._key, self._work, method, packed((piece, *arguments)))
+            with warnings.catch_warnings():  # Dask's, of what is large
+                warnings.filterwarnings("ignore", message="Sending large graph", category=UserWarning)
+                future = self._executor.submit(perform, self._key, self._work, method, packed((piece, *arguments)))
         except RuntimeError as error:  # the executor is broken, or shut down
             future = Future()
             future.set_exception(error)
@@ -155,10 +160,19 @@ def perform(key: str, work: bytes, method: str, arguments: bytes) -> bytes:
             torch.set_default_dtype(dtype)
             return packed((True, getattr(known, method)(*unpacked(arguments))))
         except Exception as error:
-            error.add_note("on a worker:\n" + traceback.format_exc())
-            return packed((False, error))
+            return packed((False, _sendable(error)))
         finally:
             torch.set_default_dtype(before)
+
+
+def _sendable(error: Exception) -> Exception:
+    """With the place it was raised at; one that does not come through as it is, by its words."""
+    try:
+        unpacked(packed(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note("on a worker:\n" + traceback.format_exc())
+    return error
 
 
 def _leave_interrupts() -> None:

@@ -179,21 +179,23 @@ class Steps:
 
 
 class Blocks:
-    """The steps of a run below `stop`, a block at a time; the last one stays at hand."""
+    """The steps of a run below `stop`, a block at a time; the last `kept` that were read stay at hand."""
 
-    def __init__(self, trajectory: Trajectory, stop: int) -> None:
-        self._trajectory, self._stop = trajectory, stop
-        self._last: Block | None = None
+    def __init__(self, trajectory: Trajectory, stop: int, kept: int = 1) -> None:
+        self._trajectory, self._stop, self._kept = trajectory, stop, kept
+        self._known: dict[int, Block] = {}  # by first step, the last one read at the end
 
     def at(self, steps: range) -> Steps:
         """Consecutive steps of one block."""
         size = self._trajectory.block
         first = steps.start - steps.start % size
-        if self._last is None or self._last.first != first:
-            known = self._last is not None and self._last.first == first + size
-            after = self._last.theta[0].clone() if known and self._last is not None else None
-            self._last = Block(self._trajectory, first, min(first + size, self._stop), after)
-        return Steps(self._last, steps)
+        if first not in self._known:
+            following = self._known.get(first + size)
+            after = None if following is None else following.theta[0].clone()
+            while len(self._known) >= self._kept:
+                del self._known[next(iter(self._known))]
+            self._known[first] = Block(self._trajectory, first, min(first + size, self._stop), after)
+        return Steps(self._known[first], steps)
 
     def ranges(self, steps: range, length: int) -> list[range]:
         """The steps in pieces of at most `length` that lie in one block each, the last first: blocks are cut from behind."""

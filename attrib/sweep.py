@@ -29,7 +29,8 @@ from .tally import Tally, total
 
 @dataclass(frozen=True)
 class Work:
-    """What is done to the steps of a window, a piece at a time; pickles. split: whether that identity is checked."""
+    """What is done to the steps of a window, a piece at a time; pickles. split: whether that identity is checked. blocks: of
+    the run that are kept at hand, so that pieces under way do not read them twice."""
 
     run: Run
     window: range
@@ -37,13 +38,14 @@ class Work:
     shares: Shares
     account: Account
     split: bool = True
+    blocks: int = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Work, (self.run, self.window, self.sensitivity, self.shares, self.account, self.split)
+        return Work, (self.run, self.window, self.sensitivity, self.shares, self.account, self.split, self.blocks)
 
     @cached_property
     def _blocks(self) -> Blocks:
-        return Blocks(self.run.trajectory, self.window.stop)
+        return Blocks(self.run.trajectory, self.window.stop, self.blocks)
 
     @cached_property
     def _drawn(self) -> frozenset[int]:

@@ -1,6 +1,6 @@
 """What workers save: attributing one question by one process of one thread, and by several processes of one thread each.
 
-Each repetition asks one process, then a process pool, then (with --dask) a cluster of Dask on this machine; ratios are taken
+Each repetition asks one process and then a process pool, or (with --dask) a cluster of Dask on this machine; ratios are taken
 within a repetition. Workers are started before, and have answered once; `started` is the first call, which starts them.
 
     python scripts/bench_workers.py [SETTING ...] [--workers 2] [--repeats 3] [--steps N] [--dask]
@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,19 @@ def measure(name: str, options: argparse.Namespace, store: Path) -> None:
     train(setting, store)
     ask(setting, store, None)
     print(f"\n{name}: {len(setting.batches)} steps, {setting.parameters} parameters", flush=True)
-    with ExitStack() as stack:
-        ways = {"one process": None, f"{options.workers} processes": stack.enter_context(pool(options.workers))}
-        if options.dask:
-            ways[f"Dask, {options.workers} processes"] = stack.enter_context(cluster(options.workers))
-        started = {way: ask(setting, store, executor)[0] for way, executor in ways.items()}
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        results = {}
-        for _ in range(options.repeats):
-            for way, executor in ways.items():
-                took, results[way] = ask(setting, store, executor)
-                seconds[way].append(took)
-    for way, values in seconds.items():
+    ways = {"processes": pool, "Dask": cluster} if options.dask else {"processes": pool}
+    for way, opened in ways.items():
+        alone, together = [], []
+        with opened(options.workers) as executor:
+            started = ask(setting, store, executor)[0]
+            for _ in range(options.repeats):
+                took, serial = ask(setting, store, None)
+                alone.append(took)
+                took, found = ask(setting, store, executor)
+                together.append(took)
         print(
-            f"{way:22s} {statistics.median(values):7.2f} s  {ratio(seconds['one process'], values)} x as fast  started "
-            f"{started[way]:.2f} s  furthest off {furthest(results[way], results['one process']):.1e}",
+            f"one process {statistics.median(alone):7.2f} s  {options.workers} {way} {statistics.median(together):7.2f} s, "
+            f"{ratio(alone, together)} x as fast  started {started:.2f} s  furthest off {furthest(found, serial):.1e}",
             flush=True,
         )
 

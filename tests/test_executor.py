@@ -164,6 +164,23 @@ def test_an_error_of_the_loss_is_raised_as_it_is(trained: Trained, pool: Executo
     assert "failing_loss" in "".join(raised.value.__notes__)
 
 
+class Peculiar(Exception):
+    """Cannot be made again from its arguments."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first + second)
+
+
+def peculiar_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    raise Peculiar("in its ", "own way")
+
+
+def test_an_error_that_cannot_be_sent_comes_by_its_words(trained: Trained) -> None:
+    with ThreadPoolExecutor(1) as threads, pytest.raises(RuntimeError, match="Peculiar: in its own way") as raised:
+        trained.attribute(loss=peculiar_loss, executor=threads)
+    assert "peculiar_loss" in "".join(raised.value.__notes__)
+
+
 def test_what_cannot_be_sent_is_said_before_anything_is_done(trained: Trained, pool: Executor) -> None:
     lock = threading.Lock()
 
