@@ -1,6 +1,7 @@
 """Who does the work of a sweep: this process at once, or the workers of any `concurrent.futures.Executor`.
 
-A worker is sent the work as bytes with every task and keeps what it made of them, so that a network is traced once by each.
+A worker is sent the work as bytes with its first task and keeps what it made of them, so that a network is traced once by
+each; one that comes later says that it does not have it.
 It does one task at a time, whatever the executor: a loss and a model are not made to be run twice at once, and random
 numbers have one state a process. Tensors on the CPU travel as plain bytes, without shared memory.
 """
@@ -88,6 +89,7 @@ class Workers:
 
     def __init__(self, executor: Executor, work: Any, ahead: int) -> None:
         self._executor, self.ahead, self._key = executor, ahead, uuid.uuid4().hex
+        self._introduced = 0  # tasks that the work was sent with
         try:
             blocks = -(-ahead * self.length(work) // work.run.trajectory.block) + 1
             self._work = packed((torch.get_default_dtype(), replace(work, blocks=blocks)))
@@ -101,26 +103,36 @@ class Workers:
         return max(1, min(int(work.sensitivity.at_once), len(work.window) // PIECES))
 
     def submit(self, method: str, piece: range, *arguments: Any) -> "Remote":
-        method = {"contract": "summed"}.get(method, method)
+        self._introduced += 1
+        task = {"contract": "summed"}.get(method, method), packed((piece, *arguments))
+        return Remote(self, piece, task, introduced=self._introduced <= self.ahead)
+
+    def send(self, task: tuple[str, bytes], introduced: bool) -> "Future[bytes]":
+        """Once more if need be; `introduced`: with the work itself, for workers that do not have it yet."""
+        work = self._work if introduced else None
         try:
             with warnings.catch_warnings():  # Dask's, of what is large
                 warnings.filterwarnings("ignore", message="Sending large graph", category=UserWarning)
-                future = self._executor.submit(perform, self._key, self._work, method, packed((piece, *arguments)))
+                return self._executor.submit(perform, self._key, work, *task)
         except RuntimeError as error:  # the executor is broken, or shut down
-            future = Future()
+            future: Future[bytes] = Future()
             future.set_exception(error)
-        return Remote(future, piece)
+            return future
 
 
 class Remote:
     """What a worker will have given for the steps of a piece."""
 
-    def __init__(self, future: "Future[bytes]", piece: range) -> None:
-        self._future, self._piece = future, piece
+    def __init__(self, workers: Workers, piece: range, task: tuple[str, bytes], introduced: bool) -> None:
+        self._workers, self._piece, self._task = workers, piece, task
+        self._future = workers.send(task, introduced)
 
     def result(self) -> Any:
         try:
             answer = self._future.result()
+            if answer == UNKNOWN:
+                self._future = self._workers.send(self._task, introduced=True)
+                answer = self._future.result()
         except Exception as error:  # not of the work: that comes back as an answer
             raise WorkerError(
                 f"a worker died, or could not be reached: got {type(error).__name__}: {error}, at the steps "
@@ -143,17 +155,21 @@ def pool_of(work: Any, executor: Executor | None, ahead: int) -> Pool:
 
 # on the worker
 
+UNKNOWN = b""  # the answer of a worker that does not have the work
 _LOCK = threading.Lock()
 _KNOWN: dict[str, tuple[torch.dtype, Any]] = {}  # the last work that was sent
 
 
-def perform(key: str, work: bytes, method: str, arguments: bytes) -> bytes:
+def perform(key: str, work: bytes | None, method: str, arguments: bytes) -> bytes:
     """A task: whether it went well, and what it gave or the error, as bytes."""
     with _LOCK:
+        if key not in _KNOWN and work is None:
+            return UNKNOWN
         _leave_interrupts()
         before = torch.get_default_dtype()
         try:
             if key not in _KNOWN:
+                assert work is not None
                 _KNOWN.clear()
                 _KNOWN[key] = unpacked(work)
             dtype, known = _KNOWN[key]

@@ -1,7 +1,8 @@
 """What workers save: attributing one question by one process of one thread, and by several processes of one thread each.
 
-Each repetition asks one process and then a process pool, or (with --dask) a cluster of Dask on this machine; ratios are taken
-within a repetition. Workers are started before, and have answered once; `started` is the first call, which starts them.
+Each repetition asks one process and then a process pool, or (with --dask) a cluster of Dask on this machine; ratios are
+taken within a repetition. Workers are started before, and have answered once; `started` is the first call, which starts
+them.
 
     python scripts/bench_workers.py [SETTING ...] [--workers 2] [--repeats 3] [--steps N] [--dask]
 """

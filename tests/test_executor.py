@@ -24,6 +24,7 @@ from training import Trained, train
 
 import attrib
 from attrib import errors
+from attrib import executor as executors
 
 
 class Noisy(nn.Module):
@@ -261,6 +262,19 @@ def test_what_was_done_before_a_worker_died_is_complete_by_itself(tasks: int, tr
     result.check(1e-10)
     window = trained.attribute(steps=slice(first, None))
     np.testing.assert_allclose(result.by("example"), window.by("example"), rtol=0, atol=1e-12)
+
+
+class Forgetful(Dying):
+    """Every task goes to another worker, until all have been asked."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **rest: Any) -> "Future[Any]":
+        if self.left % 3:
+            executors._KNOWN.clear()
+        return super().submit(function, *arguments, **rest)
+
+
+def test_workers_that_come_later_are_sent_the_work_too(trained: Trained) -> None:
+    same(trained.attribute(executor=Forgetful(1000)), trained.attribute())
 
 
 class Pressing(Dying):
