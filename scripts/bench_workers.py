@@ -25,7 +25,6 @@ from settings import SETTINGS, Setting, machine, ratio, train
 import attrib
 from attrib.studies.recipe import cross_entropy
 
-
 # Dask's workers give back memory as soon as it is free, and every step pays for fresh pages: near half their speed
 KEEP_MEMORY = {"OMP_NUM_THREADS": 1, "MALLOC_TRIM_THRESHOLD_": 1 << 30, "MALLOC_MMAP_THRESHOLD_": 1 << 30}
 
