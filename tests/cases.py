@@ -34,7 +34,11 @@ def crossed(*tables: Collection[Any], fast: Collection[tuple[Any, ...]] = ()) ->
     """Every combination, for `parametrize`; slow are those that are not in `fast`, by default the covering ones."""
     fast = fast or covering(*tables)
     return [
-        pytest.param(*row, marks=[] if row in fast else pytest.mark.slow, id="-".join(map(str, row)))
+        pytest.param(
+            *row,
+            marks=[] if row in fast else pytest.mark.slow,
+            id="-".join(getattr(v, "__name__", str(v)) for v in row),
+        )
         for row in product(*tables)
     ]
 

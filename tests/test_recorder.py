@@ -688,8 +688,7 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(("failure", "capture"), crossed(FAILURES, CAPTURES))
 def test_a_first_step_that_fails_moves_nothing_and_leaves_no_store(
     failure: Any, capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
