@@ -46,7 +46,7 @@ class Account:
     def tallies(
         self,
         steps: Sequence[RecordedStep],
-        found: Sequence[Contributions],
+        contributed: Sequence[Contributions],
         gradient: np.ndarray,
         terms: Terms,
         splits: Mapping[int, Split],
@@ -54,17 +54,17 @@ class Account:
         """Of n consecutive steps: their contributions (Q, B, K), which must sum to `gradient` (n, Q, K), group by group;
         what is no example's; and of some the split. A tally each, the last first."""
         rows = {name: (values @ self.member).swapaxes(0, 1) for name, values in terms.rows.items()}
-        seen = np.broadcast_to(np.asarray(terms.seen, dtype=float), gradient.shape[:2])
         slots: Slots | None = None
         tallies = []
         for n in reversed(range(len(steps))):
-            step, contributions = steps[n], self.grouped(found[n].values)
+            step, contributions = steps[n], self.grouped(contributed[n].values)
             if slots is None or not np.array_equal(slots.ids, step.ids):
                 slots = Slots(step.ids)
             shares = contributions.sum(1)
             sums = {"examples": shares.sum(1), "gross": np.abs(shares).sum(1)}
             sums |= {name: values[n] + sums.get(name, 0.0) for name, values in terms.sums.items()}
-            gap, split = self._gap(contributions, shares, self.grouped(gradient[n]), seen[n]), splits.get(step.number)
+            gap = self._gap(contributions, shares, self.grouped(gradient[n]), terms.seen_at(n))
+            split = splits.get(step.number)
             gaps = dict.fromkeys(IDENTITIES, np.array([np.nan])) | {
                 name: g[n : n + 1] for name, g in terms.gaps.items()
             }
@@ -83,7 +83,9 @@ class Account:
             tallies.append(tally)
         return tallies
 
-    def _gap(self, contributions: np.ndarray, shares: np.ndarray, gradient: np.ndarray, seen: np.ndarray) -> float:
+    def _gap(
+        self, contributions: np.ndarray, shares: np.ndarray, gradient: np.ndarray, seen: np.ndarray | float
+    ) -> float:
         """Of the batch identity. Of what is smaller than rounding of the measurement, `seen` (Q,), as it is where nothing is
         left to learn, the gap is that of rounding."""
         sizes = np.array([np.abs(c).sum() for c in contributions])

@@ -21,7 +21,7 @@ from torch import Tensor
 from .layout import Layout
 from .optim import Segments, decay_rates, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
-from .sensitivity import Adjoint, Products, Terms, Traced
+from .sensitivity import Adjoint, Products, Terms, Traced, along_tensors
 from .steps import Steps
 
 LIMIT_STEPS = 2  # that the limit is looked at, side by side
@@ -78,26 +78,27 @@ class Accounting:
         path = self._integrated(theta)
         vectors, layout = path.gradient.double(), self.measured.layout
         update = torch.stack([delta for _, delta in steps.updates]).to(theta.device)
+
+        def along(part: slice) -> list[Tensor]:
+            states = theta[:, part].double()
+            return [states[1:] - states[:-1], update[:, part].double(), states[:-1]]
+
+        moved, replayed, along_theta = along_tensors(layout, vectors, along)
         leverage = torch.zeros_like(path.start, dtype=torch.float64)
-        sums = []
         for _, part in layout.slices():
-            states, here = theta[:, part].double(), vectors[..., part]
-            along = [states[1:] - states[:-1], update[:, part].double(), states[:-1]]
-            sums.append(here @ torch.stack(along, 2))
-            leverage += (here.abs() @ states[:-1].abs().unsqueeze(2)).squeeze(2)
-        coefficients = [parts for parts, _ in steps.updates]
-        rates = np.stack([decay_rates(parts, len(layout.names)) for parts in coefficients])
-        moved, replayed, along_theta = _by_tensor(sums)
+            leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
+        coefficients = [segments for segments, _ in steps.updates]
+        rates = np.stack([decay_rates(segments, len(layout.names)) for segments in coefficients])
         start, end, lever = (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
         return Prepared(vectors, coefficients, moved, replayed, along_theta, start, end, lever, rates, limit)
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
-        carry, found = adjoint.state, []
+        carry, backwards = adjoint.state, []
         assert prepared.vectors is not None
-        for vectors, parts in zip(reversed(prepared.vectors), reversed(prepared.coefficients), strict=True):
-            sensitivity, carry = pullback([part.to(carry.device) for part in parts], carry, vectors)
-            found.append(sensitivity)
-        several = torch.stack(found[::-1]) if len(found) > 1 else found[0][None]
+        for vectors, segments in zip(reversed(prepared.vectors), reversed(prepared.coefficients), strict=True):
+            sensitivity, carry = pullback([s.to(carry.device) for s in segments], carry, vectors)
+            backwards.append(sensitivity)
+        several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
         return Traced(several, prepared._replace(vectors=None, coefficients=[])), Adjoint(carry)
 
     def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:
@@ -108,7 +109,7 @@ class Accounting:
         off, moved = p.moved - p.replayed, np.abs(p.moved).sum(2)
         # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
         gross = moved + np.abs(p.start) + np.abs(p.end)
-        found = Terms(
+        terms = Terms(
             rows={"decay": decay, "timeline": p.moved},
             states={"curve": (p.start, p.end)},
             sums={"gross": np.abs(decay).sum(2), "rounding": off.sum(2), "spacing": eps * p.leverage},
@@ -118,18 +119,20 @@ class Accounting:
             },
             seen=np.abs(p.start) + np.abs(p.end),
         )
-        return found if p.limit is None else self._with_limit(found, p.limit)
+        return terms if p.limit is None else self._with_limit(terms, p.limit)
 
     def inherited(self, steps: Steps, adjoint: Adjoint) -> np.ndarray:
         return over_tensors(self.measured.layout, adjoint.state * steps.momentum.to(adjoint.state.device))
 
     def _integrated(self, theta: Tensor) -> PathGradient:
         """Of the steps between n + 1 states, as many at once as are best."""
-        found, count = [], len(theta) - 1
-        for stop in range(count, 0, -self.at_once):
+        backwards = []
+        for stop in range(len(theta) - 1, 0, -self.at_once):
             states = theta[max(0, stop - self.at_once) : stop + 1]
-            found.append(self._integrate(states[:-1], states[1:]))
-        return found[0] if len(found) == 1 else PathGradient(*map(torch.cat, zip(*found[::-1], strict=True)))
+            backwards.append(self._integrate(states[:-1], states[1:]))
+        if len(backwards) == 1:
+            return backwards[0]
+        return PathGradient(*map(torch.cat, zip(*backwards[::-1], strict=True)))
 
     def _limit(self, theta: Tensor) -> Limit:
         at = min(len(theta) - 1, self.at_once, LIMIT_STEPS)
@@ -158,8 +161,3 @@ def over_tensors(layout: Layout, values: Tensor) -> np.ndarray:
 def relative(difference: np.ndarray, gross: np.ndarray) -> np.ndarray:
     """Largest |difference| over the gross size, (..., Q) each, over the queries."""
     return np.max(difference / np.where(gross > 0, gross, 1.0), axis=-1)
-
-
-def _by_tensor(sums: list[Tensor]) -> np.ndarray:
-    """Of each tensor (n, Q, V) -> (V, n, Q, K)."""
-    return torch.stack(sums, 2).cpu().numpy().transpose(3, 0, 1, 2)

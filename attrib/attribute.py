@@ -32,7 +32,7 @@ from .result import Result, join
 from .run import Run, check_model
 from .shares import Shares
 from .store import CubeWriter
-from .sweep import Work, swept
+from .sweep import Work, summed_sweep
 from .tally import Tally
 
 log = logging.getLogger("attrib")
@@ -143,17 +143,20 @@ def _attribute(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     account = Account(labels, member, tuple(kept), options.cube is not None, bound)
     shares = Shares(run, model, options.loss, compute, budget.slices, member)
     limit = window.stop if "limit" in options.identities else None
-    questions = [Accounting(part, options.path, limit) for part in query.parts(budget.at_once)]
-    works = [Work(run, window, q, shares, account, "split" in options.identities) for q in questions]
+    parts = query.parts(budget.at_once)
+    works = (
+        Work(run, window, Accounting(part, options.path, limit), shares, account, "split" in options.identities)
+        for part in parts
+    )  # one at a time: each holds blocks of the run and a graph
     cube = None if options.cube is None else CubeWriter(options.cube, window.start, query.count, len(window), labels)
-    bar = tqdm(total=len(window) * len(works), desc="attribute", unit="step", delay=2, disable=not options.progress)
+    bar = tqdm(total=len(window) * len(parts), desc="attribute", unit="step", delay=2, disable=not options.progress)
     with bar, interruptible() as request:
         pooled = ((work, pool_of(work, options.executor, budget.ahead)) for work in works)
-        found, died = _sweeps(pooled, _Listener(bar, bound, cube), lambda: request.asked)
+        done, died = _sweeps(pooled, _Listener(bar, bound, cube), lambda: request.asked)
     if cube is not None:
         cube.close(complete=not request.asked and died is None)
     facts, names = _facts(run, measurement, options), measurement.names if isinstance(measurement, Measurement) else ()
-    result = Result(join([account.dataset(*sums, facts) for sums in found], names)) if found else None
+    result = Result(join([account.dataset(*sums, facts) for sums in done], names)) if done else None
     if died is not None:
         died.result = result
         raise died
@@ -168,18 +171,14 @@ def _sweeps(
 ) -> tuple[list[tuple[Tally, np.ndarray]], WorkerError | None]:
     """One sweep for each part of the queries: its tally and what was inherited. Cut short, the parts that are whole, or the
     first as far as it came, and the error that did it."""
-    found: list[tuple[Tally, np.ndarray]] = []
-    died: WorkerError | None = None
+    done: list[tuple[Tally, np.ndarray]] = []
     for work, pool in works:
-        try:
-            sums = swept(work, pool, heard, asked)
-        except WorkerError as error:
-            died, sums = error, error.result
-        if sums is not None and (sums[0].steps == work.window or not found):
-            found.append(sums)
+        tally, inherited, died = summed_sweep(work, pool, heard, asked)
+        if tally is not None and inherited is not None and (tally.steps == work.window or not done):
+            done.append((tally, inherited))
         if asked() or died is not None:
-            break
-    return found, died
+            return done, died
+    return done, None
 
 
 @dataclass

@@ -15,6 +15,7 @@ import uuid
 import warnings
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from multiprocessing import parent_process
 from typing import Any, Protocol
 
 import torch
@@ -39,16 +40,15 @@ class Later(Protocol):
 
 
 class Pool(Protocol):
-    """ahead: tasks of a kind that may be under way."""
+    """Who does some work. length: steps of a piece. ahead: pieces of a kind that may be under way."""
 
+    length: int
     ahead: int
 
-    def length(self, work: Any) -> int:
-        """Steps of a piece."""
-        ...
+    def prepare(self, piece: range) -> Later: ...
 
-    def submit(self, method: str, piece: range, *arguments: Any) -> Later:
-        """`work.method(piece, *arguments)`."""
+    def contract(self, piece: range, traced: Any) -> Later:
+        """Gives tallies, the last step first."""
         ...
 
 
@@ -71,13 +71,13 @@ class Serial:
     ahead = 1
 
     def __init__(self, work: Any) -> None:
-        self._work = work
+        self._work, self.length = work, int(work.sensitivity.at_once)
 
-    def length(self, work: Any) -> int:
-        return int(work.sensitivity.at_once)
+    def prepare(self, piece: range) -> Done:
+        return Done(self._work.prepare(piece))
 
-    def submit(self, method: str, piece: range, *arguments: Any) -> Done:
-        return Done(getattr(self._work, method)(piece, *arguments))
+    def contract(self, piece: range, traced: Any) -> Done:
+        return Done(self._work.contract(piece, traced))
 
 
 class Workers:
@@ -89,9 +89,10 @@ class Workers:
 
     def __init__(self, executor: Executor, work: Any, ahead: int) -> None:
         self._executor, self.ahead, self._key = executor, ahead, uuid.uuid4().hex
+        self.length = max(1, min(int(work.sensitivity.at_once), len(work.window) // PIECES))
         self._introduced = 0  # tasks that the work was sent with
         try:
-            blocks = -(-ahead * self.length(work) // work.run.trajectory.block) + 1
+            blocks = -(-ahead * self.length // work.run.trajectory.block) + 1
             self._work = packed((torch.get_default_dtype(), replace(work, blocks=blocks)))
         except Exception as error:
             raise WorkerError(
@@ -99,13 +100,15 @@ class Workers:
                 f"loss that pickle. Define them at the top of a module, or install cloudpickle (attrib[dask])."
             ) from error
 
-    def length(self, work: Any) -> int:
-        return max(1, min(int(work.sensitivity.at_once), len(work.window) // PIECES))
+    def prepare(self, piece: range) -> "Remote":
+        return self._task(piece, "prepare", piece)
 
-    def submit(self, method: str, piece: range, *arguments: Any) -> "Remote":
+    def contract(self, piece: range, traced: Any) -> "Remote":
+        return self._task(piece, "summed", piece, traced)
+
+    def _task(self, piece: range, method: str, *arguments: Any) -> "Remote":
         self._introduced += 1
-        task = {"contract": "summed"}.get(method, method), packed((piece, *arguments))
-        return Remote(self, piece, task, introduced=self._introduced <= self.ahead)
+        return Remote(self, piece, (method, packed(arguments)), introduced=self._introduced <= self.ahead)
 
     def send(self, task: tuple[str, bytes], introduced: bool) -> "Future[bytes]":
         """Once more if need be; `introduced`: with the work itself, for workers that do not have it yet."""
@@ -193,26 +196,18 @@ def _sendable(error: Exception) -> Exception:
 
 def _leave_interrupts() -> None:
     """Ctrl-C in a terminal reaches every process: it is the caller's to act on."""
-    worker = threading.current_thread() is threading.main_thread() and _parent() is not None
+    worker = threading.current_thread() is threading.main_thread() and parent_process() is not None
     if worker and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _parent() -> Any:
-    from multiprocessing import parent_process
-
-    return parent_process()
-
-
 class _Packer(Pickler):
     def reducer_override(self, value: Any) -> Any:
-        if (
-            type(value) is Tensor
-            and value.device.type == "cpu"
-            and value.dtype != torch.bfloat16
-            and not value.requires_grad
-        ):
-            return torch.from_numpy, (value.numpy(),)
+        if type(value) is Tensor and value.device.type == "cpu" and not value.requires_grad:
+            try:
+                return torch.from_numpy, (value.numpy(),)
+            except (RuntimeError, TypeError):  # what numpy does not have, such as bfloat16
+                pass
         return super().reducer_override(value) if hasattr(Pickler, "reducer_override") else NotImplemented
 
 

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .errors import ChangedOutsideError
 from .layout import Layout
@@ -83,6 +84,23 @@ class Functional:
     def run(self, *args: Any) -> Any:
         """The function with the model as it is: within `bound`."""
         return self._function(self._model, *(cast(a, self.dtype) for a in args))
+
+    def hessian(self, theta: Tensor, *args: Any) -> Callable[[Tensor], Tensor]:
+        """(P,) -> a function v (P,) -> H v (P,), H the Hessian of the sum of what the function returns; the graph of the
+        gradient is made once (Pearlmutter 1994). Attention by plain mathematics: other has no second derivative."""
+        point = theta.detach().clone().requires_grad_()
+        parameters = self.layout.unflatten(point)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self.bound(parameters):
+            (gradient,) = torch.autograd.grad(self.run(*args).sum(), point, create_graph=True)
+
+        def product(vector: Tensor) -> Tensor:
+            if not gradient.requires_grad:  # of a linear function
+                return torch.zeros_like(point)
+            with self.bound(parameters):
+                (pulled,) = torch.autograd.grad(gradient, point, vector.to(point), retain_graph=True)
+            return pulled
+
+        return product
 
     @contextmanager
     def bound(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from .kernels.factors import Factor
 from .layout import Layout
 from .optim import Rule, describe_options, rule_by_name
 from .steps import Blocks, Steps
-from .store import Reader
+from .store import Reader, local_path
 from .trajectory import Trajectory
 
 _UNFINISHED = "not closed, or interrupted: read up to its last committed block"
@@ -175,9 +174,7 @@ class Run:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Opened again, from whichever folder."""
-        target: Any = self.reader.target
-        local = isinstance(target, str | Path) and "://" not in str(target)
-        return open_run, (Path(target).resolve() if local else target,)
+        return open_run, (local_path(self.reader.target) or self.reader.target,)
 
     def _step(self, step: int) -> int:
         if not -self.steps <= step < self.steps:

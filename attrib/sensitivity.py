@@ -5,15 +5,18 @@
     terms       what of the steps is no example's: anywhere
     inherited   what was there before the first step
 
-A new question is one class with these methods (see the README, "The trunk"). `scan` gives the next adjoint and changes none.
+A new question is one class with these methods: see `Accounting`. `scan` gives the next adjoint and changes none.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from .layout import Layout
 from .steps import Steps
 
 
@@ -45,14 +48,26 @@ class Products(NamedTuple):
 @dataclass(frozen=True)
 class Terms:
     """What n steps add that is no example's, by name. rows (n, Q, K); states: at both ends of each step, (n, Q) twice; sums
-    (n, Q); gaps (n,) and failures: of identities; seen (n, Q): the size of what was measured, whose rounding is in all."""
+    (n, Q); gaps (n,) and failures: of identities; seen (n, Q): the size of what was measured, whose rounding is in all, or
+    None."""
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     states: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     sums: dict[str, np.ndarray] = field(default_factory=dict)
     gaps: dict[str, np.ndarray] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    seen: np.ndarray | float = 0.0
+    seen: np.ndarray | None = None
+
+    def seen_at(self, n: int) -> np.ndarray | float:
+        """(Q,) of the n-th step; 0 where nothing was measured."""
+        return 0.0 if self.seen is None else self.seen[n]
+
+
+def along_tensors(layout: Layout, vectors: Tensor, along: Callable[[slice], Sequence[Tensor]]) -> np.ndarray:
+    """vectors (n, Q, P) times V others, over each parameter tensor: (V, n, Q, K). along: the entries of a tensor -> V times
+    (n, p), float64."""
+    sums = [vectors[..., part] @ torch.stack(list(along(part)), 2) for _, part in layout.slices()]
+    return torch.stack(sums, 2).cpu().numpy().transpose(3, 0, 1, 2)
 
 
 class Sensitivity(Protocol):

@@ -104,15 +104,15 @@ class Shares:
         """From U (Q, P), and <U, gradient> (Q, K) of the recorded gradient of the examples."""
         return self._contract(step, sensitivity, gradient)
 
-    def curvature(self, step: RecordedStep, sensitivity: Tensor) -> Tensor:
+    def hvp(self, step: RecordedStep, sensitivity: Tensor) -> Tensor:
         """H U (Q, P): the Hessian of the step's reduced loss, sum_i scale loss_i, times U (Q, P), in float64."""
         if self._gradients is None:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
         theta = self._theta(step)
         with self._step(step) as (shares, batch):
-            found = shares.vector.curvature(theta, batch, sensitivity.to(theta))
+            product = shares.hvp(theta, batch, sensitivity)
         scale = self._fitted(step) if np.isnan(step.scale) else step.scale
-        return found.double() * (1.0 if scale is None else scale)
+        return product.double() * (1.0 if scale is None else scale)
 
     def split(
         self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray | float

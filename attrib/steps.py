@@ -1,7 +1,7 @@
 """Consecutive steps of a run, read from its store when they are first asked for, and once.
 
 A step is part of a block, whose updates are replayed together from the optimizer's state that is stored with it. `Blocks`
-hands out any consecutive steps of a block and keeps the one that it read last, so that several passes over it read it once.
+hands out any consecutive steps of a block and keeps those that it read last, so that several passes over them read once.
 """
 
 from collections.abc import Iterator
@@ -36,6 +36,11 @@ class Block:
     @cached_property
     def theta(self) -> Tensor:
         return self.trajectory.states(self.first, self.stop, self._after)
+
+    @property
+    def before(self) -> Tensor | None:
+        """The parameters before the first step, (P,), where they were read: those after the block before."""
+        return self.theta[0].clone() if "theta" in self.__dict__ else None
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -191,7 +196,7 @@ class Blocks:
         first = steps.start - steps.start % size
         if first not in self._known:
             following = self._known.get(first + size)
-            after = None if following is None else following.theta[0].clone()
+            after = None if following is None else following.before
             while len(self._known) >= self._kept:
                 del self._known[next(iter(self._known))]
             self._known[first] = Block(self._trajectory, first, min(first + size, self._stop), after)

@@ -14,14 +14,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .account import Account
 from .errors import WorkerError
 from .executor import Pool
 from .run import Run
-from .sensitivity import Adjoint, Products, Sensitivity, Traced
+from .sensitivity import Adjoint, Products, Sensitivity, Traced, along_tensors
 from .shares import Contributions, Shares, Split, drawn
 from .steps import Blocks, RecordedStep, Steps
 from .tally import Tally, total
@@ -70,14 +69,14 @@ class Work:
         steps = self.steps(piece)
         products = self._products(steps, traced.sensitivity)
         terms = self.sensitivity.terms(steps, traced, products)
-        seen = np.broadcast_to(np.asarray(terms.seen, dtype=float), products.gradient.shape[:2])
-        each, found, splits = list(steps), [], {}
+        each, backwards, splits = list(steps), [], {}
         for n in reversed(range(len(each))):
             step, sensitivity = each[n], traced.sensitivity[n]
-            found.append(self.shares.contract(step, sensitivity, products.gradient[n]))
-            if self.split and (split := self._split(step, sensitivity, found[-1], seen[n])) is not None:
+            contributions = self.shares.contract(step, sensitivity, products.gradient[n])
+            backwards.append(contributions)
+            if self.split and (split := self._split(step, sensitivity, contributions, terms.seen_at(n))) is not None:
                 splits[step.number] = split
-        tallies = self.account.tallies(each, found[::-1], products.gradient, terms, splits)
+        tallies = self.account.tallies(each, backwards[::-1], products.gradient, terms, splits)
         return [replace(tally, coupled=True) for tally in tallies] if self.shares.coupled else tallies
 
     def summed(self, piece: range, traced: Traced) -> list[Tally]:
@@ -89,17 +88,16 @@ class Work:
     def _products(self, steps: Steps, sensitivity: Tensor) -> Products:
         penalty = [] if steps.penalty is None else [steps.penalty]
         vectors = [t.to(sensitivity.device) for t in (steps.theta[:-1], steps.examples, *penalty)]
-        found = [
-            sensitivity[..., part] @ torch.stack([v[:, part].double() for v in vectors], 2)
-            for _, part in self.run.layout.slices()
-        ]
-        return Products(*torch.stack(found, 2).cpu().numpy().transpose(3, 0, 1, 2))
+        layout = self.run.layout
+        return Products(*along_tensors(layout, sensitivity, lambda part: [v[:, part].double() for v in vectors]))
 
-    def _split(self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray) -> Split | None:
+    def _split(
+        self, step: RecordedStep, sensitivity: Tensor, contributions: Contributions, seen: np.ndarray | float
+    ) -> Split | None:
         """Of a drawn step; without a loss, what was recorded with it."""
         if not self.shares.has_loss:
             return Split(float(self._recorded[step.number]))
-        return self.shares.split(step, sensitivity, found, seen) if step.number in self._drawn else None
+        return self.shares.split(step, sensitivity, contributions, seen) if step.number in self._drawn else None
 
 
 class Passed(NamedTuple):
@@ -110,7 +108,7 @@ class Passed(NamedTuple):
     tallies: list[Tally]
 
 
-def sweep(work: Work, pool: Pool, asked: Callable[[], bool] = lambda: False) -> Iterator[Passed]:
+def sweep(work: Work, pool: Pool, asked: Callable[[], bool]) -> Iterator[Passed]:
     """The pieces of the window, the last first, each when it is done.
 
     At most `pool.ahead` pieces are prepared before they can be scanned, and as many contracted after. Asked to stop, those
@@ -119,7 +117,7 @@ def sweep(work: Work, pool: Pool, asked: Callable[[], bool] = lambda: False) -> 
     Raises:
         WorkerError: a worker died. What the work itself raises, as it is.
     """
-    pieces = work.pieces(pool.length(work))
+    pieces = work.pieces(pool.length)
     adjoint, upcoming = work.sensitivity.begin(), iter(pieces)
     prepared: deque[Any] = deque()
     contracted: deque[tuple[range, Adjoint, Any]] = deque()
@@ -132,9 +130,9 @@ def sweep(work: Work, pool: Pool, asked: Callable[[], bool] = lambda: False) -> 
         for piece in pieces:
             if asked() and piece is not pieces[0]:
                 break
-            prepared += [pool.submit("prepare", piece) for piece in islice(upcoming, pool.ahead - len(prepared))]
+            prepared += [pool.prepare(piece) for piece in islice(upcoming, pool.ahead - len(prepared))]
             traced, adjoint = work.sensitivity.scan(work.steps(piece), prepared.popleft().result(), adjoint)
-            contracted.append((piece, adjoint, pool.submit("contract", piece, traced)))
+            contracted.append((piece, adjoint, pool.contract(piece, traced)))
             del traced  # of many queries it is as large as all that the next steps need
             if len(contracted) >= pool.ahead:
                 yield done()
@@ -145,32 +143,30 @@ def sweep(work: Work, pool: Pool, asked: Callable[[], bool] = lambda: False) -> 
             future.cancel()
 
 
-def swept(
-    work: Work, pool: Pool, heard: Callable[[Tally], Tally], asked: Callable[[], bool]
-) -> tuple[Tally, np.ndarray]:
-    """The sum of all pieces, each `heard` of on its way; and what was inherited there, (Q, K).
+class Sums(NamedTuple):
+    """What a sweep comes to: the tally of the steps that were done and what was inherited there, (Q, K), None for nothing;
+    and the error that cut it short."""
 
-    Raises:
-        WorkerError: a worker died. Its `result` is the same of what was done before, None for nothing.
-    """
+    tally: Tally | None
+    inherited: np.ndarray | None
+    died: WorkerError | None
+
+
+def summed_sweep(work: Work, pool: Pool, heard: Callable[[Tally], Tally], asked: Callable[[], bool]) -> Sums:
+    """The sum of all pieces, each `heard` of on its way."""
     first, adjoint, died = work.window.stop, work.sensitivity.begin(), None
 
     def tallies() -> Iterator[Tally]:
         nonlocal first, adjoint, died
         try:
-            for piece, before, found in sweep(work, pool, asked):
-                yield from map(heard, found)
+            for piece, before, tallies in sweep(work, pool, asked):
+                yield from map(heard, tallies)
                 first, adjoint = piece.start, before
         except WorkerError as error:
             died = error
 
     whole = total(tallies(), work.window, work.run.examples)
-    found = None
-    if whole is not None:
-        inherited = work.sensitivity.inherited(work.steps(range(first, first + 1)), adjoint)
-        found = whole.since(first), inherited
-    if died is not None:
-        died.result = found
-        raise died
-    assert found is not None
-    return found
+    if whole is None:
+        return Sums(None, None, died)
+    inherited = work.sensitivity.inherited(work.steps(range(first, first + 1)), adjoint)
+    return Sums(whole.since(first), inherited, died)

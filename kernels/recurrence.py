@@ -54,6 +54,5 @@ class Coefficients:
         return replace(self, **moved)
 
 
-IDLE = Coefficients(
-    keep=1.0, feed=0.0, apply_old=0.0, apply_new=0.0
-)  # a parameter the optimizer skipped: nothing moves
+# of a parameter that the optimizer skipped: nothing moves
+IDLE = Coefficients(keep=1.0, feed=0.0, apply_old=0.0, apply_new=0.0)

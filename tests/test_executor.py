@@ -1,5 +1,6 @@
 """The work of a sweep done by workers: the same account, whole or cut short, and errors that name what went wrong."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -10,9 +11,11 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -26,6 +29,9 @@ from training import Trained, train
 import attrib
 from attrib import errors
 from attrib import executor as executors
+from attrib.account import Account
+from attrib.steps import Block
+from attrib.trajectory import Trajectory
 
 
 class Noisy(nn.Module):
@@ -76,6 +82,22 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Executor]:
         yield executor
 
 
+class Dying(Executor):
+    """Does the work at once; after so many tasks there is no worker left."""
+
+    def __init__(self, tasks: int) -> None:
+        self.left = tasks
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **rest: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.left -= 1
+        if self.left < 0:
+            future.set_exception(multiprocessing.ProcessError("gone"))
+        else:
+            future.set_result(function(*arguments, **rest))
+        return future
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return train(tmp_path_factory.mktemp("executor") / "run", OPTIMIZERS["adamw amsgrad"], steps=11, block=4)
@@ -96,7 +118,7 @@ def record(store: Path, model: nn.Module, steps: int = 9) -> tuple[attrib.Run, T
     return attrib.open_run(store), x, y
 
 
-def same(found: attrib.Result, serial: attrib.Result, complete: float = 1e-9) -> None:
+def assert_same(found: attrib.Result, serial: attrib.Result, complete: float = 1e-9) -> None:
     """Up to the order of sums: a few rounding errors of the largest term. Gaps are rounding themselves."""
     assert set(found.dataset.data_vars) == set(serial.dataset.data_vars)
     for name, values in serial.dataset.items():
@@ -113,25 +135,25 @@ def same(found: attrib.Result, serial: attrib.Result, complete: float = 1e-9) ->
 @pytest.mark.parametrize("keep", [None, ("example",), [("step", "group"), ("example", "group")]])
 def test_workers_give_the_account_of_one_process(keep: Any, trained: Trained, pool: Executor) -> None:
     measurement = trained.measurement(5)
-    same(trained.attribute(measurement, keep=keep, executor=pool), trained.attribute(measurement, keep=keep))
+    assert_same(trained.attribute(measurement, keep=keep, executor=pool), trained.attribute(measurement, keep=keep))
 
 
 @pytest.mark.parametrize("capture", ["gradients", "factors"])
 def test_workers_read_what_was_captured(capture: str, tmp_path: Path, pool: Executor) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS["sgd nesterov decay"], "cnn", capture, steps=5)
-    same(trained.attribute(executor=pool, loss=None), trained.attribute(loss=None))
+    assert_same(trained.attribute(executor=pool, loss=None), trained.attribute(loss=None))
 
 
 def test_a_window_its_groups_and_several_sweeps_are_those_of_one_process(
     trained: Trained, pool: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"steps": slice(2, 10), "groups": {"all": ["*"]}, "path": attrib.Secant(2)}
-    same(trained.attribute(executor=pool, **options), trained.attribute(**options))
+    assert_same(trained.attribute(executor=pool, **options), trained.attribute(**options))
     whole = trained.attribute(trained.measurement(9))
     module = import_module("attrib.attribute")
     divided = module._divided
     monkeypatch.setattr(module, "_divided", lambda *given: replace(divided(*given), at_once=4))
-    same(trained.attribute(trained.measurement(9), executor=pool), whole)
+    assert_same(trained.attribute(trained.measurement(9), executor=pool), whole)
 
 
 def test_the_cube_is_written_by_the_caller(trained: Trained, pool: Executor, tmp_path: Path) -> None:
@@ -150,7 +172,7 @@ def test_random_numbers_are_drawn_as_they_were_whatever_the_executor(tmp_path: P
     serial = attrib.attribute(run, model, attrib.measure.log_prob(x, y), loss=noisy_loss, progress=False)
     state, weights = torch.get_rng_state(), model.hidden.weight.clone()
     found = attrib.attribute(run, model, attrib.measure.log_prob(x, y), loss=noisy_loss, progress=False, executor=pool)
-    same(
+    assert_same(
         found, serial, complete=1e-5
     )  # of a run in float32; threads share one generator, which each task has for itself
     assert torch.equal(torch.get_rng_state(), state)
@@ -161,7 +183,97 @@ def test_functions_that_are_no_module_s_are_sent_too(trained: Trained, pool: Exe
     pytest.importorskip("cloudpickle")
     x = trained.data[0][:3]
     measurement = lambda model: model(x)[:, 0]  # noqa: E731
-    same(trained.attribute(measurement, executor=pool), trained.attribute(measurement))
+    assert_same(trained.attribute(measurement, executor=pool), trained.attribute(measurement))
+
+
+def third(model: nn.Module, x: Tensor, target: int) -> Tensor:
+    return model(x)[:, target]
+
+
+class Elsewhere:
+    """A measurement that is another one where it is sent to, as one is that reads a variable set while the program runs."""
+
+    def __init__(self, x: Tensor, target: int) -> None:
+        self.x, self.target = x, target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Elsewhere, (self.x, 0)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        return third(model, self.x, self.target)
+
+
+def test_a_measurement_that_is_another_on_a_worker_is_refused_and_the_advice_helps(
+    trained: Trained, pool: Executor
+) -> None:
+    x = trained.data[0][:3]
+    with pytest.raises(errors.MeasurementError, match=r"another one on a worker.*functools\.partial"):
+        trained.attribute(Elsewhere(x, 3), executor=pool)
+    measurement = partial(third, x=x, target=3)
+    assert_same(trained.attribute(measurement, executor=pool), trained.attribute(measurement))
+
+
+def test_the_default_type_is_that_of_the_caller(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"], steps=4)
+    x = trained.data[0][:2]
+
+    def shifted(model: nn.Module) -> Tensor:
+        return model(x)[:, 0] * torch.tensor(1 / 3)  # in the default type
+
+    class Bare(Dying):
+        """Workers begin with torch's own default."""
+
+        def submit(self, function: Callable[..., Any], /, *arguments: Any, **rest: Any) -> "Future[Any]":
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+            try:
+                return super().submit(function, *arguments, **rest)
+            finally:
+                torch.set_default_dtype(before)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same(trained.attribute(shifted, executor=Bare(1000)), trained.attribute(shifted))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_sweep_that_is_done_holds_nothing_of_the_run(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several sweeps take the memory of one: of its blocks, of its graph."""
+    module, alive, most = import_module("attrib.attribute"), WeakSet[Block](), []
+    made, tallies, divided = Block.__init__, Account.tallies, module._divided
+
+    def noted(self: Block, *given: Any) -> None:
+        made(self, *given)
+        alive.add(self)
+
+    def counted(self: Account, *given: Any) -> Any:
+        gc.collect()
+        most.append(len(alive))
+        return tallies(self, *given)
+
+    monkeypatch.setattr(Block, "__init__", noted)
+    monkeypatch.setattr(Account, "tallies", counted)
+    monkeypatch.setattr(module, "_divided", lambda *given: replace(divided(*given), at_once=2))
+    trained.attribute(trained.measurement(8))
+    assert max(most) <= 2  # one, and one that is being let go of
+
+
+def test_the_caller_reads_none_of_the_states(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers do: in this process only the ends and what was inherited are read."""
+    read, names = Trajectory.states, []
+    monkeypatch.setattr(Trajectory, "states", lambda self, *given: names.append(given) or read(self, *given))
+    working = executors.perform
+
+    def perform(*arguments: Any) -> bytes:
+        count = len(names)
+        answer = working(*arguments)
+        del names[count:]
+        return answer
+
+    monkeypatch.setattr(executors, "perform", perform)
+    trained.attribute(executor=Dying(1000))
+    assert names == []
 
 
 # what goes wrong
@@ -234,28 +346,12 @@ def test_a_killed_worker_is_an_error_that_names_the_steps_and_the_call_can_be_re
         ask()
     if raised.value.result is not None:  # as much as was done before
         raised.value.result.check(1e-5)
-    same_floats(ask(), serial)
+    assert_same_floats(ask(), serial)
 
 
-def same_floats(found: attrib.Result, serial: attrib.Result) -> None:
+def assert_same_floats(found: attrib.Result, serial: attrib.Result) -> None:
     np.testing.assert_allclose(found.by("step", "example"), serial.by("step", "example"), rtol=0, atol=1e-12)
     found.check(1e-5)
-
-
-class Dying(Executor):
-    """Does the work at once; after so many tasks there is no worker left."""
-
-    def __init__(self, tasks: int) -> None:
-        self.left = tasks
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **rest: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        self.left -= 1
-        if self.left < 0:
-            future.set_exception(multiprocessing.ProcessError("gone"))
-        else:
-            future.set_result(function(*arguments, **rest))
-        return future
 
 
 @pytest.mark.parametrize("tasks", range(0, 23, 4))
@@ -284,7 +380,7 @@ class Forgetful(Dying):
 
 
 def test_workers_that_come_later_are_sent_the_work_too(trained: Trained) -> None:
-    same(trained.attribute(executor=Forgetful(1000)), trained.attribute())
+    assert_same(trained.attribute(executor=Forgetful(1000)), trained.attribute())
 
 
 class Pressing(Dying):
@@ -317,7 +413,7 @@ def test_workers_leave_ctrl_c_to_the_caller(trained: Trained) -> None:
         for process in multiprocessing.active_children():
             os.kill(process.pid or 0, signal.SIGINT)
         time.sleep(0.2)
-        same(trained.attribute(executor=executor), trained.attribute())
+        assert_same(trained.attribute(executor=executor), trained.attribute())
 
 
 # Dask
@@ -337,12 +433,12 @@ def test_a_dask_cluster_goes_on_where_a_worker_is_killed(tmp_path: Path) -> None
     ):
         executor = client.get_executor()
         plain = attrib.attribute(run, model, question, loss=loss, progress=False, executor=executor)
-        same_floats(plain, serial)
+        assert_same_floats(plain, serial)
         assert not loss.mark.exists()
         loss.fatal = float(run.batch(3)[0][0, 0])
         found = attrib.attribute(run, model, question, loss=loss, progress=False, executor=executor)
         assert loss.mark.exists()  # a worker was killed
-        same_floats(found, serial)
+        assert_same_floats(found, serial)
 
 
 @pytest.mark.gpu

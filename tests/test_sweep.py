@@ -21,7 +21,7 @@ from attrib.sensitivity import Adjoint, Products, Terms, Traced
 from attrib.shares import Shares
 from attrib.steps import Steps
 from attrib.store import Reader
-from attrib.sweep import Work, swept
+from attrib.sweep import Work, summed_sweep
 from attrib.tally import Tally, total
 
 
@@ -68,7 +68,7 @@ class Influence:
         (step,), ((parts, _),) = steps, steps.updates
         assert adjoint.theta is not None
         sensitivity, state = pullback(parts, adjoint.state, adjoint.theta)
-        theta = self.shares.curvature(step, sensitivity)
+        theta = self.shares.hvp(step, sensitivity)
         for part in parts:
             at, k = part.entries, part.coefficients
             theta[:, at] += (1 - k.decoupled) * adjoint.theta[:, at] + k.coupled * sensitivity[:, at]
@@ -107,7 +107,9 @@ def test_another_question_is_one_class(tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=6)
     direction = torch.randn(2, trained.run.layout.size, dtype=torch.float64)
     work = work_of(trained, Fixed(direction), shares_of(trained), range(1, 6))
-    tally, inherited = swept(work, Serial(work), lambda tally: tally, lambda: False)
+    tally, inherited, _ = summed_sweep(work, Serial(work), lambda tally: tally, lambda: False)
+    assert tally is not None
+    assert inherited is not None
     assert tally.steps == range(1, 6)
     assert not inherited.any()
     for step in tally.steps:
@@ -140,7 +142,8 @@ def test_influence_is_the_derivative_of_training_by_the_weight_of_an_example(
     query = Measured(trained.model, measurement, trained.run.layout, torch.float64, trained.run.vector(6))
     shares = shares_of(trained)
     work = work_of(trained, Influence(query, shares), shares, range(6))
-    tally, _ = swept(work, Serial(work), lambda tally: tally, lambda: False)
+    tally = summed_sweep(work, Serial(work), lambda tally: tally, lambda: False).tally
+    assert tally is not None
     found = tally.marginals["step", "example", "group"].sum((1, 3))
 
     def again(example: int, weight: float) -> np.ndarray:

@@ -11,7 +11,6 @@ import torch
 import xarray as xr
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..functional import Functional
@@ -71,15 +70,6 @@ def curvature(
 
 
 def _product(function: Functional, theta: Tensor, batch: tuple[Tensor, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """v -> H v; the graph of the gradient is made once."""
-    point = theta.clone().requires_grad_()
-    parameters = function.layout.unflatten(point)
-    with sdpa_kernel(SDPBackend.MATH):  # other attention has no second derivative
-        (gradient,) = torch.autograd.grad(function(parameters, *batch), point, create_graph=True)
-
-    def product(vector: np.ndarray) -> np.ndarray:
-        v = torch.as_tensor(np.ravel(vector)).to(point)
-        (found,) = torch.autograd.grad(gradient, point, v, retain_graph=True)
-        return found.double().cpu().numpy()
-
-    return product
+    """v -> H v, of arrays."""
+    product = function.hessian(theta, *batch)
+    return lambda vector: product(torch.as_tensor(np.ravel(vector))).double().cpu().numpy()

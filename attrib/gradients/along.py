@@ -83,17 +83,6 @@ class LossVector:
             found = self._pull((losses * weights).sum(), parameters)
         return losses.detach(), found
 
-    def curvature(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
-        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the sum of the losses: the gradient, differentiated again
-        (Pearlmutter 1994)."""
-        rows, named = [], self.layout.unflatten(directions)
-        with sdpa_kernel(SDPBackend.MATH), self._graph(theta, batch) as (parameters, losses):
-            pulled = self._pull(losses.sum(), parameters, create=True)
-            for q in range(len(directions)):
-                slope = torch.stack([(pulled[n] * named[n][q]).sum() for n in self.layout.names]).sum()
-                rows.append(self.layout.flatten(self._pull(slope, parameters, retain=True).values()))
-        return torch.stack(rows)
-
     def along(
         self, theta: Tensor, batch: Batch, directions: Named, groups: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:

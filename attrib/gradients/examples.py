@@ -99,6 +99,10 @@ class ExampleGradients:
             done += len(found) - fresh
         return torch.cat(losses), sums
 
+    def hvp(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
+        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the sum of the losses, over all parameters."""
+        return torch.stack([*map(self._loss.hessian(theta, *batch), directions)])
+
     def contract(
         self, theta: Tensor, batch: Batch, directions: Tensor, groups: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:

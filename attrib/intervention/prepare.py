@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from operator import index as as_int
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..checks import check_options
 from ..errors import ReplayError
 from ..run import Run, check_model
+from ..store import local_path
 from .base import Intervention
 from .course import Backward, Course
 from .schedule import Batches, Schedule
@@ -56,7 +56,7 @@ def prepare(run: Run, start: int, interventions: Interventions, loop: Loop) -> C
 def check_record(course: Course, store: Any, capture: str) -> None:
     """That the record goes to a place of its own, and can hold what happens."""
     for source in (course.run, *(run for change in course.interventions for run in change.sources())):
-        if _place(store) == _place(source.reader.target):
+        if (local_path(store) or str(store)) == (local_path(source.reader.target) or str(source.reader.target)):
             raise ReplayError(
                 f"a run cannot be replayed into itself: got {store}, expected another place than that of a run that it is "
                 f"made from. Choose another path for the replay."
@@ -87,10 +87,6 @@ def _checked(run: Run, steps: range, interventions: Interventions) -> tuple[Inte
             raise ReplayError(f"that is no intervention: got {change!r}, expected one of attrib.intervention.")
         change.check(run, steps.start, steps.stop)
     return changes
-
-
-def _place(store: Any) -> Any:
-    return Path(store).resolve() if isinstance(store, str | Path) and "://" not in str(store) else str(store)
 
 
 def _reduction(run: Run, start: int, until: int) -> Backward:

@@ -67,8 +67,8 @@ class Replay:
         self.rule, self.layout, self.state = rule, layout, dict(state)
 
     def step(self, hyper: np.ndarray, gradient: Tensor, theta: Tensor) -> tuple[Segments, Tensor]:
-        """Advance by one step: (K, H + 1), (P,), (P,) -> coefficients per part, the update Delta (P,)."""
-        parts: Segments = []
+        """Advance by one step: (K, H + 1), (P,), (P,) -> coefficients per segment, the update Delta (P,)."""
+        segments: Segments = []
         delta = torch.empty_like(theta)
         after = {key: torch.empty_like(value) for key, value in self.state.items()}
         for piece, tensors, row in self._pieces(hyper):
@@ -82,9 +82,9 @@ class Replay:
             delta[piece], after[self.rule.momentum][piece] = coefficients.apply(
                 before[self.rule.momentum], gradient[piece], theta[piece]
             )
-            parts.append(Segment(piece, tensors, coefficients))
+            segments.append(Segment(piece, tensors, coefficients))
         self.state = after
-        return parts, delta
+        return segments, delta
 
     def _pieces(self, hyper: np.ndarray) -> Iterator[tuple[slice, slice, tuple[float, ...]]]:
         """Slices of neighbouring tensors whose rows agree, cut where they are longer than the cache."""
@@ -96,22 +96,22 @@ class Replay:
                 yield slice(start, min(start + CACHED, hi)), slice(int(a), int(b)), row
 
 
-def pullback(parts: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The transpose of a step over all its parts: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
+def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The transpose of a step over all its segments: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
     sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
     sensitivity, before = torch.empty_like(gradient), torch.empty_like(carry)
-    for part in parts:
-        at_once = max(1, CACHED // (part.entries.stop - part.entries.start))
+    for segment in segments:
+        at_once = max(1, CACHED // (segment.entries.stop - segment.entries.start))
         for lo in range(0, len(carry), at_once):
-            here = slice(lo, lo + at_once), part.entries
-            sensitivity[here], before[here] = part.coefficients.transpose(carry[here], gradient[here])
+            here = slice(lo, lo + at_once), segment.entries
+            sensitivity[here], before[here] = segment.coefficients.transpose(carry[here], gradient[here])
     return sensitivity, before
 
 
-def decay_rates(parts: Segments, tensors: int) -> np.ndarray:
+def decay_rates(segments: Segments, tensors: int) -> np.ndarray:
     """(2, K): coupled and decoupled decay of each tensor, which add coupled <U, theta> - decoupled <Gbar, theta> to the
     measurement."""
     rates = np.zeros((2, tensors))
-    for part in parts:
-        rates[:, part.tensors] = [[part.coefficients.coupled], [part.coefficients.decoupled]]
+    for segment in segments:
+        rates[:, segment.tensors] = [[segment.coefficients.coupled], [segment.coefficients.decoupled]]
     return rates

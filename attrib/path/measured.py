@@ -46,8 +46,16 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
 
 
-def _again(made_of: tuple[Any, ...], chosen: slice | None) -> "Measured":
+def _again(made_of: tuple[Any, ...], chosen: slice | None, values: Tensor) -> "Measured":
+    """Where it was sent to. A measurement that is another there would be accounted for in full, and nothing would show."""
     whole = Measured(*made_of)
+    here, bound = whole.first, torch.finfo(whole.dtype).eps ** 0.5
+    if here.shape != values.shape or not bool(((here - values).abs() <= bound * (1 + values.abs().max())).all()):
+        raise MeasurementError(
+            f"the measurement is another one on a worker: got {here.tolist()[:3]}, expected {values.tolist()[:3]} as in the "
+            f"calling process, at the last state. Does it read a variable that is set while the program runs? Give it what "
+            f"it needs as arguments, such as functools.partial(measurement, target=3)."
+        )
     return whole if chosen is None else whole.part(chosen)
 
 
@@ -59,7 +67,7 @@ class Measured:
         measurement: `model -> (Q,)`; if it has `rows` and `batch`, its queries are run side by side.
         layout: the parameters that move.
         dtype: compute type.
-        example: a parameter vector (P,), to learn Q with.
+        example: a parameter vector (P,), to learn Q with; `first` (Q,) are the values there, of all queries.
 
     Raises:
         MeasurementError: not a finite tensor of shape (Q,), or different when asked twice.
@@ -76,13 +84,14 @@ class Measured:
         else:
             self._function = Functional(model, lambda m: measurement(m), layout, dtype)
         self._chosen: slice | None = None
-        self.count = len(self._first_values(example))
+        self.first = self._first_values(example)
+        self.count = len(self.first)
         if self.batch and self.count > 1 and not self._by_rows(example):
             log.info("the rows of the measurement depend on each other: its queries are taken together")
             self.batch, self._function = (), Functional(model, lambda m: measurement(m), layout, dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self._made_of, self._chosen)
+        return _again, (self._made_of, self._chosen, self.first)
 
     def _by_rows(self, theta: Tensor) -> bool:
         """Whether a query has the same value by itself."""

@@ -14,7 +14,7 @@ The only importer of zarr. No pickle anywhere.
 from .creation import StepRecord, check_target
 from .cube import CubeWriter
 from .reader import Reader
-from .schema import FORMAT
+from .schema import FORMAT, local_path
 from .writer import Writer
 
-__all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Writer", "check_target"]
+__all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Writer", "check_target", "local_path"]

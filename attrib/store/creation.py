@@ -15,7 +15,7 @@ from zarr.errors import GroupNotFoundError
 
 from ..errors import StoreError, StoreExistsError
 from .examples import ExampleTables
-from .schema import CHUNK_BYTES, DIMENSIONS, LOGS, STATE_BYTES, block_steps, create
+from .schema import CHUNK_BYTES, DIMENSIONS, LOGS, STATE_BYTES, block_steps, create, local_path
 
 PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all other arrays 0
 NAMES = {"constants", "state", "gradients", "factors", *(name.split("/")[0] for name in DIMENSIONS)}  # at the top
@@ -64,7 +64,7 @@ def check_target(target: Any, overwrite: bool) -> None:
 
     A folder or file that is no Zarr store is never overwritten, asked or not.
     """
-    path = Path(target) if isinstance(target, str | Path) else None
+    path = local_path(target)
     if path is not None and path.exists() and not (path / "zarr.json").exists():
         if path.is_file() or any(path.iterdir()):
             raise StoreExistsError(
@@ -97,7 +97,8 @@ def create_store(
         StoreExistsError, StoreError.
     """
     check_target(target, overwrite)
-    folder = Path(target) if isinstance(target, str | Path) and not Path(target).exists() else None
+    path = local_path(target)
+    folder = path if path is not None and not path.exists() else None
     try:
         group = zarr.create_group(target, overwrite=overwrite, zarr_format=3)
         try:

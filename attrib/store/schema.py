@@ -24,6 +24,7 @@ Everything about one step can be rebuilt from these: the coefficients of the upd
 state, so they are not stored a second time.
 """
 
+from pathlib import Path
 from typing import Any
 
 import zarr
@@ -84,3 +85,8 @@ def create(
 def block_steps(bytes_per_step: int) -> int:
     """Steps of a block: as many as fit BLOCK_BYTES, at most BLOCK_STEPS."""
     return int(min(BLOCK_STEPS, max(1, BLOCK_BYTES // max(1, bytes_per_step))))
+
+
+def local_path(target: Any) -> Path | None:
+    """Of a store on a disk of this machine; None for an address or a Store."""
+    return Path(target).resolve() if isinstance(target, str | Path) and "://" not in str(target) else None

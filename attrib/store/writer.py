@@ -63,7 +63,7 @@ class Writer:
 
     @property
     def steps(self) -> int:
-        """StepRecords appended so far, committed or not."""
+        """Steps appended so far, committed or not."""
         return self._steps
 
     @property
