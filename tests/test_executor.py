@@ -132,8 +132,12 @@ def assert_same(found: attrib.Result, serial: attrib.Result, complete: float = 1
     found.check(complete)
 
 
+@pytest.mark.parametrize("pieces", [1, 32], ids=["blocks", "single steps"])
 @pytest.mark.parametrize("keep", [None, ("example",), [("step", "group"), ("example", "group")]])
-def test_workers_give_the_account_of_one_process(keep: Any, trained: Trained, pool: Executor) -> None:
+def test_workers_give_the_account_of_one_process(
+    keep: Any, pieces: int, trained: Trained, pool: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "PIECES", pieces)
     measurement = trained.measurement(5)
     assert_same(trained.attribute(measurement, keep=keep, executor=pool), trained.attribute(measurement, keep=keep))
 
