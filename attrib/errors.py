@@ -69,6 +69,10 @@ class KeptAxesError(AttribError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class ResumeError(AttribError, ValueError):
+    """A run cannot be gone on with."""
+
+
 class ReplayError(AttribError, ValueError):
     """A run cannot be trained again as asked."""
 

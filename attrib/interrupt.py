@@ -14,33 +14,34 @@ class Request:
 
 
 @contextmanager
-def interruptible() -> Iterator[Request]:
+def interruptible(signal_number: int = signal.SIGINT) -> Iterator[Request]:
     """Within it, a first SIGINT is only noted; a second is dealt with as outside of it.
 
-    Nothing changes where Python takes no signals (another thread than the main one), where SIGINT is ignored, and where the
-    program's own handler is not Python's.
+    Nothing changes where Python takes no signals (another thread than the main one), where the signal is ignored, and where
+    the program's own handler is not Python's. signal_number: another signal, likewise.
     """
     request = Request()
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal_number)
     if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
         yield request
         return
 
     def note(number: int, frame: FrameType | None) -> None:
         request.asked = True
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal_number, before)
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal_number, note)
     try:
         yield request
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal_number, before)
 
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Within it, a first SIGINT waits until its end, and is then dealt with as it would have been."""
-    with interruptible() as request:
+    """Within it, a first SIGINT or SIGTERM waits until its end, and is then dealt with as it would have been."""
+    with interruptible() as pressed, interruptible(signal.SIGTERM) as ended:
         yield
-    if request.asked:
-        signal.raise_signal(signal.SIGINT)
+    for number, request in ((signal.SIGTERM, ended), (signal.SIGINT, pressed)):
+        if request.asked:
+            signal.raise_signal(number)

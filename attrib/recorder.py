@@ -8,6 +8,8 @@ replay of its update; a first step that fails there leaves no store either.
 
 import logging
 import time
+import uuid
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,7 +26,9 @@ from .functional import ordinary
 from .interrupt import shielded
 from .layout import Layout
 from .optim import Replay, Rerun, read_hyper, read_state, rule_of
-from .store import FORMAT, StepRecord, Writer, check_target
+from .resume import Loop, settled_facts
+from .resume import resume as resume_run
+from .store import FORMAT, StepRecord, Writer, close_dropped
 from .wrapper import Wrapper
 
 log = logging.getLogger("attrib")
@@ -44,6 +48,7 @@ def record(
     capture: str = "replay",
     overwrite: bool = False,
     *,
+    resume: bool = False,
     check_every: int = CHECK_EVERY,
     block: int | None = None,
     states_every: int = 1,
@@ -59,7 +64,10 @@ def record(
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" stores the
             per-example gradient shares too, (B, P) a step; "factors" stores them losslessly in the form that the layers
             give, (activation, output gradient), where that is shorter.
-        overwrite: replace an existing store.
+        overwrite: replace the run that is there.
+        resume: go on with a run that ended early, if one is there: parameters, optimizer and random generators are put to
+            what they were after its last step, and what follows is appended. `recorder.steps` says how many steps it has;
+            scheduler and place in the data are put there by the loop. A run that is not there is begun.
         check_every: the batch identity is checked on the first two steps and every so many after; the step identity on the
             first, and at the start of a block, not more often than that.
         block: steps written and committed together; None chooses by size.
@@ -73,6 +81,7 @@ def record(
 
     Raises:
         UnsupportedOptimizerError, StoreExistsError, ChangedOutsideError, ValueError: before anything is written.
+        ResumeError, ModelMismatchError, StoreError: the run that is there cannot be gone on with; nothing was changed.
 
     Example:
         >>> recorder = attrib.record(optimizer, model, loss, "run.zarr")  # doctest: +SKIP
@@ -83,7 +92,11 @@ def record(
         >>> recorder.close()  # doctest: +SKIP
     """
     check_options(capture, check_every=check_every, block=block, states_every=states_every)
-    options = RecordOptions(CaptureOptions(capture, check_every, penalty), overwrite, block, states_every)
+    if overwrite and resume:
+        raise ValueError(
+            "a run is either replaced or gone on with: got overwrite=True and resume=True. Pass one of them."
+        )
+    options = RecordOptions(CaptureOptions(capture, check_every, penalty), overwrite, resume, block, states_every)
     return Recorder(optimizer, model, loss, store, options)
 
 
@@ -93,8 +106,18 @@ class RecordOptions:
 
     capture: CaptureOptions
     overwrite: bool
+    resume: bool
     block: int | None
     states_every: int
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Those that a run cannot be gone on with otherwise."""
+        return {
+            "block": self.block,
+            "states_every": self.states_every,
+            "penalty": self.capture.penalty is not None,
+        }
 
 
 class Recorder(Wrapper):
@@ -122,10 +145,30 @@ class Recorder(Wrapper):
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
-        constants = {name: _array(t) for name, t in self._guard.values.items()}
-        check_target(store, options.overwrite)
+        close_dropped()
+        self._writer = self._begun(store)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
-        self._writer = Writer(store, self._header(), constants, options.overwrite, options.block, options.states_every)
+        weakref.finalize(self, self._writer.drop).atexit = False
+
+    def _begun(self, store: Any) -> Writer:
+        """The writer of a new run, or of one to go on with, to whose last step everything is put then."""
+        options, header = self._options, self._header()
+        constants = [_array(t) for t in self._guard.values.values()]
+        resumed = None
+        if options.resume:
+            loop = Loop(header, self.optimizer, self._layout, self._parameters, self._guard)
+            resumed = resume_run(store, loop)
+        asked = options.block, options.states_every
+        if resumed is None:  # with resume=True what stands there, if anything, has no step
+            return Writer(store, header, constants, options.overwrite or options.resume, *asked)
+        self._settled, self._inspected = resumed.settled, resumed.inspected
+        log.info("going on with the run at %s from step %d", store, resumed.reopened.steps)
+        return Writer(store, header, constants, False, *asked, resumed.reopened)
+
+    @property
+    def steps(self) -> int:
+        """Steps recorded so far, those of a run that is gone on with among them."""
+        return self._writer.steps
 
     @property
     def capture(self) -> str:
@@ -197,6 +240,7 @@ class Recorder(Wrapper):
             after = self._layout.flatten(self._parameters)
             self._guard.stepped(after, self.optimizer)
             self._settled = captured.settled
+            self._writer.update_header(settled=settled_facts(self._settled))
             self._capture.clear()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
             self._writer.append(record._replace(log=log), _array(after))
@@ -239,6 +283,7 @@ class Recorder(Wrapper):
 
         Raises:
             ChangedOutsideError: the parameters moved after the last recorded step; what was recorded is written.
+            StoreError: what is left could not be written; it is kept, and may be closed again.
         """
         self._finish(complete=True)
 
@@ -250,11 +295,12 @@ class Recorder(Wrapper):
         return self._batch
 
     def _finish(self, complete: bool) -> None:
-        if not self._open:
+        if self._writer.closed:
             return
         self._open = False
         self._capture.remove()
-        self._writer.close(complete)
+        with shielded():
+            self._writer.close(complete)
         if not self._writer.steps:
             log.warning("nothing was recorded: recorder.step was never called")
         elif complete:
@@ -282,6 +328,8 @@ class Recorder(Wrapper):
 
     def _header(self) -> dict[str, Any]:
         return {
+            "kind": "run",
+            "id": uuid.uuid4().hex,
             "format": FORMAT,
             "layout": {"names": list(self._layout.names), "shapes": [list(s) for s in self._layout.shapes]},
             "dtype": str(self._parameters[0].dtype).removeprefix("torch."),
@@ -290,6 +338,8 @@ class Recorder(Wrapper):
             "hyper": [*self._rule.hyper, "active"],
             "capture": self.capture,
             "check_every": self._options.capture.check_every,
+            "asked": self._options.asked,
+            "constants": list(self._guard.values),
             "model": type(self.model).__name__,
             "seed": torch.initial_seed(),
             "versions": {"attrib": version("attrib"), "torch": torch.__version__},

@@ -5,10 +5,9 @@ parameters) stands only in `timeline`. Positive contributions raised the measure
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from .errors import (
     LimitIdentityError,
     SplitIdentityError,
     StoreError,
-    StoreExistsError,
 )
 from .ledger import Ledger, query_names
 from .marginals import order
+from .store import check_target, local_path, open_dataset, save_dataset
 
 # string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
 LABELS = {"group": "group", "query_name": "query"}
@@ -248,20 +247,13 @@ class Result:
         """Write the dataset to a path or zarr Store, to be opened again with `attrib.open_result`.
 
         Raises:
-            StoreExistsError: something is there and overwrite is False, or it is no Zarr store.
+            StoreExistsError: something is there and overwrite is False, or it is no result of attrib's.
+        StoreError: it could not be written; what stood there stands there still.
         """
         check_place(store, overwrite)
         labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS if name in self.dataset.coords}
         plain = self.dataset.drop_vars(list(labels)).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})
-        if not isinstance(store, str | Path) or "://" in str(store):
-            plain.load().to_zarr(store, mode="w", zarr_format=3, consolidated=False)
-            return
-        path = Path(store).resolve()
-        beside = path.with_name(path.name + ".part")  # what is there may be what is read from: it goes last
-        plain.to_zarr(beside, mode="w", zarr_format=3, consolidated=False)
-        if path.exists():
-            shutil.rmtree(path)
-        beside.rename(path)
+        save_dataset(plain, store, {"versions": {"attrib": version("attrib")}}, overwrite)
 
     def __repr__(self) -> str:
         return f"{self._head()}\n{self.ledger()}"
@@ -287,51 +279,24 @@ class Result:
 
 def check_place(store: Any, overwrite: bool) -> None:
     """Raise StoreExistsError where a result cannot be saved: see `Result.save`."""
-    there = _what_stands(store)
-    if there is not None and not (overwrite and there == "result"):
-        raise StoreExistsError(
-            f"something is there already, {there}: got {store}, expected an empty place. Choose another path, or pass "
-            f"overwrite=True to replace a result that is there."
-        )
-    if isinstance(store, str | Path) and "://" not in str(store):
-        parent = next(p for p in Path(store).absolute().parents if p.exists())
+    check_target(store, overwrite, "result")
+    path = local_path(store)
+    if path is not None:
+        parent = next(p for p in path.parents if p.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             raise NotADirectoryError(
                 f"nothing can be written there: got {store}, expected a place in a folder, at {parent}."
             )
 
 
-def _what_stands(store: Any) -> str | None:
-    """ "result", something else, or None where nothing stands."""
-    if isinstance(store, str | Path):
-        path = Path(store)
-        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-            return None
-        if not (path / "zarr.json").exists():
-            return "no Zarr store"
-    try:
-        with xr.open_zarr(store, chunks=None, consolidated=False) as dataset:
-            return "result" if "attrib_labels" in dataset.attrs else "another store"
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        return "another store"
-
-
 def open_result(store: Any) -> Result:
     """Open what `Result.save` wrote, read-only and lazily.
 
     Raises:
-        StoreError: nothing there, or not a result.
+        StoreError: nothing there, not a result, or a file of it is missing or damaged; also when it is read.
     """
-    try:
-        dataset = xr.open_zarr(store, chunks=None, consolidated=False)
-    except Exception as error:
-        raise StoreError(f"no result can be opened there: got {error!r}, at {store}. Check the path.") from error
+    dataset, _, where = open_dataset(store)
     labels = dataset.attrs.pop("attrib_labels", None)
-    if labels is None:
-        raise StoreError(
-            f"the store is not a result: got a Zarr group without result metadata, at {store}. "
-            f"Open runs with attrib.open_run."
-        )
+    if not isinstance(labels, dict) or not set(labels) <= set(LABELS):
+        raise StoreError(f"the store is not a result: got labels {labels!r}, at {where}. Save the result again.")
     return Result(dataset.assign_coords({name: (LABELS[name], values) for name, values in labels.items()}))

@@ -89,7 +89,7 @@ class Run:
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """The inputs of a step, as they were given to `recorder.step` after the index."""
         rows = self.reader.read("row", self._step(step))
-        return self.inputs(int(self.reader.read("kind", self._step(step))), rows[rows >= 0])
+        return self.inputs(int(self.reader.fact("kind", self._step(step))), rows[rows >= 0])
 
     def inputs(self, kind: int, rows: np.ndarray) -> tuple[Tensor, ...]:
         """The inputs that stand in the given rows (B,) of a table of the store, one tensor per argument of the batch."""
@@ -97,7 +97,7 @@ class Run:
 
     def scale(self, step: int) -> float:
         """The common factor between an example's gradient and its share; NaN where it is fitted when attributing."""
-        return float(self.reader.read("scale", self._step(step)))
+        return float(self.reader.fact("scale", self._step(step)))
 
     def vector(self, step: int) -> Tensor:
         """(P,): all parameters of a step, 0 .. T, bit for bit."""
@@ -116,10 +116,10 @@ class Run:
     def factors(self, step: int, names: Sequence[str] | None = None) -> dict[str, list[Factor]]:
         """With capture="factors": of each parameter (or of those in `names`) the factors of a step's batch, which times
         `scale(step)` are its shares; see `attrib.kernels.factors`."""
-        described = self.header["factors"]
         at, size = self._step(step), len(self.index(step))
-        chosen = {name: described[name] for name in (described if names is None else names)}
-        return from_tensors(chosen, lambda name: torch.from_numpy(self.reader.read(name, at))[:size])
+        return from_tensors(
+            self.header["factors"], lambda name: torch.from_numpy(self.reader.read(name, at))[:size], names
+        )
 
     def random_state(self, step: int) -> Tensor | None:
         """State of the generators before the forward pass of a step (`generators`); None where the loss drew no numbers."""
@@ -130,9 +130,7 @@ class Run:
     def log(self, name: str) -> np.ndarray:
         """(T,) of "loss", "batch_identity", "step_identity" or, with stored shares, "split_identity", NaN where it was not
         checked; of "seconds", what the step took without being recorded, NaN for the first."""
-        if name == "split_identity" and f"log/{name}" not in self.reader:  # recorded before there was one
-            return np.full(self.steps, np.nan)
-        return self.reader.read(f"log/{name}", slice(0, self.steps))
+        return self.reader.fact(name, slice(0, self.steps))
 
     def load(self, model: nn.Module, step: int) -> None:
         """Put the parameters of a step, and the recorded buffers, into a model, bit for bit.
@@ -163,8 +161,8 @@ class Run:
 
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, by name."""
-        names = self.reader.groups("constants")
-        return {name: torch.from_numpy(self.reader.read(f"constants/{name}")) for name in names}
+        names = self.header["constants"]
+        return {name: torch.from_numpy(self.reader.read(f"constants/{n}")) for n, name in enumerate(names)}
 
     def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Steps]:
         """The steps start .. stop - 1, those of each block together."""

@@ -62,7 +62,8 @@ class Block:
     def facts(self) -> dict[str, np.ndarray]:
         """What is small: where the inputs stand, the scale, the generators' states."""
         drawn = ("random",) if "random" in self.trajectory.reader else ()
-        return {name: self.read(name) for name in ("index", "row", "kind", "scale", *drawn)}
+        numbers = self.trajectory.reader.facts(slice(self.first, self.stop))
+        return {**numbers, **{name: self.read(name) for name in ("index", "row", *drawn)}}
 
     @cached_property
     def state(self) -> dict[str, Tensor]:

@@ -66,6 +66,11 @@ class Trajectory:
         hyper = self.reader.read("hyper", step) if step < self.reader.steps else rerun.hyper()
         return resume(kind, self.rule, self.layout, parameters, rerun.state(), hyper)
 
+    def stored(self, step: int) -> Tensor | None:
+        """(P,): the state that a step started from, where it stands in the store as it is."""
+        last = self.reader.steps if self._every == 1 else int(self.reader.header["written_steps"]) - 1
+        return None if step % self._every or step > last else self._read("theta", step // self._every)
+
     def _start(self, first: int) -> Start:
         """Of a block, from the nearest state that is kept."""
         frame = first - first % self._frame

@@ -12,13 +12,14 @@ class Floor(NamedTuple):
 
 FLOORS = (
     Floor("arrays", ("kernels",)),
-    Floor("words and numbers", ("budget", "errors", "generators", "interrupt", "layout", "ledger")),
+    Floor("words and numbers", ("budget", "ending", "errors", "generators", "interrupt", "layout", "ledger")),
     Floor("nouns", ("functional", "marginals", "measure", "program", "wrapper")),
-    Floor("sums and results", ("result", "setup", "tally")),
+    Floor("sums", ("setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
-    Floor("a recorded step", ("capture", "trajectory")),
+    Floor("steps and results", ("capture", "result", "trajectory")),
     Floor("steps, as they are read", ("steps",)),
-    Floor("recording, reading", ("recorder", "run")),
+    Floor("reading, going on", ("resume", "run")),
+    Floor("recording", ("recorder",)),
     Floor("what a sweep asks", ("sensitivity", "shares")),
     Floor("questions and plans", ("accounting", "executor", "plan", "verify")),
     Floor("the account", ("account",)),

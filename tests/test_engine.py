@@ -157,7 +157,7 @@ def test_cube_on_disk_is_the_cube_in_memory(trained: Trained, tmp_path: Path) ->
         index = trained.run.index(step)
         got = cube["contribution"].values[:, step, : len(index)]
         np.testing.assert_array_equal(got, whole.sel(step=step, example=index))
-    assert cube.attrs["attrib_cube"]["complete"]
+    assert cube.attrs["attrib"]["complete"]
     with pytest.raises(errors.StoreExistsError):
         trained.attribute(cube=str(tmp_path / "cube"))
 

@@ -166,7 +166,7 @@ def test_the_cube_is_written_by_the_caller(trained: Trained, pool: Executor, tmp
     cubes = [xr.open_zarr(tmp_path / name, chunks=None, consolidated=False) for name in ("serial", "workers")]
     assert np.array_equal(cubes[0]["index"], cubes[1]["index"])
     np.testing.assert_allclose(cubes[1]["contribution"], cubes[0]["contribution"], rtol=0, atol=1e-14)
-    assert cubes[1].attrs["attrib_cube"]["complete"]
+    assert cubes[1].attrs["attrib"]["complete"]
 
 
 def test_random_numbers_are_drawn_as_they_were_whatever_the_executor(tmp_path: Path, pool: Executor) -> None:

@@ -162,7 +162,7 @@ def test_cube_holds_the_steps_that_were_done(trained: Trained, press: Callable[.
         trained.attribute(cube=tmp_path / "cube")
     first, last = stopped.value.result.dataset.attrs["window"]
     cube = zarr.open_group(tmp_path / "cube", mode="r")
-    assert cube.attrs["attrib_cube"]["complete"] is False
+    assert cube.attrs["attrib"]["complete"] is False
     index, values = np.asarray(cube["index"]), np.asarray(cube["contribution"])
     assert (index[:first] == -1).all()
     for step in range(first, last):

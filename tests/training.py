@@ -1,15 +1,21 @@
 """Short recorded runs for the tests, with everything an oracle needs beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import zarr
 from cases import MODELS, ModelCase
 from torch import Tensor, nn
 
 import attrib
+from attrib.store.disk import Disk
+from attrib.store.reader import open_checked
+from attrib.store.schema import FACTS, writable_array
+from attrib.store.seal import SealingStore
 
 
 class Trained(NamedTuple):
@@ -75,3 +81,23 @@ def train(
     if close:
         recorder.close()
     return Trained(attrib.open_run(store), net, case, thetas, rates, batches, (x, y))
+
+
+@contextmanager
+def rewritten(store: Path, name: str) -> Iterator[zarr.Array]:
+    """An array of a stored run, to be written to as if it had been recorded so."""
+    checked, _ = open_checked(store, "run")
+    sealing = SealingStore(Disk(store), growing=True, attributes=checked.attributes)
+    sealing.resume(checked.closed())
+    yield writable_array(sealing, name)
+    sealing.commit({key: value for key, value in checked.facts.items() if key not in ("sealed", "seal")}, full=True)
+
+
+def assert_same_arrays(a: attrib.Run, b: attrib.Run) -> None:
+    """Two runs hold the same bits, but for the time that the steps took."""
+    assert a.reader.names() == b.reader.names()
+    for name in a.reader.names():
+        got, expected = a.reader.read(name), b.reader.read(name)
+        if name == "facts":
+            got[:, FACTS.index("seconds")] = expected[:, FACTS.index("seconds")] = 0.0
+        np.testing.assert_array_equal(got, expected, err_msg=name)

@@ -35,6 +35,11 @@ class Guard:
         """Names of the modules in train mode."""
         return [name for name, module in self._modules.items() if module.training]
 
+    def resumed(self, training: Sequence[str], after: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Steps were made before: with these modules in train mode, and to these parameters (P,)."""
+        self._modes = [name in set(training) for name in self._modules]
+        self.stepped(after, optimizer)
+
     def stepped(self, after: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """The parameters (P,) that a step ended with, and the optimizer that made it."""
         self._after = after

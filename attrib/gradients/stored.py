@@ -1,12 +1,13 @@
 """Factors as named arrays and back, for capture="factors".
 
-    factors/<parameter>/<n>/left, right | inputs, delta | index, rows | values        (B, ...) each
+    factors/<number>/<n>/left, right | inputs, delta | index, rows | values           (B, ...) each
 
+The number is that of the parameter among those of the header, by name: a name may be longer than a file's, and hold slashes.
 A factor that is larger than the gradient it stands for is written out instead. Which parameter has which factors is the same
 at every step of a run, and stands in its header.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ def to_tensors(found: dict[str, list[Factor]], described: Described) -> dict[str
         LossError: the loss meets its parameters in other calls than at the first step.
     """
     out: dict[str, Tensor] = {}
+    numbers = _numbers(described)
     for name, several in found.items():
         kinds, now = [d["kind"] for d in described[name]], [kind_of(factor) for factor in several]
         if len(kinds) != len(now) or any(k not in ("dense", n) for k, n in zip(kinds, now, strict=True)):
@@ -39,20 +41,29 @@ def to_tensors(found: dict[str, list[Factor]], described: Described) -> dict[str
             )
         for n, (kind, factor) in enumerate(zip(kinds, several, strict=True)):
             kept = Dense(factor.rows()) if kind == "dense" else factor
-            out.update({f"factors/{name}/{n}/{key}": tensor for key, tensor in kept.tensors().items()})
+            out.update({f"factors/{numbers[name]}/{n}/{key}": tensor for key, tensor in kept.tensors().items()})
     return out
 
 
-def from_tensors(described: Described, read: Callable[[str], Tensor]) -> dict[str, list[Factor]]:
-    """The factors again, from a function that reads an array by its name."""
+def from_tensors(
+    described: Described, read: Callable[[str], Tensor], names: Sequence[str] | None = None
+) -> dict[str, list[Factor]]:
+    """The factors again, of all parameters or of those in `names`, from a function that reads an array by its name."""
+    numbers = _numbers(described)
     return {
-        name: [KINDS[d["kind"]].restored(partial(_read, read, name, n), d) for n, d in enumerate(several)]
-        for name, several in described.items()
+        name: [
+            KINDS[d["kind"]].restored(partial(_read, read, numbers[name], n), d) for n, d in enumerate(described[name])
+        ]
+        for name in (described if names is None else names)
     }
 
 
-def _read(read: Callable[[str], Tensor], name: str, n: int, key: str) -> Tensor:
-    return read(f"factors/{name}/{n}/{key}")
+def _numbers(described: Described) -> dict[str, int]:
+    return {name: number for number, name in enumerate(sorted(described))}
+
+
+def _read(read: Callable[[str], Tensor], number: int, n: int, key: str) -> Tensor:
+    return read(f"factors/{number}/{n}/{key}")
 
 
 def _describe(factor: Factor) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checks import check_options
 from ..errors import ReplayError
 from ..run import Run, check_model
-from ..store import local_path
+from ..store import same_place
 from .base import Intervention
 from .course import Backward, Course
 from .schedule import Batches, Schedule
@@ -56,7 +56,7 @@ def prepare(run: Run, start: int, interventions: Interventions, loop: Loop) -> C
 def check_record(course: Course, store: Any, capture: str) -> None:
     """That the record goes to a place of its own, and can hold what happens."""
     for source in (course.run, *(run for change in course.interventions for run in change.sources())):
-        if (local_path(store) or str(store)) == (local_path(source.reader.target) or str(source.reader.target)):
+        if same_place(store, source.reader.target):
             raise ReplayError(
                 f"a run cannot be replayed into itself: got {store}, expected another place than that of a run that it is "
                 f"made from. Choose another path for the replay."
@@ -91,7 +91,7 @@ def _checked(run: Run, steps: range, interventions: Interventions) -> tuple[Inte
 
 def _reduction(run: Run, start: int, until: int) -> Backward:
     """The mean or the sum, whichever the recorded scale of every step is."""
-    scales = run.reader.read("scale", slice(start, until))
+    scales = run.reader.fact("scale", slice(start, until))
     sizes = (run.reader.read("index", slice(start, until)) >= 0).sum(1)
     if (scales == 1 / sizes).all():
         return lambda losses, model: losses.mean().backward()

@@ -64,8 +64,8 @@ class Schedule:
         first = step - step % size
         if first != self._first:
             reader, steps = self._run.reader, slice(first, min(first + size, self._run.steps))
-            names = ("hyper", "index", "kind", "row", *(("random",) if "random" in reader else ()))
-            self._rows = {name: reader.read(name, steps) for name in names}
+            names = ("hyper", "index", "row", *(("random",) if "random" in reader else ()))
+            self._rows = {**reader.facts(steps), **{name: reader.read(name, steps) for name in names}}
             self._first = first
 
     def _inputs(self, kind: int, rows: np.ndarray) -> tuple[Tensor, ...]:

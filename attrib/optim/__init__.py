@@ -8,7 +8,7 @@ import torch
 from ..errors import UnsupportedOptimizerError
 from .adam import ADAM
 from .replay import Replay, Segments, decay_rates, pullback, read_hyper, read_state
-from .rerun import Rerun, resume, set_options
+from .rerun import Rerun, resume, set_options, torch_states
 from .rule import Rule, describe_options
 from .sgd import SGD
 
@@ -28,6 +28,7 @@ __all__ = [
     "rule_by_name",
     "rule_of",
     "set_options",
+    "torch_states",
 ]
 
 RULES: dict[type, Rule] = {torch.optim.SGD: SGD, torch.optim.Adam: ADAM, torch.optim.AdamW: ADAM}

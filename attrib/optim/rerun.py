@@ -73,12 +73,19 @@ def resume(
     accumulators `state` (P,) and the numbers `hyper` (K, H + 1)."""
     groups = [{"params": [p], **rule.options(_named(rule, row))} for p, row in zip(parameters, hyper, strict=True)]
     optimizer = cast(Any, kind)(groups)  # its other options are the defaults
-    accumulators = {key: layout.unflatten(value) for key, value in state.items()}
-    for name, p, row in zip(layout.names, parameters, hyper, strict=True):
-        own = {key: value[name].clone() for key, value in accumulators.items()}
-        if found := rule.resume(_named(rule, row), own):
+    for p, found in zip(parameters, torch_states(rule, layout, state, hyper), strict=True):
+        if found:
             optimizer.state[p] = found
     return optimizer
+
+
+def torch_states(rule: Rule, layout: Layout, state: dict[str, Tensor], hyper: np.ndarray) -> list[dict[str, Tensor]]:
+    """Torch's state of each parameter tensor, from the accumulators (P,) and the numbers (K, H + 1) of the next step."""
+    parts = {key: layout.unflatten(value) for key, value in state.items()}
+    return [
+        rule.resume(_named(rule, row), {key: value[name].clone() for key, value in parts.items()})
+        for name, row in zip(layout.names, hyper, strict=True)
+    ]
 
 
 def set_options(optimizer: torch.optim.Optimizer, rule: Rule, hyper: np.ndarray) -> None:

@@ -1,20 +1,43 @@
 """A recorded run on disk: Zarr v3 arrays with named dimensions, written in blocks of steps, the commit marker last.
 
 - `schema`: what is stored, under which name, with which dimensions; the format version
+- `place`, `disk`, `lease`, `owner`: where a store stands, how it gets to the disk, who writes to it, whether it is ours
+- `metadata`, `seal`: what a store may contain; digests over all that it holds
 - `examples`: each distinct input stored once, found again by its hash
 - `codec`: differences along the step axis, before compression
 - `creation`: the group and arrays that fit the first step, or nothing
-- `writer`: append steps, commit blocks, on a thread of its own
+- `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
+- `reader`: open, check that every committed chunk is there and is the one that was written, read
+- `datasets`: results, as labelled arrays
 - `cube`: all contributions of a sweep, when asked for
-- `reader`: open, check that every committed chunk is there, read
 
 The only importer of zarr. No pickle anywhere.
 """
 
-from .creation import StepRecord, check_target
+from .creation import StepRecord
 from .cube import CubeWriter
+from .datasets import open_dataset, save_dataset
+from .owner import check_target, same_place, stands
+from .place import local_path
 from .reader import Reader
-from .schema import FORMAT, local_path
-from .writer import Writer
+from .resumption import Reopened, lease, reopen
+from .schema import FORMAT
+from .writer import Writer, close_dropped
 
-__all__ = ["FORMAT", "CubeWriter", "Reader", "StepRecord", "Writer", "check_target", "local_path"]
+__all__ = [
+    "FORMAT",
+    "CubeWriter",
+    "Reader",
+    "Reopened",
+    "StepRecord",
+    "Writer",
+    "check_target",
+    "close_dropped",
+    "lease",
+    "local_path",
+    "open_dataset",
+    "reopen",
+    "same_place",
+    "save_dataset",
+    "stands",
+]

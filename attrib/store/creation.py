@@ -1,9 +1,12 @@
 """Make the store of a run: the group, and arrays that fit its first step.
 
 It is made when that step is about to be, and taken away again where the step then fails: what was refused leaves no store.
+A store that is to be overwritten keeps its place until the first step of the new one is made.
 """
 
+import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +14,18 @@ import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.core.sync import sync
-from zarr.errors import GroupNotFoundError
 
 from ..errors import StoreError, StoreExistsError
+from ..generators import generators
 from .examples import ExampleTables
-from .schema import CHUNK_BYTES, DIMENSIONS, LOGS, STATE_BYTES, block_steps, create, local_path
+from .lease import Lease
+from .metadata import HEADER
+from .owner import check_target, clear
+from .place import Place, beside, discard, locate, occupied, settle, writable
+from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, STATE_BYTES, block_steps, create
+from .seal import SealingStore, create_digests
 
 PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all other arrays 0
-NAMES = {"constants", "state", "gradients", "factors", *(name.split("/")[0] for name in DIMENSIONS)}  # at the top
 
 
 class StepRecord(NamedTuple):
@@ -45,101 +52,128 @@ class Lengths(NamedTuple):
     frame: int
 
 
-class Created(NamedTuple):
-    """A store that holds no step yet. shares: names of the arrays of stored shares. folder: made with it, if it is one."""
+@dataclass
+class OpenStore:
+    """The store of a run that is being recorded. shares: names of the arrays of stored shares. width: slots of a step.
+    replaced: what stood there before, kept until the first step is made. lease: while it is written to."""
 
-    group: zarr.Group
+    place: Place
+    sealing: SealingStore
     arrays: dict[str, zarr.Array]
     shares: tuple[str, ...]
     examples: ExampleTables
     lengths: Lengths
-    folder: Path | None
+    width: int
+    lease: Lease | None
+    replaced: Path | None = None
+
+    def keep(self) -> None:
+        """The first step is made."""
+        if self.replaced is not None:
+            discard(self.replaced)
+            self.replaced = None
 
     def remove(self) -> None:
-        _remove(self.group, self.folder)
-
-
-def check_target(target: Any, overwrite: bool) -> None:
-    """Raise StoreExistsError where something is stored already and must not be overwritten.
-
-    A folder or file that is no Zarr store is never overwritten, asked or not.
-    """
-    path = local_path(target)
-    if path is not None and path.exists() and not (path / "zarr.json").exists():
-        if path.is_file() or any(path.iterdir()):
-            raise StoreExistsError(
-                f"something other than a store is there: got {target}, expected a new path or an empty folder. "
-                f"Choose another path; attrib does not delete what it did not write."
-            )
-        return
-    if overwrite:
-        return
-    try:
-        zarr.open_group(target, mode="r")
-    except (FileNotFoundError, GroupNotFoundError):
-        return
-    raise StoreExistsError(
-        f"a store exists already: got {target}, expected an empty place. Choose another path, or pass overwrite=True."
-    )
+        """Take away what was made and nothing else, as far as the place lets go of it; what it replaced is back."""
+        if self.replaced is not None and isinstance(self.place, Path):
+            made, self.replaced = settle(self.replaced, self.place, overwrite=True), None
+            if made is not None:
+                discard(made)
+        else:
+            remove_arrays(self.sealing, self.place)
+        if self.lease is not None:
+            self.lease.release()
 
 
 def create_store(
-    target: str | Store,
+    target: Any,
     overwrite: bool,
     header: dict[str, Any],
-    constants: dict[str, np.ndarray],
+    constants: list[np.ndarray],
     first: StepRecord,
     lengths: Lengths,
-) -> Created:
+) -> OpenStore:
     """The store of a run whose first step is `first`. Where it cannot be made, nothing of it is left.
 
     Raises:
         StoreExistsError, StoreError.
     """
     check_target(target, overwrite)
-    path = local_path(target)
-    folder = path if path is not None and not path.exists() else None
+    place = locate(target)
+    made = beside(place) if isinstance(place, Path) and occupied(place) else place
     try:
-        group = zarr.create_group(target, overwrite=overwrite, zarr_format=3)
+        existed = isinstance(made, Path) and made.exists()
+        lease = _occupy(made)
+        sealing = SealingStore(writable(made), growing=True)
         try:
-            arrays = _arrays(group, constants, first, lengths)
-            group.attrs["attrib"] = header
+            arrays = _arrays(sealing, constants, first, lengths)
+            sealing.begin(header)
+            replaced = settle(made, place, overwrite) if made != place and isinstance(place, Path) else None
         except BaseException:
-            _remove(group, folder)
+            remove_arrays(sealing, made, folder=not existed)
+            if lease is not None:
+                lease.release()
             raise
+    except (StoreExistsError, StoreError):
+        raise
     except Exception as error:
         raise StoreError(
             f"the store cannot be made: got {error!r}, expected a place that can be written to, at {target}. Choose another "
             f"place, or make room. The step was refused."
         ) from error
-    return Created(group, arrays, tuple(first.shares), ExampleTables(group), lengths, folder)
+    sealing.move(place)
+    group = zarr.open_group(sealing, mode="r+", zarr_format=3)
+    shares, width = tuple(first.shares), len(first.ids)
+    return OpenStore(place, sealing, arrays, shares, ExampleTables(group), lengths, width, lease, replaced)
 
 
-def _remove(group: zarr.Group, folder: Path | None) -> None:
-    """Take away what was made and nothing else, as far as the place lets go of it."""
+def _occupy(place: Place) -> Lease | None:
+    """A folder that is ours and empty; of another store, what attrib wrote there before is taken out."""
+    if not isinstance(place, Path):
+        clear(place)
+        return None
+    place.mkdir(parents=True, exist_ok=True)
+    lease = Lease(place)
+    if occupied(place):
+        lease.release()
+        check_target(place, overwrite=False)
+    return lease
+
+
+def remove_arrays(sealing: SealingStore, place: Place, folder: bool = True) -> None:
+    """Take the arrays that were written, and the header, out of a store, and the folder if nothing else is in it."""
     with suppress(Exception):
-        for name in NAMES:
-            sync((group.store_path / name).delete_dir())
-        sync((group.store_path / "zarr.json").delete())
-        if folder is not None:
-            folder.rmdir()
+        for name in {name.split("/")[0] for name in sealing.arrays}:
+            sync(sealing.delete_dir(name))
+        sync(sealing.delete(HEADER))
+        if folder and isinstance(place, Path):
+            os.rmdir(place)
 
 
-def _arrays(
-    group: zarr.Group, constants: dict[str, np.ndarray], first: StepRecord, lengths: Lengths
-) -> dict[str, zarr.Array]:
+def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, lengths: Lengths) -> dict[str, zarr.Array]:
     """Those of the steps, with no rows yet: one for each kind of thing in the first. The constants are written as well."""
-    for name, value in constants.items():
+    group = zarr.create_group(store, zarr_format=3)
+    create_digests(group)
+    for number, value in enumerate(constants):
         dims = tuple(f"d{d}" for d in range(value.ndim))
-        create(group, f"constants/{name}", value.shape, value.shape, value.dtype, dims)[...] = value
+        create(group, f"constants/{number}", value.shape, value.shape, value.dtype, dims)[...] = value
     n, every = lengths.block, lengths.states_every
     size, slots, kind = len(first.gradient), len(first.ids), first.gradient.dtype
     arrays: dict[str, zarr.Array] = {}
 
     def add(name: str, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any, dims: Any = None) -> None:
-        deltas = name == "theta" and every == 1
         dims, fill = dims or DIMENSIONS[name], PADDING.get(name, 0)
-        arrays[name] = create(group, name, (0, *shape), chunks, dtype, dims, fill, deltas)
+        arrays[name] = create(
+            group,
+            name,
+            (0, *shape),
+            chunks,
+            dtype,
+            dims,
+            fill,
+            steps=name == "theta" and every == 1,
+            attributes={"facts": list(FACTS)} if name == "facts" else None,
+        )
 
     entries = min(size, max(1, STATE_BYTES // (n * kind.itemsize)))
     alone = (1, min(size, STATE_BYTES // kind.itemsize))
@@ -149,9 +183,7 @@ def _arrays(
     add("hyper", first.hyper.shape, (n, *first.hyper.shape), np.float64)
     add("index", (slots,), (n, slots), np.int64)
     add("row", (slots,), (n, slots), np.int64)
-    add("kind", (), (n,), np.int64)
-    for name in ("scale", *(f"log/{name}" for name in LOGS)):
-        add(name, (), (n,), np.float64)
+    add("facts", (len(FACTS),), (n, len(FACTS)), np.float64)
     for key, value in (first.state or {}).items():
         add(f"state/{key}", (size,), (1, size), value.dtype, ("frame", "parameter"))
     for name, values in first.shares.items():
@@ -160,6 +192,8 @@ def _arrays(
         add(name, values.shape, (n, at_once, *values.shape[1:]), values.dtype, ("step", "slot", *rest))
     if first.random is not None:
         add("random", (len(first.random),), (n, len(first.random)), np.uint8)
+    octets = len(generators())
+    add("generators", (octets,), (1, octets), np.uint8)
     return arrays
 
 

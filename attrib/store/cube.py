@@ -10,8 +10,10 @@ import numpy as np
 import zarr
 
 from ..errors import StoreExistsError
-from .schema import create
-from .writer import check_target
+from .owner import check_target
+from .place import locate, writable
+from .schema import FORMAT, create
+from .seal import SealingStore, create_digests
 
 CHUNK_BYTES = 8 << 20
 
@@ -21,13 +23,17 @@ class CubeWriter:
 
     def __init__(self, target: Any, start: int, queries: int, steps: int, groups: tuple[str, ...]) -> None:
         try:
-            check_target(target, overwrite=False)
+            check_target(target, overwrite=False, kind="cube")
         except StoreExistsError:
             raise StoreExistsError(
                 f"a store exists already: got cube={target}, expected an empty place. Choose another path."
             ) from None
-        self._group = zarr.create_group(target, zarr_format=3)
-        self._group.attrs["attrib_cube"] = {"groups": list(groups), "first_step": start, "complete": False}
+        self._sealing = SealingStore(writable(locate(target)), growing=True)
+        self._group = zarr.create_group(self._sealing, zarr_format=3)
+        create_digests(self._group)
+        facts = {"groups": list(groups), "first_step": start, "complete": False}
+        self._facts: dict[str, Any] = {"kind": "cube", "format": FORMAT, **facts}
+        self._sealing.begin(self._facts)
         self._shape = (queries, steps, len(groups))
         self._waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._cube: zarr.Array | None = None
@@ -49,8 +55,7 @@ class CubeWriter:
         """After the last step, or where the sweep was interrupted: what is left is written, the rest has no ids."""
         if self._waiting:
             self._write(min(self._waiting))
-        attrs: Any = self._group.attrs["attrib_cube"]
-        self._group.attrs["attrib_cube"] = {**attrs, "complete": complete}
+        self._sealing.commit({**self._facts, "complete": complete}, full=True)
 
     def _create(self, slots: int) -> None:
         q, t, g = self._shape
@@ -69,4 +74,5 @@ class CubeWriter:
             ids[step - first, : len(index)] = index
         self._cube[:, first : first + count] = values
         self._index[first : first + count] = ids
+        self._sealing.commit(self._facts, full=True)
         self._waiting.clear()

@@ -3,11 +3,16 @@
 Inputs of one shape and type make a table; batches padded to different lengths go to different tables.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import zarr
 
 from ..kernels.hashing import combine, hash_rows
-from .schema import CHUNK_BYTES, create
+from .schema import CHUNK_BYTES, create, writable_array
+
+Signature = tuple[tuple[str, tuple[int, ...]], ...]  # of each tensor of a batch the type and the shape of a row
 
 
 class ExampleTables:
@@ -15,8 +20,26 @@ class ExampleTables:
 
     def __init__(self, group: zarr.Group) -> None:
         self._group = group
-        self._tables: dict[tuple[object, ...], tuple[int, ExampleTable]] = {}
+        self._tables: dict[Signature, tuple[int, ExampleTable]] = {}
         self._last: tuple[np.ndarray, list[np.ndarray], tuple[int, np.ndarray]] | None = None
+
+    @classmethod
+    def restored(cls, group: zarr.Group, reader: Any, steps: int) -> "ExampleTables":
+        """Those of the first `steps` steps of a run that is read, to go on with."""
+        tables = cls(group)
+        arity, counts = int(reader.header["arity"]), reader.header["rows"]
+        at = reader.facts(slice(0, steps))["kind"] if steps else np.zeros(0)
+        index, row = (reader.read(name, slice(0, steps)) for name in ("index", "row"))
+        for number, count in enumerate(counts):
+            ids = np.zeros(count, np.int64)
+            filled = row[at == number] >= 0
+            ids[row[at == number][filled]] = index[at == number][filled]
+            arrays = [writable_array(group.store, f"examples/{number}/{j}") for j in range(arity)]
+            table = ExampleTable(arrays, count)
+            known = np.unique(row[at == number][filled])
+            table.know(known, ids[known], reader.batch(number, known))
+            tables._tables[table.signature] = number, table
+        return tables
 
     def place(self, index: np.ndarray, batch: list[np.ndarray]) -> tuple[int, np.ndarray]:
         """(B,) ids and the batch's arrays -> the kind of the batch and the rows (B,) of its inputs.
@@ -25,17 +48,23 @@ class ExampleTables:
         """
         if self._last and self._last[1] is batch and np.array_equal(self._last[0], index):
             return self._last[2]
-        signature = tuple((a.dtype.str, a.shape[1:]) for a in batch)
+        signature = signature_of(batch)
         if signature not in self._tables:
             number = len(self._tables)
-            self._tables[signature] = number, ExampleTable(self._group, f"examples/{number}", batch)
+            self._tables[signature] = number, ExampleTable.created(self._group, f"examples/{number}", batch)
         number, table = self._tables[signature]
         self._last = index, batch, (number, table.rows(index, batch))
         return self._last[2]
 
-    def commit(self) -> list[int]:
-        """Write the rows that wait; the number of rows written so far, per kind."""
-        return [table.commit() for _, table in self._tables.values()]
+    def commit(self) -> None:
+        """Write the rows that wait."""
+        for _, table in self._tables.values():
+            table.commit()
+
+    @property
+    def rows(self) -> list[int]:
+        """The number of rows written so far, per kind."""
+        return [table.written for _, table in self._tables.values()]
 
 
 class ExampleTable:
@@ -44,33 +73,47 @@ class ExampleTable:
     A commit fills whole chunks: rows after it start on a new chunk, so that no committed chunk is written twice.
     """
 
-    def __init__(self, group: zarr.Group, path: str, batch: list[np.ndarray]) -> None:
+    def __init__(self, arrays: list[zarr.Array], rows: int) -> None:
+        self._arrays = arrays
+        self._chunk = arrays[0].chunks[0]
+        self._keys = np.zeros(0, dtype=np.uint64)  # sorted
+        self._rows = np.zeros(0, dtype=np.int64)  # row of each key
+        self.written = rows  # the last chunk not filled up
+        self._next = self._start = -(-rows // self._chunk) * self._chunk  # the first row not yet written
+        self._pending: list[list[np.ndarray]] = [[] for _ in arrays]
+
+    @classmethod
+    def created(cls, group: zarr.Group, path: str, batch: list[np.ndarray]) -> "ExampleTable":
+        """An empty one, for inputs like those of a batch."""
         bytes_per_row = max(1, *(a.nbytes // max(1, len(a)) for a in batch))
         # no longer than four first batches: a table of few rows should not be padded to many
-        self._chunk = int(min(max(1, CHUNK_BYTES // bytes_per_row), max(1, 4 * len(batch[0]))))
-        self._arrays = [
+        chunk = int(min(max(1, CHUNK_BYTES // bytes_per_row), max(1, 4 * len(batch[0]))))
+        arrays = [
             create(
                 group,
                 f"{path}/{j}",
                 (0, *a.shape[1:]),
-                (self._chunk, *a.shape[1:]),
+                (chunk, *a.shape[1:]),
                 a.dtype,
                 ("row", *(f"input_{j}_{d}" for d in range(a.ndim - 1))),
             )
             for j, a in enumerate(batch)
         ]
-        self._keys = np.zeros(0, dtype=np.uint64)  # sorted
-        self._rows = np.zeros(0, dtype=np.int64)  # row of each key
-        self._next = 0
-        self._start = 0  # first row not yet written
-        self._written = 0  # rows written, the last chunk not filled up
-        self._pending: list[list[np.ndarray]] = [[] for _ in batch]
+        return cls(arrays, 0)
+
+    @property
+    def signature(self) -> Signature:
+        return signature_of(self._arrays)
+
+    def know(self, rows: np.ndarray, index: np.ndarray, inputs: list[np.ndarray]) -> None:
+        """Rows (n,) that stand there already, with their ids (n,) and inputs (n, ...)."""
+        keys = _keys(index, inputs)
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._rows = keys[order], rows[order]
 
     def rows(self, index: np.ndarray, batch: list[np.ndarray]) -> np.ndarray:
         """(B,) ids and the batch's arrays -> (B,) rows."""
-        keys = hash_rows(index)
-        for a in batch:
-            keys = combine(keys, hash_rows(a))
+        keys = _keys(index, batch)
         unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         at = np.searchsorted(self._keys, unique)
         known = at < len(self._keys)
@@ -89,15 +132,26 @@ class ExampleTable:
             self._keys = merged[order]
         return rows[inverse]
 
-    def commit(self) -> int:
-        """Write the rows that wait and return how many stand there; if a write fails, they wait on."""
+    def commit(self) -> None:
+        """Write the rows that wait; if a write fails, they wait on."""
         if self._next > self._start:
             for array, pending in zip(self._arrays, self._pending, strict=True):
                 values = np.concatenate(pending)
                 array.resize((self._start + len(values), *array.shape[1:]))
                 array[self._start :] = values
-            self._written = self._next
+            self.written = self._next
             self._next = self._start = -(-self._next // self._chunk) * self._chunk
             for pending in self._pending:
                 pending.clear()
-        return self._written
+
+
+def signature_of(batch: Sequence[Any]) -> Signature:
+    return tuple((a.dtype.str, tuple(a.shape[1:])) for a in batch)
+
+
+def _keys(index: np.ndarray, batch: list[np.ndarray]) -> np.ndarray:
+    """(B,) uint64, of id and inputs."""
+    keys = hash_rows(index)
+    for a in batch:
+        keys = combine(keys, hash_rows(a))
+    return keys

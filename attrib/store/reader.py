@@ -1,18 +1,76 @@
 """Open a run's store and read it; what is damaged is named, never filled in."""
 
+from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.errors import GroupNotFoundError
 
 from ..errors import StoreError
-from .schema import FORMAT
+from .metadata import HEADER
+from .owner import KINDS, read_header
+from .place import locate, readable
+from .schema import DIGESTS, FACTS, FORMAT
+from .seal import CheckedStore, Unsealed, check_present
 
 CACHED_BYTES = 512 << 20  # inputs up to this size are read once and kept
+
+
+def open_checked(target: Any, kind: str) -> tuple[CheckedStore, Any]:
+    """The store of a run, a result or a cube, for reading, and where it is.
+
+    Raises:
+        StoreError: nothing there, something else, of another format, damaged.
+    """
+    place = locate(target)
+    where = place if isinstance(place, Path | str) else target
+    try:
+        store = readable(place)
+        attributes = read_header(store, where)
+    except FileNotFoundError:
+        attributes = None
+    except Unsealed as other:
+        raise StoreError(_unsealed(other, kind, where)) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"the store cannot be opened: got {error!r}, at {where}. Check the path.") from error
+    if attributes is None:
+        raise StoreError(f"no {kind} is stored there: got {where}, expected a store written by attrib. Check the path.")
+    header = attributes["attrib"]
+    if header.get("kind") != kind:
+        raise StoreError(
+            f"the store is not a {kind}: got a {header.get('kind')}, at {where}. Open it with "
+            f"{KINDS.get(header.get('kind'))}."
+        )
+    if header.get("format") != FORMAT:
+        raise StoreError(_format(header, where))
+    return CheckedStore(store, attributes, where, growing=kind == "run"), where
+
+
+def _unsealed(other: Unsealed, kind: str, where: Any) -> str:
+    header = other.attributes.get("attrib")
+    if isinstance(header, dict) and "format" in header:
+        return _format(header, where)
+    return (
+        f"the store is not a {kind}: got a Zarr group that attrib did not write, or wrote before results had digests, at "
+        f"{where}. Check the path."
+    )
+
+
+def _format(header: dict[str, Any], where: Any) -> str:
+    written, versions = header.get("format"), header.get("versions")
+    by = versions.get("attrib") if isinstance(versions, dict) else "unknown"
+    newer = isinstance(written, int) and written > FORMAT
+    return (
+        f"the store is of {'a newer' if newer else 'an older'} format: got format {written} (attrib {by}), expected "
+        f"{FORMAT}, at {where}. "
+        + ("Update attrib." if newer else "Open it with that attrib, or record the run again.")
+    )
 
 
 class Reader:
@@ -22,31 +80,12 @@ class Reader:
         target: path or zarr Store.
 
     Raises:
-        StoreError: nothing there, not a run, of a newer format; on reading, a missing or damaged chunk.
+        StoreError: nothing there, not a run, of another format; on reading, a missing or damaged file.
     """
 
-    def __init__(self, target: str | Store) -> None:
-        self.target = target
-        try:
-            self._group = zarr.open_group(target, mode="r")
-        except (FileNotFoundError, GroupNotFoundError):
-            raise StoreError(
-                f"no run is stored there: got {target}, expected a store written by attrib.record. Check the path."
-            ) from None
-        except Exception as error:
-            raise StoreError(f"the store's metadata is not readable: got {error!r}, at {target}.") from error
-        header = self._group.attrs.get("attrib")
-        if not isinstance(header, dict) or "committed_steps" not in header:
-            raise StoreError(
-                f"the store is not a run: got a Zarr group without run metadata, at {target}. "
-                f"Open results with attrib.open_result."
-            )
-        self.header: dict[str, Any] = header
-        if header["format"] > FORMAT:
-            raise StoreError(
-                f"the store is of a newer format: got format {header['format']} (attrib "
-                f"{header['versions']['attrib']}), expected at most {FORMAT}, at {target}. Update attrib."
-            )
+    def __init__(self, target: Any) -> None:
+        self.store, self.target = open_checked(target, "run")
+        self.header: dict[str, Any] = self.store.facts
         self._tables: dict[str, np.ndarray] = {}
         self._arrays: dict[str, zarr.Array] = {}
 
@@ -61,16 +100,13 @@ class Reader:
         return bool(self.header["complete"])
 
     def __contains__(self, name: str) -> bool:
-        return name in self._group
+        return name in self.store.arrays
 
     def array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
-            try:
-                found = self._group[name]
-            except KeyError:
-                raise StoreError(f"an array is missing: expected {name!r}, at {self.target}.") from None
-            assert isinstance(found, zarr.Array)
-            self._arrays[name] = found
+            if name not in self:
+                raise StoreError(f"an array is missing: expected {name!r}, at {self.target}.")
+            self._arrays[name] = open_array(self.store, name)
         return self._arrays[name]
 
     def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
@@ -85,38 +121,35 @@ class Reader:
                 f"an array is too short: got {array.shape[0]} rows, expected {chosen.stop}, at {name!r} in "
                 f"{self.target}."
             )
-        names = getattr(array.metadata, "dimension_names", None) or ()
-        columns = (slice(0, int(self.header["slots"])),) if names[1:2] == ("slot",) else ()
-        self._check_present(array, chosen)
-        try:
-            values = np.asarray(array[(chosen, *columns)] if array.ndim else array[...])
-        except Exception as error:
-            raise StoreError(
-                f"a chunk is damaged: got {error}, at array {name!r}, file {self._damaged(array, chosen)} in "
-                f"{self.target}. Restore the file from a copy; the rest of the run is readable."
-            ) from error
-        if not values.flags.writeable:  # as zarr hands them out now and then, and torch does not take them
-            values = values.copy()
+        slots = self._slots(name, array)
+        check_present(array, self._keys(array, chosen), self.target)
+        values = read_array(array, (chosen, *slots) if array.ndim else ..., self.target)
         return values[0] if isinstance(rows, int) else values
+
+    def facts(self, rows: slice | int) -> dict[str, np.ndarray]:
+        """The numbers of some steps, by name: see `schema`."""
+        values = self.read("facts", rows)
+        return {name: values[..., n] for n, name in enumerate(FACTS)}
+
+    def fact(self, name: str, rows: slice | int) -> np.ndarray:
+        return self.facts(rows)[name]
 
     def batch(self, kind: int, rows: np.ndarray) -> list[np.ndarray]:
         """The inputs in the given rows of a table, one array (B, ...) per tensor of the batch."""
         return [self._inputs(kind, j, rows) for j in range(int(self.header["arity"]))]
 
-    def groups(self, prefix: str) -> list[str]:
-        """Names of the arrays under a group."""
-        if prefix not in self._group:
-            return []
-        found = self._group[prefix]
-        return sorted(found.array_keys()) if isinstance(found, zarr.Group) else []
-
     def nbytes_stored(self) -> int:
         """Bytes on disk or in memory."""
-        return int(sync(self._group.store.getsize_prefix("")))
+        return int(sync(self.store.getsize_prefix("")))
 
     def names(self) -> list[str]:
-        """Every array of the store."""
-        return sorted(name for name, node in self._group.members(max_depth=None) if isinstance(node, zarr.Array))
+        """Every array of the run."""
+        return sorted(name for name in self.store.arrays if name != DIGESTS)
+
+    def check_groups(self) -> None:
+        """Raise StoreError where the document of a group that arrays stand in is missing or damaged."""
+        for name in sorted(self.store.groups):
+            sync(self.store.get(f"{name}/{HEADER}", default_buffer_prototype()))
 
     def touch(self, name: str) -> int:
         """Read an array chunk by chunk, as far as steps are committed, and return how many there were."""
@@ -130,51 +163,102 @@ class Reader:
     def _committed(self, name: str) -> int:
         """Rows of an array that belong to committed steps."""
         array = self.array(name)
-        names = getattr(array.metadata, "dimension_names", None)
+        names = dimensions(array)
         first = names[0] if array.ndim and names else None
         if first == "row":
             return int(self.header["rows"][int(name.split("/")[1])])
         every, frame = (int(self.header[key]) for key in ("states_every", "frame"))
         states = self.steps + 1 if every == 1 else -(-self.steps // every) + self.complete
-        known = {"step": self.steps, "state": states, "frame": -(-self.steps // frame)}
+        block = int(self.header["block"])
+        known = {
+            "step": self.steps,
+            "state": states,
+            "frame": -(-self.steps // frame),
+            "block": -(-self.steps // block),
+        }
         return min(known.get(first, array.shape[0]), array.shape[0]) if array.ndim and first else 0
 
     def _inputs(self, kind: int, j: int, rows: np.ndarray) -> np.ndarray:
         name = f"examples/{kind}/{j}"
         array = self.array(name)
+        if len(rows) and int(rows.max()) >= self._committed(name):
+            raise StoreError(
+                f"inputs are missing: got row {int(rows.max())}, expected at most {self._committed(name) - 1}, at {name!r} "
+                f"in {self.target}."
+            )
         if array.nbytes <= CACHED_BYTES:
             if name not in self._tables:
                 self._tables[name] = self.read(name, slice(0, self._committed(name)))
             return self._tables[name][rows]
-        return np.asarray(array.oindex[rows])
+        return read_array(array.oindex, rows, self.target)
 
-    # damage
+    def _slots(self, name: str, array: zarr.Array) -> tuple[slice, ...]:
+        """Of arrays (step, slot, ...), the slots that are filled."""
+        if dimensions(array)[1:2] != ("slot",):
+            return ()
+        slots = int(self.header["slots"])
+        if slots > array.shape[1]:
+            raise StoreError(
+                f"an array is too narrow: got {array.shape[1]} slots, expected {slots}, at {name!r} in {self.target}."
+            )
+        return (slice(0, slots),)
 
-    def _keys(self, array: zarr.Array, rows: slice) -> list[str]:
-        names = getattr(array.metadata, "dimension_names", None) or ()
+    def _keys(self, array: zarr.Array, rows: slice) -> Iterator[str]:
+        """Of the chunks that hold some rows."""
         lengths = [
-            int(self.header["slots"]) if name == "slot" else n for name, n in zip(names, array.shape, strict=True)
+            int(self.header["slots"]) if name == "slot" else n
+            for name, n in zip(dimensions(array), array.shape, strict=True)
         ]
         grid = [range(-(-n // c)) for n, c in zip(lengths, array.chunks, strict=True)]
         if grid:
             grid[0] = range(rows.start // array.chunks[0], -(-rows.stop // array.chunks[0]))
-        prefix = f"{array.path}/" if array.path else ""
-        return [prefix + array.metadata.encode_chunk_key(chunk) for chunk in product(*grid)]
+        return chunk_keys(array, grid)
 
-    def _check_present(self, array: zarr.Array, rows: slice) -> None:
-        for key in self._keys(array, rows):
-            if not sync(array.store.exists(key)):
-                raise StoreError(
-                    f"a chunk is missing: expected file {key} in {self.target}. Restore it from a copy; "
-                    f"the rest of the run is readable."
-                )
 
-    def _damaged(self, array: zarr.Array, rows: slice) -> str:
-        """The first chunk in the range that does not decode."""
-        for key in self._keys(array, rows):
-            numbers = [int(part) for part in key.rsplit("/c/", 1)[1].split("/")] if "/c/" in key else []
-            try:
-                array.get_block_selection(tuple(numbers))
-            except Exception:
-                return key
-        return "(unknown)"
+def dimensions(array: zarr.Array) -> tuple[str, ...]:
+    return tuple(getattr(array.metadata, "dimension_names", None) or ())
+
+
+def chunk_keys(array: zarr.Array, grid: list[range]) -> Iterator[str]:
+    """The names of chunks, by their numbers along every axis."""
+    first, *rest = grid or [None]
+    if first is None:
+        yield f"{array.path}/{array.metadata.encode_chunk_key(())}"
+        return
+    for number in first:  # not `product` over all of it, which would be laid out in memory
+        for others in product(*rest):
+            yield f"{array.path}/{array.metadata.encode_chunk_key((number, *others))}"
+
+
+def open_array(store: CheckedStore, name: str) -> zarr.Array:
+    """One that the header names.
+
+    Raises:
+        StoreError: its metadata are damaged, or such as zarr does not take.
+    """
+    try:
+        return zarr.open_array(store, path=name, mode="r", zarr_format=3)
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreError(
+            f"an array cannot be opened: got {str(error)[:200]!r}, at {name!r} in {store.where}. Restore its metadata from "
+            f"a copy."
+        ) from error
+
+
+def read_array(array: Any, chosen: Any, where: Any) -> np.ndarray:
+    """`array[chosen]`, to be written to as one likes.
+
+    Raises:
+        StoreError: a chunk is missing, damaged or does not decode.
+    """
+    try:
+        values = np.asarray(array[chosen])
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreError(
+            f"a chunk does not decode: got {str(error)[:200]!r}, at an array of {where}. Restore it from a copy."
+        ) from error
+    return values if values.flags.writeable else values.copy()

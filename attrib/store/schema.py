@@ -8,37 +8,47 @@
                                                every k-th step
     hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
     index        [step, slot]                  ids of the training examples, -1 where the batch was smaller
-    kind         [step]                        which table of examples/ holds the inputs of the batch
-    row          [step, slot]                  which row of it those of the slot
-    scale        [step]                        share = scale * gradient of the example's loss (reduction, clipping); NaN
+    row          [step, slot]                  where the inputs of the slot stand in the table of examples/ of the step
+    facts        [step, fact]                  numbers of a step, float64, named in the array's attribute "facts":
+        kind                                   which table of examples/ holds the inputs of the batch
+        scale                                  share = scale * gradient of the example's loss (reduction, clipping); NaN
                                                where it is to be fitted to p.grad when it is asked for
+        loss, ..._identity                     mean loss and the identities, NaN where not checked
+        seconds                                of training, NaN for the first step
     examples/*/* [row, ...]                    the inputs: a table per shape, in it an array per tensor of the batch
     gradients    [step, slot, parameter]       per-example shares, with capture="gradients"
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
     random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it;
                                                of Python's and numpy's global ones behind it, where it uses those
-    constants/*                                buffers and frozen parameters
-    log/*        [step]                        mean loss and the identities, NaN where not checked; seconds of training
+    generators   [block, octet]                state of all of them after the block's last step that is committed
+    constants/*                                buffers and frozen parameters, by number; their names are in the header
+    digests      [chunk]                       of all chunks of full blocks, see `seal`
 
 Everything about one step can be rebuilt from these: the coefficients of the update follow from the gradients and the last
 state, so they are not stored a second time.
 """
 
-from pathlib import Path
 from typing import Any
 
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from .codec import StepDelta
 
-FORMAT = 2
+FORMAT = 3
 BLOCK_BYTES = 64 << 20  # of what a block's steps hold: one block is written while the next fills up
-BLOCK_STEPS = 64
+BLOCK_STEPS = 256
 CHUNK_BYTES = 2 << 20
+COMMIT_SECONDS = 3.0  # a block that takes longer to fill is committed as it grows
+COMMIT_SHARE = 0.02  # of the time, at most, goes into that
+DIGESTS = "digests"  # the array, see `seal`
 STATE_BYTES = 8 << 20  # of a chunk of parameters or gradients, which are read whole: larger chunks cost less to write
 
 LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "seconds")
+FACTS = ("kind", "scale", *LOGS)  # columns of `facts`
+
+_EVERY_CHUNK: Any = {"write_empty_chunks": True}  # what is not there is lost, and not zeros
 
 DIMENSIONS: dict[str, tuple[str, ...]] = {
     "theta": ("state", "parameter"),
@@ -47,10 +57,9 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "hyper": ("step", "tensor", "hyper"),
     "index": ("step", "slot"),
     "row": ("step", "slot"),
-    "kind": ("step",),
-    "scale": ("step",),
+    "facts": ("step", "fact"),
     "random": ("step", "byte"),
-    **{f"log/{name}": ("step",) for name in LOGS},
+    "generators": ("block", "octet"),
 }
 
 
@@ -63,6 +72,7 @@ def create(
     dimensions: tuple[str, ...],
     fill: int = 0,
     steps: bool = False,
+    attributes: dict[str, Any] | None = None,
 ) -> zarr.Array:
     """An array with fast lossless compression and a checksum on every chunk.
 
@@ -77,16 +87,22 @@ def create(
         dimension_names=dimensions,
         fill_value=fill,
         filters=(StepDelta(),) if steps else (),
-        compressors=(BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()),
-        config={"write_empty_chunks": True},
+        compressors=compressors(),
+        config=_EVERY_CHUNK,
+        attributes=attributes,
     )
+
+
+def writable_array(store: Store, name: str) -> zarr.Array:
+    """One that was created before, to be written to."""
+    return zarr.open_array(store, path=name, mode="r+", zarr_format=3).with_config(_EVERY_CHUNK)
+
+
+def compressors() -> tuple[Any, ...]:
+    """Fast and lossless, and a checksum that any reader of Zarr sees to."""
+    return BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()
 
 
 def block_steps(bytes_per_step: int) -> int:
     """Steps of a block: as many as fit BLOCK_BYTES, at most BLOCK_STEPS."""
     return int(min(BLOCK_STEPS, max(1, BLOCK_BYTES // max(1, bytes_per_step))))
-
-
-def local_path(target: Any) -> Path | None:
-    """Of a store on a disk of this machine; None for an address or a Store."""
-    return Path(target).resolve() if isinstance(target, str | Path) and "://" not in str(target) else None

@@ -1,0 +1,232 @@
+"""Go on with a run that ended early: model, optimizer and generators put to its last step, bit for bit.
+
+What stands in the store are the states that steps started from and, once a block, the optimizer's accumulators. So the block
+that the run ended in is run again by the user's own optimizer from its beginning, on the recorded gradients; every state on
+the way is held against the one that was stored.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .capture import Settled
+from .checks import Draws, Guard, Reduction
+from .errors import ModelMismatchError, ResumeError, StoreError
+from .generators import set_generators
+from .layout import Layout
+from .optim import read_hyper, rule_by_name, torch_states
+from .store import Reader, Reopened, lease, reopen, stands
+from .trajectory import Trajectory
+
+SAME = {  # of the header: what must not differ -> how it is called
+    "optimizer": "the optimizer",
+    "dtype": "the parameters' type",
+    "capture": "capture=",
+    "check_every": "check_every=",
+    "asked": "block=, states_every= or penalty=",
+}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run to go on with. settled, inspected: what its steps have shown of the loop, and the last whose update was looked
+    at. after: the parameters (P,)."""
+
+    reopened: Reopened
+    settled: Settled
+    inspected: int
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the user trains: header of the run that would be recorded of it."""
+
+    header: dict[str, Any]
+    optimizer: torch.optim.Optimizer
+    layout: Layout
+    parameters: Sequence[Tensor]
+    guard: Guard
+
+
+def settled_facts(settled: Settled) -> dict[str, Any]:
+    """What stands in the header of it."""
+    draws = settled.draws
+    return {"reduction": settled.reduction.kind, "stochastic": draws.stochastic, "beyond": draws.beyond}
+
+
+def resume(target: Any, loop: Loop) -> Resumed | None:
+    """Put a loop to where the run in a store ended. None where none is there, or one without a committed step.
+
+    Raises:
+        ResumeError: the run is complete, or was recorded with other options. ModelMismatchError: of another model.
+        StoreExistsError: it is being written. StoreError: it is no run, or damaged. Nothing was changed.
+    """
+    held = lease(target)
+    try:
+        reader = Reader(target) if stands(target) else None
+        if reader is None or not reader.header["written_steps"]:
+            if held is not None:
+                held.release()
+            return None
+        _check(reader, loop)
+        steps = int(reader.header["written_steps"])
+        trajectory = Trajectory(reader, rule_by_name(reader.header["rule"]), loop.layout)
+        after = _moved(trajectory, loop, steps)
+        reopened = reopen(reader, held, after.cpu().numpy())
+    except BaseException:
+        if held is not None:
+            held.release()
+        raise
+    last = (steps - 1) // trajectory.block
+    set_generators(torch.from_numpy(reader.read("generators", last)))
+    loop.guard.resumed(reader.header["training"], after, loop.optimizer)
+    looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
+    return Resumed(reopened, _settled(reader), int(looked[-1]) if len(looked) else 0, after)
+
+
+def _check(reader: Reader, loop: Loop) -> None:
+    """Raise ResumeError or ModelMismatchError where the loop is not the one that was recorded."""
+    there, here = reader.header, loop.header
+    if there["complete"]:
+        raise ResumeError(
+            f"the run is complete: got one of {reader.steps} steps that was closed, expected one that ended early, at "
+            f"{reader.target}. Record a new run from its last state (run.load), or replay it with attrib.replay."
+        )
+    layout, constants = there["layout"], there["constants"]
+    if layout != here["layout"] or constants != here["constants"]:
+        raise ModelMismatchError(
+            f"the model is not the one that was recorded: got {_different(layout, constants, here)}, at {reader.target}. "
+            f"Build model and optimizer as they were."
+        )
+    for name, what in SAME.items():
+        if there[name] != here[name]:
+            raise ResumeError(
+                f"the run was recorded otherwise: got {what} {here[name]}, expected {there[name]}, at {reader.target}. Go "
+                f"on with the same options, or record a new run."
+            )
+    for number, (name, value) in enumerate(loop.guard.values.items()):
+        if not np.array_equal(reader.read(f"constants/{number}"), value.cpu().numpy()):
+            raise ModelMismatchError(
+                f"a buffer or frozen parameter is not the one that was recorded: expected the value it had, at {name!r}. "
+                f"Put the recorded values in with run.load(model, 0)."
+            )
+    _check_options(reader, loop)
+
+
+def _different(layout: dict[str, Any], constants: list[str], here: dict[str, Any]) -> str:
+    pairs = zip(here["layout"]["names"], here["layout"]["shapes"], strict=True)
+    recorded = dict(zip(layout["names"], layout["shapes"], strict=True))
+    for name, shape in pairs:
+        if recorded.get(name) != shape:
+            return f"a parameter {name!r} of shape {shape}, expected {recorded.get(name, 'none')}"
+    missing = next(
+        (name for name in [*recorded, *constants] if name not in [*here["layout"]["names"], *here["constants"]]), None
+    )
+    return f"no tensor {missing!r}" if missing else "its tensors in another order"
+
+
+def _check_options(reader: Reader, loop: Loop) -> None:
+    """The optimizer's options but the learning rate, which schedules move, are those of the first step or of the last."""
+    rule = rule_by_name(reader.header["rule"])
+    numbers = [n for n, name in enumerate(rule.hyper) if name not in ("lr", "age")]
+    here = read_hyper(rule, loop.optimizer)
+    ends = [reader.read("hyper", step) for step in (0, int(reader.header["written_steps"]) - 1)]
+    for n in numbers:
+        if not any(np.array_equal(here[:, n], there[:, n]) for there in ends):
+            tensor = int(np.flatnonzero(here[:, n] != ends[0][:, n])[0])
+            raise ResumeError(
+                f"the optimizer's options are not those of the run: got {rule.hyper[n]} {here[tensor, n]:g}, expected "
+                f"{ends[0][tensor, n]:g}, at parameter {loop.layout.names[tensor]!r}. Build the optimizer as it was."
+            )
+
+
+def _moved(trajectory: Trajectory, loop: Loop, steps: int) -> Tensor:
+    """Put parameters and optimizer to the state after the last of so many steps, (P,); its options stay as they are.
+
+    Raises:
+        StoreError: the optimizer gives other bits than it did; parameters and optimizer are as they were.
+    """
+    optimizer, layout = loop.optimizer, loop.layout
+    first = (steps - 1) // trajectory.block * trajectory.block
+    before = layout.flatten(loop.parameters), optimizer.state_dict()
+    options = [dict(group) for group in optimizer.param_groups]
+    try:
+        start = trajectory.state(first), trajectory.accumulators(first)
+        hyper = trajectory.reader.read("hyper", slice(first, steps))
+        _put(loop, start[0])
+        states = torch_states(trajectory.rule, layout, start[1], hyper[0])
+        optimizer.load_state_dict(
+            {"state": {n: state for n, state in enumerate(states) if state}, "param_groups": before[1]["param_groups"]}
+        )
+        with _unhooked(optimizer):
+            return _rerun(trajectory, loop, range(first, steps), hyper)
+    except BaseException:
+        _put(loop, before[0])
+        optimizer.load_state_dict(before[1])
+        raise
+    finally:
+        for group, values in zip(optimizer.param_groups, options, strict=True):
+            group.update({name: value for name, value in values.items() if name != "params"})
+        for p in loop.parameters:
+            p.grad = None
+
+
+def _rerun(trajectory: Trajectory, loop: Loop, steps: range, hyper: np.ndarray) -> Tensor:
+    reader, rule, layout = trajectory.reader, trajectory.rule, loop.layout
+    gradients = torch.from_numpy(reader.read("gradient", slice(steps.start, steps.stop)))
+    numbers = {id(p): n for n, p in enumerate(loop.parameters)}
+    for n, step in enumerate(steps):
+        for group in loop.optimizer.param_groups:
+            row = hyper[n][numbers[id(group["params"][0])]]
+            group.update(rule.options(dict(zip(rule.hyper, row.tolist(), strict=False))))
+        for p, (_, part), row in zip(loop.parameters, layout.slices(), hyper[n], strict=True):
+            p.grad = gradients[n][part].view_as(p).clone().to(p.device) if row[-1] else None
+        loop.optimizer.step()
+        theta = layout.flatten(loop.parameters)
+        stored = trajectory.stored(step + 1)
+        if stored is not None and not torch.equal(theta.cpu(), stored):
+            versions = reader.header["versions"]
+            raise StoreError(
+                f"the run cannot be gone on with here: the optimizer gives other bits than the stored state, at step {step} "
+                f"of {reader.target}. The run was recorded with torch {versions['torch']}, this is torch "
+                f"{torch.__version__}: go on with that version, on a machine of that kind."
+            )
+    return theta
+
+
+def _put(loop: Loop, theta: Tensor) -> None:
+    with torch.no_grad():
+        for p, value in zip(loop.parameters, loop.layout.unflatten(theta).values(), strict=True):
+            p.copy_(value)
+
+
+@contextmanager
+def _unhooked(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Steps within it are not the user's: what hangs on them is not called."""
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    hooks = {name: getattr(optimizer, name) for name in names}
+    for name in names:
+        setattr(optimizer, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for name, value in hooks.items():
+            setattr(optimizer, name, value)
+
+
+def _settled(reader: Reader) -> Settled:
+    facts, described = reader.header["settled"], reader.header.get("factors")
+    names = [name for name in reader.names() if name.startswith("factors/")]
+    return Settled(
+        reduction=Reduction(facts["reduction"]),
+        draws=Draws(facts["stochastic"], facts["beyond"]),
+        described=described,
+        shapes={name: tuple(reader.array(name).shape[2:]) for name in names},
+    )

@@ -1,0 +1,102 @@
+"""A folder as a zarr Store: no link is followed out of it, and what was written can be made to outlast a loss of power.
+
+Zarr writes every file under a name of its own and renames it. What is replaced is on the disk before it takes the old one's
+place (an empty file under the right name is what a machine that loses power may leave otherwise); what is new need not be
+before `flush`, which is what a commit waits for.
+"""
+
+import asyncio
+import os
+import stat
+import uuid
+from pathlib import Path
+from typing import Any
+
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
+
+from ..errors import StoreError
+
+
+class Disk(LocalStore):
+    """The folder `root`, made with its first file."""
+
+    def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
+        super().__init__(root, read_only=read_only)
+        self._files: set[Path] = set()  # written since the last flush, and their folders
+        self._folders: set[Path] = set()
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        self._inside(key)
+        return await super().get(key, prototype, byte_range)
+
+    async def getsize(self, key: str) -> int:
+        self._inside(key)
+        return await super().getsize(key)
+
+    async def set(self, key: str, value: Buffer) -> None:
+        self._check_writable()
+        await self._ensure_open()
+        await asyncio.to_thread(self._write, self.root / key, value.as_buffer_like())
+
+    def flush(self) -> None:
+        """Return when all that was written, and the names that it was written under, are on the disk."""
+        for path in self._files:
+            _sync(path)
+        for folder in sorted(self._folders, key=lambda folder: len(folder.parts), reverse=True):
+            _sync(folder)
+        self._files.clear()
+        self._folders.clear()
+
+    def _write(self, path: Path, content: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replaces = path.exists()
+        beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                if replaces:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        if not replaces:
+            self._files.add(path)
+        for folder in (path.parent, *path.parent.parents):
+            self._folders.add(folder)
+            if folder == self.root.parent:
+                break
+
+    def _inside(self, key: str) -> None:
+        """Raise StoreError where a link, or something that is no file, stands on the way to a key."""
+        path = self.root / key
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        if (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and os.path.realpath(path) == os.path.join(self._real, key):
+            return
+        raise StoreError(
+            f"a file of the store is a link or no plain file: expected all of it in one folder, at {key} in {self.root}. "
+            f"Put the file itself there."
+        )
+
+    @property
+    def _real(self) -> str:
+        return os.path.realpath(self.root)
+
+
+def _sync(path: Path) -> None:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except (FileNotFoundError, PermissionError):  # taken away meanwhile; a folder where folders cannot be opened
+        return
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,46 @@
+"""One writer at a time: a lock on the store's folder, held while a recorder lives and let go by the system when it dies.
+
+Nothing is written for it. Where folders cannot be locked (not a POSIX system, a store that is no folder) there is none, and
+the run's id, compared at every commit, is what keeps two runs apart.
+"""
+
+import os
+from pathlib import Path
+
+from ..errors import StoreExistsError
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class Lease:
+    """Of a folder, from now until `release`.
+
+    Raises:
+        StoreExistsError: another writer has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file: int | None = None
+        if fcntl is None:
+            return
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise StoreExistsError(
+                f"another recorder is writing there: got {folder}, expected a store that no recorder has open. Close that "
+                f"recorder (recorder.close()) or end its process, or choose another path."
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(file)
+            return
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None

@@ -1,0 +1,108 @@
+"""Open the store of a run that ended early, to go on writing it.
+
+The block that was growing is read back whole: its chunks are written again as it grows on.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from .creation import Lengths, OpenStore, StepRecord
+from .examples import ExampleTables
+from .lease import Lease
+from .place import locate, writable
+from .reader import Reader
+from .schema import DIGESTS, LOGS, writable_array
+from .seal import SealingStore
+
+Placed = tuple[int, np.ndarray]  # the table of a batch's inputs, and their rows (B,) of it
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """start: first step of the block that grows; records, placed: its steps so far. after: the parameters (P,) then."""
+
+    store: OpenStore
+    header: dict[str, Any]
+    start: int
+    records: list[StepRecord]
+    placed: list[Placed]
+    after: np.ndarray
+
+    @property
+    def steps(self) -> int:
+        return self.start + len(self.records)
+
+
+def lease(target: Any) -> Lease | None:
+    """Of a store that is there.
+
+    Raises:
+        StoreExistsError: a recorder is writing to it.
+    """
+    place = locate(target)
+    return Lease(place.resolve()) if isinstance(place, Path) and place.is_dir() else None
+
+
+def reopen(reader: Reader, held: Lease | None, after: np.ndarray) -> Reopened:
+    """The store of a run that is being read, which nobody else writes to. after: the parameters (P,) it goes on from.
+
+    Raises:
+        StoreError: something that is needed is damaged.
+    """
+    place, header = locate(reader.target), {k: v for k, v in reader.header.items() if k not in ("sealed", "seal")}
+    sealing = SealingStore(writable(place), growing=True, attributes=reader.store.attributes)
+    sealing.resume(reader.store.closed())
+    group = zarr.open_group(sealing, mode="r+", zarr_format=3)
+    stepwise = [n for n in reader.store.arrays if n != DIGESTS and n.split("/")[0] not in ("constants", "examples")]
+    arrays = {name: writable_array(sealing, name) for name in stepwise}
+    shares = tuple(name for name in stepwise if name.split("/")[0] in ("gradients", "factors"))
+    lengths = Lengths(*(int(header[name]) for name in Lengths._fields))
+    written = int(header["written_steps"])
+    tables = ExampleTables.restored(group, reader, written)
+    store = OpenStore(place, sealing, arrays, shares, tables, lengths, int(header["slots"]), held)
+    start = written - written % lengths.block
+    records, placed = _growing(reader, lengths, range(start, written), shares) if written > start else ([], [])
+    return Reopened(store, header, start, records, placed, after)
+
+
+def _growing(
+    reader: Reader, lengths: Lengths, steps: range, shares: tuple[str, ...]
+) -> tuple[list[StepRecord], list[Placed]]:
+    """The records of the steps of a block that is not full, without their inputs, and where those stand."""
+    rows = slice(steps.start, steps.stop)
+    every, frame = lengths.states_every, lengths.frame
+    stored = [step for step in steps if step % every == 0]
+    states = (
+        dict(zip(stored, reader.read("theta", slice(stored[0] // every, stored[-1] // every + 1)), strict=True))
+        if (stored)
+        else {}
+    )
+    names = ("gradient", "hyper", "index", "row", *shares, *(n for n in ("penalty", "random") if n in reader))
+    read = {name: reader.read(name, rows) for name in names}
+    facts = reader.facts(rows)
+    keys = [name for name in reader.names() if name.startswith("state/")]
+    records, placed = [], []
+    for n, step in enumerate(steps):
+        ids = read["index"][n][read["index"][n] >= 0]
+        begins = step == steps.start and step % frame == 0
+        records.append(
+            StepRecord(
+                theta=states.get(step),
+                gradient=read["gradient"][n],
+                hyper=read["hyper"][n],
+                ids=ids,
+                batch=[],
+                scale=float(facts["scale"][n]),
+                state={k.removeprefix("state/"): reader.read(k, step // frame) for k in keys} if begins else None,
+                random=read["random"][n] if "random" in read else None,
+                log={name: float(facts[name][n]) for name in LOGS},
+                shares={name: read[name][n][: len(ids)] for name in shares},
+                penalty=read["penalty"][n] if "penalty" in read else None,
+            )
+        )
+        placed.append((int(facts["kind"][n]), read["row"][n][: len(ids)]))
+    return records, placed
