@@ -108,7 +108,9 @@ def create_store(
         try:
             arrays = _arrays(sealing, constants, first, lengths)
             sealing.begin(header)
-            replaced = settle(made, place, overwrite) if made != place and isinstance(place, Path) else None
+            replaced = None
+            if isinstance(place, Path) and isinstance(made, Path) and made != place:
+                replaced = settle(made, place, overwrite)
         except BaseException:
             remove_arrays(sealing, made, folder=not existed)
             if lease is not None:

@@ -221,13 +221,10 @@ def dimensions(array: zarr.Array) -> tuple[str, ...]:
 
 def chunk_keys(array: zarr.Array, grid: list[range]) -> Iterator[str]:
     """The names of chunks, by their numbers along every axis."""
-    first, *rest = grid or [None]
-    if first is None:
-        yield f"{array.path}/{array.metadata.encode_chunk_key(())}"
-        return
-    for number in first:  # not `product` over all of it, which would be laid out in memory
-        for others in product(*rest):
-            yield f"{array.path}/{array.metadata.encode_chunk_key((number, *others))}"
+    for first in grid[0] if grid else [None]:  # not `product` over all of it, which would be laid out in memory
+        for rest in product(*grid[1:]):
+            chunk = () if first is None else (first, *rest)
+            yield f"{array.path}/{array.metadata.encode_chunk_key(chunk)}"
 
 
 def open_array(store: CheckedStore, name: str) -> zarr.Array:

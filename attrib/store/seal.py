@@ -56,10 +56,11 @@ def opened(content: bytes, where: Any) -> Attributes:
     Raises:
         StoreError: damaged, or not sealed: attrib did not write it, or an attrib of before there were seals.
     """
-    attributes = parse(content, HEADER, where).get("attributes")
-    facts = attributes.get("attrib") if isinstance(attributes, dict) else None
+    found = parse(content, HEADER, where).get("attributes")
+    attributes: Attributes = found if isinstance(found, dict) else {}
+    facts = attributes.get("attrib")
     if not isinstance(facts, dict) or "seal" not in facts:
-        raise Unsealed(attributes if isinstance(attributes, dict) else {})
+        raise Unsealed(attributes)
     if _seal(attributes) != facts["seal"]:
         if isinstance(facts.get("format"), int) and facts["format"] > FORMAT:  # a newer one may be sealed otherwise
             raise Unsealed(attributes)
