@@ -10,7 +10,8 @@ import xarray as xr
 
 from .accounting import relative
 from .marginals import Axes, Slots
-from .result import IDENTITIES, PREFIX
+from .parts import PREFIX
+from .result import IDENTITIES
 from .sensitivity import Terms
 from .shares import Contributions, Split
 from .steps import RecordedStep

@@ -26,7 +26,7 @@ from .functional import ordinary
 from .interrupt import shielded
 from .layout import Layout
 from .optim import Replay, Rerun, read_hyper, read_state, rule_of
-from .resume import Loop, settled_facts
+from .resume import Loop, Resumed, settled_facts
 from .resume import resume as resume_run
 from .store import FORMAT, StepRecord, Writer, close_dropped
 from .wrapper import Wrapper
@@ -146,24 +146,26 @@ class Recorder(Wrapper):
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
         close_dropped()
-        self._writer = self._begun(store)
+        resumed = self._resumed(store) if options.resume else None
+        self._writer = self._begun(store, resumed)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
+        if resumed is not None:
+            self._settled, self._inspected = resumed.settled, resumed.inspected
+            self._capture.prime(resumed.after, resumed.passes)
         weakref.finalize(self, self._writer.drop).atexit = False
 
-    def _begun(self, store: Any) -> Writer:
-        """The writer of a new run, or of one to go on with, to whose last step everything is put then."""
-        options, header = self._options, self._header()
-        constants = [_array(t) for t in self._guard.values.values()]
-        resumed = None
-        if options.resume:
-            loop = Loop(header, self.optimizer, self._layout, self._parameters, self._guard)
-            resumed = resume_run(store, loop)
-        asked = options.block, options.states_every
-        if resumed is None:  # with resume=True what stands there, if anything, has no step
-            return Writer(store, header, constants, options.overwrite or options.resume, *asked)
-        self._settled, self._inspected = resumed.settled, resumed.inspected
-        log.info("going on with the run at %s from step %d", store, resumed.reopened.steps)
-        return Writer(store, header, constants, False, *asked, resumed.reopened)
+    def _resumed(self, store: Any) -> Resumed | None:
+        """A run to go on with, to whose last step everything is put then."""
+        resumed = resume_run(store, Loop(self._header(), self.optimizer, self._layout, self._parameters, self._guard))
+        if resumed is not None:
+            log.info("going on with the run at %s from step %d", store, resumed.reopened.steps)
+        return resumed
+
+    def _begun(self, store: Any, resumed: Resumed | None) -> Writer:
+        options, constants = self._options, [_array(t) for t in self._guard.values.values()]
+        replaces = options.overwrite or options.resume  # what is there with resume=True, if anything, has no step
+        reopened = None if resumed is None else resumed.reopened
+        return Writer(store, self._header(), constants, replaces, options.block, options.states_every, reopened)
 
     @property
     def steps(self) -> int:

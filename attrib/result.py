@@ -24,11 +24,11 @@ from .errors import (
 )
 from .ledger import Ledger, query_names
 from .marginals import order
+from .parts import PREFIX, check_parts, kept_axes
 from .store import check_target, local_path, open_dataset, save_dataset
 
 # string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
 LABELS = {"group": "group", "query_name": "query"}
-PREFIX = "contribution"
 SUMMED = ("batch", "step", "measurement")  # the identities that completeness is made of
 IDENTITIES = (*SUMMED, "split", "limit")
 
@@ -93,8 +93,7 @@ class Result:
     @property
     def kept(self) -> list[tuple[str, ...]]:
         """The axes that contributions were kept along; anything summed from these can be had too."""
-        found = [tuple(str(v).split("_")[1:]) for v in self.dataset.data_vars if str(v).startswith(PREFIX + "_")]
-        return sorted(found, key=lambda axes: (len(axes), axes))
+        return kept_axes(self.dataset)
 
     def has(self, *axes: str) -> bool:
         """Whether `by(*axes)` can be had."""
@@ -202,7 +201,8 @@ class Result:
         return float(known.max()) if len(known) else float("nan")
 
     def check(self, rtol: float = 1e-6) -> Ledger:
-        """Check that initial + examples + decay + inherited == final, as far as numbers can be stored.
+        """Check that initial + examples + decay + inherited == final, as far as numbers can be stored, and that all arrays
+        of the result say the same.
 
         Args:
             rtol: bound on |residual|, relative to the gross size of what is summed: the largest of |initial|, |final| and
@@ -211,7 +211,9 @@ class Result:
                 their spacing explains it; in float64 that is nothing.
 
         Raises:
-            CompletenessError: with the worst query, its residual and the identity that is furthest off.
+            CompletenessError: with the worst query, its residual and the identity that is furthest off; also where a number
+                is not finite, or two arrays do not add up to the same.
+            StoreError: a file of a result that was opened is missing or damaged.
             SplitIdentityError: a share is not that of its example, though all add up; names step, example and group.
             LimitIdentityError: the path's vector is not a gradient in the limit; names query and parameter.
         """
@@ -241,6 +243,7 @@ class Result:
                 f"{rtol:.3g}, at query {self.dataset['query'].values[worst]}. The {name} identity is furthest off, by "
                 f"{ledger.identities[name]:.3g} at step {step}.{hint}\n{ledger}"
             )
+        check_parts(self.dataset, rtol)
         return ledger
 
     def save(self, store: Any, overwrite: bool = False) -> None:

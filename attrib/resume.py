@@ -36,12 +36,13 @@ SAME = {  # of the header: what must not differ -> how it is called
 @dataclass(frozen=True)
 class Resumed:
     """A run to go on with. settled, inspected: what its steps have shown of the loop, and the last whose update was looked
-    at. after: the parameters (P,)."""
+    at. after: the parameters (P,). passes: active parameters and batch of the first step with a batch of each size."""
 
     reopened: Reopened
     settled: Settled
     inspected: int
     after: Tensor
+    passes: list[tuple[frozenset[str], tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,9 @@ def resume(target: Any, loop: Loop) -> Resumed | None:
     set_generators(torch.from_numpy(reader.read("generators", last)))
     loop.guard.resumed(reader.header["training"], after, loop.optimizer)
     looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
-    return Resumed(reopened, _settled(reader), int(looked[-1]) if len(looked) else 0, after)
+    return Resumed(
+        reopened, _settled(reader), int(looked[-1]) if len(looked) else 0, after, _passes(reader, loop, steps)
+    )
 
 
 def _check(reader: Reader, loop: Loop) -> None:
@@ -126,10 +129,12 @@ def _different(layout: dict[str, Any], constants: list[str], here: dict[str, Any
     for name, shape in pairs:
         if recorded.get(name) != shape:
             return f"a parameter {name!r} of shape {shape}, expected {recorded.get(name, 'none')}"
-    missing = next(
-        (name for name in [*recorded, *constants] if name not in [*here["layout"]["names"], *here["constants"]]), None
-    )
-    return f"no tensor {missing!r}" if missing else "its tensors in another order"
+    known = {*recorded, *constants}
+    for name in here["constants"]:
+        if name not in known:
+            return f"a buffer or frozen parameter {name!r}, expected none"
+    missing = sorted(known - {*here["layout"]["names"], *here["constants"]})
+    return f"no tensor {missing[0]!r}" if missing else "its tensors in another order"
 
 
 def _check_options(reader: Reader, loop: Loop) -> None:
@@ -199,6 +204,18 @@ def _rerun(trajectory: Trajectory, loop: Loop, steps: range, hyper: np.ndarray) 
                 f"{torch.__version__}: go on with that version, on a machine of that kind."
             )
     return theta
+
+
+def _passes(reader: Reader, loop: Loop, steps: int) -> list[tuple[frozenset[str], tuple[Tensor, ...]]]:
+    rows, kinds = reader.read("row", slice(0, steps)), reader.fact("kind", slice(0, steps)).astype(np.int64)
+    device = loop.parameters[0].device
+    found = []
+    for first in np.unique(np.stack([kinds, (rows >= 0).sum(1)]), axis=1, return_index=True)[1]:
+        inputs = reader.batch(int(kinds[first]), rows[first][rows[first] >= 0])
+        on = reader.read("hyper", int(first))[:, -1]
+        active = frozenset(name for name, moves in zip(loop.layout.names, on, strict=True) if moves)
+        found.append((active, tuple(torch.from_numpy(a).to(device) for a in inputs)))
+    return found
 
 
 def _put(loop: Loop, theta: Tensor) -> None:

@@ -14,7 +14,7 @@ FLOORS = (
     Floor("arrays", ("kernels",)),
     Floor("words and numbers", ("budget", "ending", "errors", "generators", "interrupt", "layout", "ledger")),
     Floor("nouns", ("functional", "marginals", "measure", "program", "wrapper")),
-    Floor("sums", ("setup", "tally")),
+    Floor("sums", ("parts", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
     Floor("steps and results", ("capture", "result", "trajectory")),
     Floor("steps, as they are read", ("steps",)),

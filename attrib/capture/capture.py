@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..generators import random_state
+from ..generators import generators, random_state
 from ..gradients import ExampleGradients
 from ..layout import Layout
 from .identities import Fit, Trial, check_split, check_sum, fitted
@@ -18,6 +18,8 @@ from .stored import factor_arrays, gradient_arrays
 log = logging.getLogger("attrib")
 
 CHECK_FIRST = 2
+
+Batch = tuple[Tensor, ...]
 
 
 class Capture:
@@ -46,6 +48,14 @@ class Capture:
     def remove(self) -> None:
         """Take off all hooks."""
         self._listeners.remove()
+
+    def prime(self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]]) -> None:
+        """Learn from steps of before, active parameters and batch of each, which rows are whose: as the run had, when a batch
+        of that size came first. theta (P,): the parameters now."""
+        if self._stores:
+            with self._listeners.deaf(), torch.enable_grad(), random_state(generators()):
+                for active, batch in passes:
+                    self._shares.at(active).factors(theta, batch)
 
     def take(self, step: Step) -> Captured:
         """The identities, where they are due, and what is stored.

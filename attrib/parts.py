@@ -1,0 +1,76 @@
+"""The parts of a result, held against one another: each is stored by itself, and what they add up to is added up again.
+
+Sums of the same numbers in another order differ by rounding: n numbers by at most n * eps times the sum of their sizes
+(Higham 2002, 4.2).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import xarray as xr
+
+from .errors import CompletenessError
+
+PREFIX = "contribution"
+EPS = float(np.finfo(np.float64).eps)
+UNCHECKED = "_identity"  # arrays of these names hold NaN where nothing was checked
+
+
+def kept_axes(dataset: xr.Dataset) -> list[tuple[str, ...]]:
+    """The axes that contributions were kept along, an array each."""
+    found = [tuple(str(v).split("_")[1:]) for v in dataset.data_vars if str(v).startswith(PREFIX + "_")]
+    return sorted(found, key=lambda axes: (len(axes), axes))
+
+
+def check_parts(dataset: xr.Dataset, rtol: float) -> None:
+    """Add everything up again.
+
+    Args:
+        rtol: bound on what the timeline and the terms differ by, relative to `gross`: they are the same sum in two orders of
+            the recurrence, not of the same numbers.
+
+    Raises:
+        CompletenessError: a number is not finite, or two arrays that hold the same sum do not agree.
+    """
+    for name, array in dataset.data_vars.items():
+        if not str(name).endswith(UNCHECKED) and not np.isfinite(array.values).all():
+            at = {str(d): int(n[0]) for d, n in zip(array.dims, np.nonzero(~np.isfinite(array.values)), strict=True)}
+            raise CompletenessError(
+                f"a number of the result is not finite: expected finite numbers throughout, at array {name!r}, positions "
+                f"{at}. Attribute again."
+            )
+    gross = dataset["gross"].values
+    for what, got, expected, slack in _sums(dataset):
+        off = np.abs(got - expected) - slack - (rtol * gross if what == "timeline" else 0.0)
+        if (off > 0).any():
+            query = int(off.argmax())
+            raise CompletenessError(
+                f"two parts of the result do not agree: got {got[query]!r} from {what}, expected {expected[query]!r}, at "
+                f"query {dataset['query'].values[query]}. One of them was changed; attribute again."
+            )
+
+
+def _sums(dataset: xr.Dataset) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """What is added up, its sum, the sum that is expected, what rounding may leave between them: (Q,) each."""
+    curve = dataset["curve"].values
+    initial, final, residual = (dataset[name].values for name in ("initial", "final", "residual"))
+    none = np.zeros(len(initial))
+    yield "the first state of `curve`, against `initial`", curve[:, 0], initial, none
+    yield "the last state of `curve`, against `final`", curve[:, -1], final, none
+    rest, slack = np.zeros_like(initial), EPS * (np.abs(initial) + np.abs(final))
+    for name in ("decay", "inherited"):
+        total, rounding = _total(dataset[name])
+        rest, slack = rest + total, slack + rounding
+    explained = final - initial - residual
+    for axes in kept_axes(dataset):
+        name = "_".join((PREFIX, *axes))
+        total, rounding = _total(dataset[name])
+        yield f"`{name}` with decay, inherited and residual", total + rest, explained, 4 * (rounding + slack)
+    total, rounding = _total(dataset["timeline"])
+    yield "timeline", total, explained, 4 * (rounding + slack)
+
+
+def _total(array: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Over everything but the queries, (Q,), and what the order of summation may change."""
+    flat = array.transpose("query", ...).values.reshape(array.sizes["query"], -1)
+    return flat.sum(1), flat.shape[1] * EPS * np.abs(flat).sum(1)
