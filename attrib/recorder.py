@@ -119,6 +119,7 @@ class Recorder(Wrapper):
         self._guard = Guard(model, self._layout)
         self._settled = Settled()  # by the steps so far
         self._batch: list[np.ndarray] = []
+        self._ids: np.dtype[Any] | None = None  # of the steps so far: int64, or object for strings
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
@@ -167,7 +168,7 @@ class Recorder(Wrapper):
         """Check, step the wrapped optimizer, check again, append.
 
         Args:
-            index: (B,) non-negative integer ids of the training examples.
+            index: (B,) ids of the training examples: integers of 0 or more, or strings; of one kind throughout a run.
             batch: what `loss` takes after the model: tensors with B rows each.
 
         Raises:
@@ -183,7 +184,7 @@ class Recorder(Wrapper):
     def _step(self, index: Any, batch: tuple[Tensor, ...]) -> None:
         began = time.perf_counter()
         batch = tuple(ordinary(b) for b in batch)
-        ids, rows = check_batch(index, batch)
+        ids, rows = check_batch(index, batch, self._ids)
         step = self._checked(batch)
         captured = self._capture.take(step)
         record = self._recorded(step, captured, ids, rows)
@@ -196,7 +197,7 @@ class Recorder(Wrapper):
             seconds = (began - self._left) + (time.perf_counter() - moved)
             after = self._layout.flatten(self._parameters)
             self._guard.stepped(after, self.optimizer)
-            self._settled = captured.settled
+            self._settled, self._ids = captured.settled, ids.dtype
             self._capture.clear()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
             self._writer.append(record._replace(log=log), _array(after))

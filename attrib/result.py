@@ -1,7 +1,8 @@
 """What attribution gives: a labelled dataset in which every term has its name, and the ledger that they add up in.
 
-Dimensions: query, step (whose batch supplied the gradient), example (recorded ids), group; update_step (which moved the
-parameters) stands only in `timeline`. Positive contributions raised the measurement. Units: the measurement's.
+Dimensions: query, step (whose batch supplied the gradient), example (recorded ids, numbers or strings), group; update_step
+(which moved the parameters) stands only in `timeline`. Positive contributions raised the measurement. Units: the
+measurement's.
 """
 
 import os
@@ -28,7 +29,7 @@ from .ledger import Ledger, query_names
 from .marginals import order
 
 # string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
-LABELS = {"group": "group", "query_name": "query"}
+LABELS = {"group": "group", "query_name": "query", "example": "example"}
 PREFIX = "contribution"
 SUMMED = ("batch", "step", "measurement")  # the identities that completeness is made of
 IDENTITIES = (*SUMMED, "split", "limit")
@@ -251,7 +252,8 @@ class Result:
             StoreExistsError: something is there and overwrite is False, or it is no Zarr store.
         """
         check_place(store, overwrite)
-        labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS if name in self.dataset.coords}
+        text = [name for name in LABELS if name in self.dataset.coords and self.dataset[name].dtype.kind in "OU"]
+        labels = {name: [str(v) for v in self.dataset[name].values] for name in text}
         plain = self.dataset.drop_vars(list(labels)).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})
         if not isinstance(store, str | Path) or "://" in str(store):
             plain.load().to_zarr(store, mode="w", zarr_format=3, consolidated=False)
@@ -334,4 +336,6 @@ def open_result(store: Any) -> Result:
             f"the store is not a result: got a Zarr group without result metadata, at {store}. "
             f"Open runs with attrib.open_run."
         )
+    if "example" in labels:  # as in a run: in an array of numpy's own strings each takes as much room as the longest
+        labels["example"] = np.array(labels["example"], dtype=object)
     return Result(dataset.assign_coords({name: (LABELS[name], values) for name, values in labels.items()}))

@@ -15,10 +15,12 @@ from zarr.errors import GroupNotFoundError
 
 from ..errors import StoreError, StoreExistsError
 from .examples import ExampleTables
+from .ids import IdTable
 from .schema import CHUNK_BYTES, DIMENSIONS, LOGS, STATE_BYTES, block_steps, create, local_path
 
 PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all other arrays 0
-NAMES = {"constants", "state", "gradients", "factors", *(name.split("/")[0] for name in DIMENSIONS)}  # at the top
+# at the top of a store
+NAMES = {"constants", "state", "gradients", "factors", "ids", *(name.split("/")[0] for name in DIMENSIONS)}
 
 
 class StepRecord(NamedTuple):
@@ -27,7 +29,7 @@ class StepRecord(NamedTuple):
     theta: np.ndarray | None  # (P,) before the step
     gradient: np.ndarray  # (P,)
     hyper: np.ndarray  # (K, H) float64
-    ids: np.ndarray  # (B,) int64
+    ids: np.ndarray  # (B,) int64, or objects that are strings
     batch: list[np.ndarray]  # (B, ...) each
     scale: float
     state: dict[str, np.ndarray] | None  # (P,) each, before the step
@@ -52,6 +54,7 @@ class Created(NamedTuple):
     arrays: dict[str, zarr.Array]
     shares: tuple[str, ...]
     examples: ExampleTables
+    ids: IdTable
     lengths: Lengths
     folder: Path | None
 
@@ -103,6 +106,7 @@ def create_store(
         group = zarr.create_group(target, overwrite=overwrite, zarr_format=3)
         try:
             arrays = _arrays(group, constants, first, lengths)
+            ids = IdTable(group, first.ids, lengths.block)
             group.attrs["attrib"] = header
         except BaseException:
             _remove(group, folder)
@@ -112,7 +116,7 @@ def create_store(
             f"the store cannot be made: got {error!r}, expected a place that can be written to, at {target}. Choose another "
             f"place, or make room. The step was refused."
         ) from error
-    return Created(group, arrays, tuple(first.shares), ExampleTables(group), lengths, folder)
+    return Created(group, arrays, tuple(first.shares), ExampleTables(group), ids, lengths, folder)
 
 
 def _remove(group: zarr.Group, folder: Path | None) -> None:

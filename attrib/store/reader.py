@@ -137,6 +137,7 @@ class Reader:
         every, frame = (int(self.header[key]) for key in ("states_every", "frame"))
         states = self.steps + 1 if every == 1 else -(-self.steps // every) + self.complete
         known = {"step": self.steps, "state": states, "frame": -(-self.steps // frame)}
+        known.update(zip(("id", "byte"), self.header.get("ids", (0, 0)), strict=True))
         return min(known.get(first, array.shape[0]), array.shape[0]) if array.ndim and first else 0
 
     def _inputs(self, kind: int, j: int, rows: np.ndarray) -> np.ndarray:

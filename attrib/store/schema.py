@@ -7,7 +7,9 @@
     state/*      [frame, parameter]            the optimizer's accumulators before the first step of each block, or before
                                                every k-th step
     hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
-    index        [step, slot]                  ids of the training examples, -1 where the batch was smaller
+    index        [step, slot]                  ids of the training examples, -1 where the batch was smaller; of ids that are
+                                               strings the numbers that stand for them
+    ids/*        [id, bound], [byte]           which strings these are: see `ids`
     kind         [step]                        which table of examples/ holds the inputs of the batch
     row          [step, slot]                  which row of it those of the slot
     scale        [step]                        share = scale * gradient of the example's loss (reduction, clipping); NaN

@@ -156,7 +156,8 @@ class Writer:
         self._mark(steps.start + len(steps.records) - (self._store.lengths.states_every == 1))
 
     def _put_block(self, steps: StepRecords) -> None:
-        start, records, lengths = steps.start, steps.records, self._store.lengths
+        start, lengths = steps.start, self._store.lengths
+        records = [r._replace(ids=self._store.ids.place(r.ids)) for r in steps.records]
         placed = [self._store.examples.place(r.ids, r.batch) for r in records]
         width = max(self._store.arrays["index"].shape[1], *(len(r.ids) for r in records))
         self._widen(width, start)
@@ -179,7 +180,7 @@ class Writer:
             self._put(f"log/{name}", start, np.array([r.log.get(name, np.nan) for r in records]))
         for key, value in (records[0].state or {}).items():
             self._put(f"state/{key}", start // lengths.frame, value[None])
-        self._header.update(rows=self._store.examples.commit(), slots=width)
+        self._header.update(rows=self._store.examples.commit(), ids=self._store.ids.commit(), slots=width)
 
     def _stacked(self, name: str, rows: list[np.ndarray]) -> np.ndarray:
         """In the same memory for every block: pages that are new to the process cost more than the copy."""
