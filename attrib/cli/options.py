@@ -96,7 +96,7 @@ def ids(text: str, strings: bool) -> list[Any]:
     try:
         return numbers(text)
     except argparse.ArgumentTypeError as error:
-        raise ValueError(f"{error}: the ids of the run are numbers.") from None
+        raise ValueError(f"{error}, since the ids of the run are numbers.") from None
 
 
 def window(text: str) -> slice:

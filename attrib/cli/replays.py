@@ -105,8 +105,8 @@ def _with_window(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, slice
 
 def _weight(text: str) -> tuple[str, float]:
     """3,17=0.5."""
-    examples, _, weight = text.rpartition("=")
     try:
+        examples, weight = text.rsplit("=", 1)
         return examples, float(weight)
     except ValueError:
         raise argparse.ArgumentTypeError(f"not weights: got {text!r}, expected such as 3,17=0.5") from None
