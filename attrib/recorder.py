@@ -168,7 +168,8 @@ class Recorder(Wrapper):
         """Check, step the wrapped optimizer, check again, append.
 
         Args:
-            index: (B,) ids of the training examples: integers of 0 or more, or strings; of one kind throughout a run.
+            index: (B,) ids of the training examples: integers of 0 or more, or strings without NUL; one kind throughout
+                a run.
             batch: what `loss` takes after the model: tensors with B rows each.
 
         Raises:

@@ -29,7 +29,7 @@ from attrib.cli import main
 from attrib.intervention import Drop, Reweight
 from attrib.report import article, figures, payload, shown, to_json
 from attrib.store import Reader
-from attrib.store.ids import Ids, IdTable
+from attrib.store.ids import FEWEST, SHORTEST, Ids, IdTable
 
 # what a table, a terminal, a page or a file could take for something else
 NAMES = ["doc-17", "", "nan", "007", "__proto__", "float32", "constructor", "日本 \U0001f600 é", "<b>&amp;", 'x" \n\ty, z',
@@ -153,19 +153,33 @@ def test_what_waits_is_written_by_the_commit_after_one_that_failed(monkeypatch: 
 
 
 def test_a_killed_run_has_the_strings_of_its_committed_steps(tmp_path: Path) -> None:
-    """Strings that were being written, their arrays already longer, are not asked for."""
+    """Strings that were being written, their arrays already longer, a chunk half there, are not asked for."""
     trained = train(tmp_path / "run", OPTIMIZERS["sgd"], steps=9, called=named, close=False)
     group = zarr.open_group(tmp_path / "run", mode="r+")
-    for name, some in (("span", [[0, 5]]), ("text", [255])):  # half a letter
-        array = group[f"ids/{name}"]
-        assert isinstance(array, zarr.Array)
-        array.append(np.array(some, dtype=array.dtype))
+    spans, text = group["ids/span"], group["ids/text"]
+    assert isinstance(spans, zarr.Array)
+    assert isinstance(text, zarr.Array)
+    end = text.shape[0]
+    text.append(np.full(SHORTEST, 255, dtype=np.uint8))  # no letters
+    spans.append(np.array([[end, end + 1]] * FEWEST))
+    for name in ("text/c/1", "span/c/1/0"):
+        (tmp_path / "run" / "ids" / name).write_bytes(b"half")
     again = attrib.open_run(tmp_path / "run")
     assert not again.complete
     assert 3 <= again.steps < 9
     for step in range(again.steps):
         assert again.index(step).tolist() == named(trained.batches[step][0])
     assert attrib.verify(again, progress=False).failure is None
+
+
+def test_a_run_from_before_ids_could_be_strings_opens(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["sgd"])
+    group = zarr.open_group(tmp_path / "run", mode="r+")
+    header: Any = group.attrs["attrib"]
+    del header["ids"]
+    group.attrs["attrib"] = header
+    assert attrib.open_run(tmp_path / "run").index(1).tolist() == trained.batches[1][0].tolist()
+    assert attrib.verify(attrib.open_run(tmp_path / "run"), progress=False).failure is None
 
 
 def test_damaged_strings_are_named(tmp_path: Path) -> None:
@@ -359,7 +373,7 @@ def test_hooks_of_an_intervention_see_strings(trained: Trained) -> None:
     seen: list[Any] = []
 
     class Watch(attrib.intervention.Intervention):
-        def loss(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:  # type: ignore[override]
+        def loss(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
             seen.append(ids.tolist())
             return losses
 
@@ -545,6 +559,8 @@ def test_large_numbers_are_dropped_from_the_shell(large: Trained, saved: Path) -
     command = ["replay", str(large.run.reader.target), "--setup", "setups:plain", "-o", str(saved / "again"), "--json"]
     facts = json.loads(printed(*command, "--drop", f"{LARGE[3]}"))
     assert facts["interventions"][0]["examples"] == [str(LARGE[3])]
+    said = json.loads(printed("info", str(saved / "again"), "--json"))
+    assert said["replay"]["interventions"] == facts["interventions"]
     run = attrib.open_run(saved / "again")
     assert run.header["replay"]["interventions"][0]["examples"] == [LARGE[3]]
     assert set(run.examples) == set(LARGE) - {LARGE[3]}
