@@ -93,11 +93,11 @@ class Account:
         return float(relative(np.abs(shares - gradient).max(1), np.maximum(sizes, self.bound * seen)))
 
     def _failure(self, step: RecordedStep, split: Split | None) -> dict[str, str]:
-        if split is None or split.slot is None or split.group is None:
+        if split is None or split.group is None:
             return {}
         sentence = (
             f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, expected at most "
-            f"{self.bound:.1g}, at step {step.number}, example {step.ids[split.slot]}, group {self.labels[split.group]!r}. "
+            f"{self.bound:.1g}, at step {step.number}, example {split.example!r}, group {self.labels[split.group]!r}. "
             f"Does the loss draw random numbers outside of model(...), keep something from call to call, or let examples "
             f"see each other in some batches only?"
         )

@@ -136,7 +136,7 @@ def _attribute(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     final = run.vector(window.stop).to(next(model.parameters()).device)
     query = _query(run, model, measurement, options.dtype, final)
     labels, member = group_tensors(run.layout.names, options.groups)
-    sizes = {"step": len(window), "example": len(run.examples), "group": len(labels)}
+    sizes = {"step": len(window), "example": len(run.numbers), "group": len(labels)}
     kept = choose(options.keep, query.count, sizes)
     budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), options)
     bound = share_bound(run.dtype, compute)
@@ -152,11 +152,12 @@ def _attribute(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     bar = tqdm(total=len(window) * len(parts), desc="attribute", unit="step", delay=2, disable=not options.progress)
     with bar, interruptible() as request:
         pooled = ((work, pool_of(work, options.executor, budget.ahead)) for work in works)
-        done, died = _sweeps(pooled, _Listener(bar, bound, cube), lambda: request.asked)
+        done, died = _sweeps(pooled, _Listener(bar, bound, cube, run), lambda: request.asked)
     if cube is not None:
         cube.close(complete=not request.asked and died is None)
     facts, names = _facts(run, measurement, options), measurement.names if isinstance(measurement, Measurement) else ()
-    result = Result(join([account.dataset(*sums, facts) for sums in done], names)) if done else None
+    whole = join([account.dataset(*sums, facts) for sums in done], names) if done else None
+    result = None if whole is None else Result(whole.assign_coords(example=run.ids.of(whole["example"].values)))
     if died is not None:
         died.result = result
         raise died
@@ -188,6 +189,7 @@ class _Listener:
     bar: Any
     bound: float
     cube: CubeWriter | None
+    run: Run
     said: set[str] = field(default_factory=set)
 
     def __call__(self, tally: Tally) -> Tally:
@@ -201,9 +203,9 @@ class _Listener:
                 )
         for name, sentence in tally.failures.items():
             self._say(name, "the %s identity fails: %s", name, sentence)
-        for step, slots in zip(reversed(tally.steps), reversed(tally.slots), strict=False):
+        for step, (numbers, contributions) in zip(reversed(tally.steps), reversed(tally.slots), strict=False):
             assert self.cube is not None
-            self.cube.put(step, *slots)
+            self.cube.put(step, self.run.ids.of(numbers), contributions)
         self.bar.update(len(tally.steps))
         return replace(tally, slots=()) if tally.slots else tally
 

@@ -57,7 +57,7 @@ def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
     """
     if not isinstance(queries, int) or queries < 1:
         raise ValueError(f"queries is not a count: got {queries!r}, expected an integer of at least 1.")
-    lengths = {"step": run.steps, "example": len(run.examples), "group": len(run.groups)}
+    lengths = {"step": run.steps, "example": len(run.numbers), "group": len(run.groups)}
     kept = bytes_of(choose(None, queries, lengths), queries, lengths)
     found = divide(sizes_of(run, kept), queries, memory)
     known = run.log("seconds")

@@ -142,6 +142,7 @@ class Recorder(Wrapper):
         self._guard = Guard(model, self._layout)
         self._settled = Settled()  # by the steps so far
         self._batch: list[np.ndarray] = []
+        self._ids: np.dtype[Any] | None = None  # of the steps so far: int64, or object for strings
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
@@ -150,7 +151,7 @@ class Recorder(Wrapper):
         self._writer = self._begun(store, resumed)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
         if resumed is not None:
-            self._settled, self._inspected = resumed.settled, resumed.inspected
+            self._settled, self._inspected, self._ids = resumed.settled, resumed.inspected, resumed.ids
             self._capture.prime(resumed.after, resumed.passes)
         weakref.finalize(self, self._writer.drop).atexit = False
 
@@ -212,7 +213,8 @@ class Recorder(Wrapper):
         """Check, step the wrapped optimizer, check again, append.
 
         Args:
-            index: (B,) non-negative integer ids of the training examples.
+            index: (B,) ids of the training examples: integers of 0 or more, or strings without NUL; one kind throughout
+                a run.
             batch: what `loss` takes after the model: tensors with B rows each.
 
         Raises:
@@ -228,7 +230,7 @@ class Recorder(Wrapper):
     def _step(self, index: Any, batch: tuple[Tensor, ...]) -> None:
         began = time.perf_counter()
         batch = tuple(ordinary(b) for b in batch)
-        ids, rows = check_batch(index, batch)
+        ids, rows = check_batch(index, batch, self._ids)
         step = self._checked(batch)
         captured = self._capture.take(step)
         record = self._recorded(step, captured, ids, rows)
@@ -241,7 +243,7 @@ class Recorder(Wrapper):
             seconds = (began - self._left) + (time.perf_counter() - moved)
             after = self._layout.flatten(self._parameters)
             self._guard.stepped(after, self.optimizer)
-            self._settled = captured.settled
+            self._settled, self._ids = captured.settled, ids.dtype
             self._writer.update_header(settled=settled_facts(self._settled))
             self._capture.clear()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}

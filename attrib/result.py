@@ -1,7 +1,8 @@
 """What attribution gives: a labelled dataset in which every term has its name, and the ledger that they add up in.
 
-Dimensions: query, step (whose batch supplied the gradient), example (recorded ids), group; update_step (which moved the
-parameters) stands only in `timeline`. Positive contributions raised the measurement. Units: the measurement's.
+Dimensions: query, step (whose batch supplied the gradient), example (recorded ids, numbers or strings), group; update_step
+(which moved the parameters) stands only in `timeline`. Positive contributions raised the measurement. Units: the
+measurement's.
 """
 
 import os
@@ -28,7 +29,7 @@ from .parts import PREFIX, check_parts, kept_axes
 from .store import check_target, local_path, open_dataset, save_dataset
 
 # string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
-LABELS = {"group": "group", "query_name": "query"}
+LABELS = {"group": "group", "query_name": "query", "example": "example"}
 SUMMED = ("batch", "step", "measurement")  # the identities that completeness is made of
 IDENTITIES = (*SUMMED, "split", "limit")
 
@@ -254,7 +255,8 @@ class Result:
         StoreError: it could not be written; what stood there stands there still.
         """
         check_place(store, overwrite)
-        labels = {name: [str(v) for v in self.dataset[name].values] for name in LABELS if name in self.dataset.coords}
+        text = [name for name in LABELS if name in self.dataset.coords and self.dataset[name].dtype.kind in "OU"]
+        labels = {name: [str(v) for v in self.dataset[name].values] for name in text}
         plain = self.dataset.drop_vars(list(labels)).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})
         save_dataset(plain, store, {"versions": {"attrib": version("attrib")}}, overwrite)
 
@@ -302,4 +304,6 @@ def open_result(store: Any) -> Result:
     labels = dataset.attrs.pop("attrib_labels", None)
     if not isinstance(labels, dict) or not set(labels) <= set(LABELS):
         raise StoreError(f"the store is not a result: got labels {labels!r}, at {where}. Save the result again.")
+    if "example" in labels:  # as in a run: in an array of numpy's own strings each takes as much room as the longest
+        labels["example"] = np.array(labels["example"], dtype=object)
     return Result(dataset.assign_coords({name: (LABELS[name], values) for name, values in labels.items()}))

@@ -36,13 +36,15 @@ SAME = {  # of the header: what must not differ -> how it is called
 @dataclass(frozen=True)
 class Resumed:
     """A run to go on with. settled, inspected: what its steps have shown of the loop, and the last whose update was looked
-    at. after: the parameters (P,). passes: active parameters and batch of the first step with a batch of each size."""
+    at. after: the parameters (P,). passes: active parameters and batch of the first step with a batch of each size. ids:
+    int64, or object for strings."""
 
     reopened: Reopened
     settled: Settled
     inspected: int
     after: Tensor
     passes: list[tuple[frozenset[str], tuple[Tensor, ...]]]
+    ids: np.dtype[Any]
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ def resume(target: Any, loop: Loop) -> Resumed | None:
     set_generators(torch.from_numpy(reader.read("generators", last)))
     loop.guard.resumed(reader.header["training"], after, loop.optimizer)
     looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
-    return Resumed(
-        reopened, _settled(reader), int(looked[-1]) if len(looked) else 0, after, _passes(reader, loop, steps)
-    )
+    inspected = int(looked[-1]) if len(looked) else 0
+    ids = np.dtype(object if "ids/span" in reader else np.int64)
+    return Resumed(reopened, _settled(reader), inspected, after, _passes(reader, loop, steps), ids)
 
 
 def _check(reader: Reader, loop: Loop) -> None:

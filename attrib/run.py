@@ -16,7 +16,7 @@ from .kernels.factors import Factor
 from .layout import Layout
 from .optim import Rule, describe_options, rule_by_name
 from .steps import Blocks, Steps
-from .store import Reader, local_path
+from .store import Ids, Reader, local_path
 from .trajectory import Trajectory
 
 _UNFINISHED = "not closed, or interrupted: read up to its last committed block"
@@ -61,10 +61,21 @@ class Run:
         return rule_by_name(self.header["rule"])
 
     @cached_property
+    def ids(self) -> Ids:
+        """What the examples are called: `run.ids.of(numbers)`."""
+        return Ids(self.reader)
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """(N,) int64: the numbers of all examples that were trained on, in order. Ids that are numbers are their own; those
+        of strings are in the order in which these first came."""
+        numbers = np.unique(self.reader.read("index", slice(0, self.steps)))
+        return numbers[numbers >= 0]
+
+    @cached_property
     def examples(self) -> np.ndarray:
-        """(N,) int64: the ids of all examples that were trained on, in order."""
-        ids = np.unique(self.reader.read("index", slice(0, self.steps)))
-        return ids[ids >= 0]
+        """(N,): the ids of all examples that were trained on, in the order of `numbers`: int64, or strings (objects)."""
+        return self.ids.of(self.numbers)
 
     @cached_property
     def trajectory(self) -> Trajectory:
@@ -82,9 +93,9 @@ class Run:
         return {name: values for name, values in ends.items() if None not in values}
 
     def index(self, step: int) -> np.ndarray:
-        """(B,) int64: ids of the examples in the batch of a step."""
-        ids = self.reader.read("index", self._step(step))
-        return ids[ids >= 0]
+        """(B,): ids of the examples in the batch of a step, int64 or strings (objects)."""
+        numbers = self.reader.read("index", self._step(step))
+        return self.ids.of(numbers[numbers >= 0])
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """The inputs of a step, as they were given to `recorder.step` after the index."""
@@ -111,12 +122,12 @@ class Run:
 
     def shares(self, step: int) -> np.ndarray:
         """(B, P): the per-example gradient shares of a step, with capture="gradients"."""
-        return self.reader.read("gradients", self._step(step))[: len(self.index(step))]
+        return self.reader.read("gradients", self._step(step))[: self._size(step)]
 
     def factors(self, step: int, names: Sequence[str] | None = None) -> dict[str, list[Factor]]:
         """With capture="factors": of each parameter (or of those in `names`) the factors of a step's batch, which times
         `scale(step)` are its shares; see `attrib.kernels.factors`."""
-        at, size = self._step(step), len(self.index(step))
+        at, size = self._step(step), self._size(step)
         return from_tensors(
             self.header["factors"], lambda name: torch.from_numpy(self.reader.read(name, at))[:size], names
         )
@@ -174,6 +185,9 @@ class Run:
         """Opened again, from whichever folder."""
         return open_run, (local_path(self.reader.target) or self.reader.target,)
 
+    def _size(self, step: int) -> int:
+        return int((self.reader.read("index", self._step(step)) >= 0).sum())
+
     def _step(self, step: int) -> int:
         if not -self.steps <= step < self.steps:
             raise IndexError(f"no such step: got {step}, expected 0 to {self.steps - 1} of {self.reader.target}.")
@@ -186,7 +200,7 @@ class Run:
         rows = {
             "store": self.reader.target,
             "steps": steps,
-            "examples": f"{len(self.examples)}, at most {h['slots']} a step",
+            "examples": f"{len(self.numbers)}, at most {h['slots']} a step",
             "parameters": f"{self.layout.size} in {len(self.groups)} tensors",
             "model": h["model"],
             "optimizer": h["optimizer"] + describe_options(self.options),
@@ -212,7 +226,7 @@ class Run:
         state = "complete" if self.complete else _UNFINISHED
         return (
             f"<attrib.Run {self.reader.target}: {self.steps} steps ({state}), {self.layout.size} parameters in "
-            f"{len(self.groups)} tensors, {len(self.examples)} examples, {h['model']}, {h['optimizer']}, {h['dtype']}, "
+            f"{len(self.groups)} tensors, {len(self.numbers)} examples, {h['model']}, {h['optimizer']}, {h['dtype']}, "
             f"capture={h['capture']!r}>"
         )
 

@@ -30,7 +30,7 @@ class Setup:
         model: of the recorded architecture; its values do not matter, they are taken from the run.
         loss: as given to `attrib.record`.
         measurement: one, or several by name: {"log_prob": ..., "margin": ...}.
-        describe: train example id -> how it is shown: a string, an image, or a pair (image, string).
+        describe: train example id, a number or a string -> how it is shown: a string, an image, or a pair (image, string).
         describe_query: query -> the same.
         tag: train example id -> class, source or the like.
         groups: as for `attrib.attribute`.
@@ -39,9 +39,9 @@ class Setup:
     model: nn.Module
     loss: Callable[..., Tensor] | None
     measurement: Any
-    describe: Callable[[int], Any] | None = None
+    describe: Callable[[Any], Any] | None = None
     describe_query: Callable[[int], Any] | None = None
-    tag: Callable[[int], Any] | None = None
+    tag: Callable[[Any], Any] | None = None
     groups: Mapping[str, Sequence[str]] | None = None
 
     def choose(self, name: str | None) -> Any:

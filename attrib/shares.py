@@ -35,11 +35,11 @@ class Contributions(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How far a step's contributions are from those of their own examples; where it fails, the slot and the group furthest
-    off."""
+    """How far a step's contributions are from those of their own examples; where it fails, the id of the example and the
+    group furthest off."""
 
     gap: float
-    slot: int | None = None
+    example: int | str | None = None
     group: int | None = None
 
 
@@ -148,7 +148,8 @@ class Shares:
         if gaps[q, g] <= bound:
             return Split(float(gaps[q, g]))
         along = self._along(step, sensitivity[q], int(g)) * scale
-        return Split(float(gaps[q, g]), int(np.abs(along - mine[q, :, g]).argmax()), int(g))
+        slot = int(np.abs(along - mine[q, :, g]).argmax())
+        return Split(float(gaps[q, g]), self.run.ids.of(step.ids[slot : slot + 1]).tolist()[0], int(g))
 
     def _along(self, step: RecordedStep, sensitivity: Tensor, group: int) -> np.ndarray:
         """(B,): the truth example by example, along one query's U over one group."""

@@ -87,9 +87,10 @@ class Block:
 
 
 class RecordedStep(NamedTuple):
-    """One of them. theta, examples (P,): before it, and what of its gradient is the examples'; ids (B,); rows (B,) of the
-    table `kind`: where its inputs stand; scale: from an example's gradient to its share, NaN where it has to be fitted;
-    random: the generators' state before its forward pass, or None; active: the parameters that had a gradient."""
+    """One of them. theta, examples (P,): before it, and what of its gradient is the examples'; ids (B,), as
+    the store has them (`Run.numbers`); rows (B,) of the table `kind`: where its inputs stand; scale: from an example's
+    gradient to its share, NaN where it has to be fitted; random: the generators' state before its forward pass, or None;
+    active: the parameters that had a gradient."""
 
     number: int
     theta: Tensor

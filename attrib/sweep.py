@@ -165,7 +165,7 @@ def summed_sweep(work: Work, pool: Pool, heard: Callable[[Tally], Tally], asked:
         except WorkerError as error:
             died = error
 
-    whole = total(tallies(), work.window, work.run.examples)
+    whole = total(tallies(), work.window, work.run.numbers)
     if whole is None:
         return Sums(None, None, died)
     inherited = work.sensitivity.inherited(work.steps(range(first, first + 1)), adjoint)

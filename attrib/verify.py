@@ -91,10 +91,10 @@ def _split(run: Run, model: nn.Module, loss: Callable[..., Tensor], found: Verif
         split = shares.split(step, along, shares.contract(step, along, np.stack(gradient, 1)), 0.0)
         assert split is not None
         found.note("split", split.gap)
-        if split.slot is not None and split.group is not None:
+        if split.group is not None:
             raise SplitIdentityError(
                 f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, at step {number}, "
-                f"example {step.ids[split.slot]}, parameter {run.groups[split.group]!r}. Are model and loss those "
+                f"example {split.example!r}, parameter {run.groups[split.group]!r}. Are model and loss those "
                 f"that were recorded?"
             )
 

@@ -33,6 +33,11 @@ def full() -> attrib.Setup:
     )
 
 
+def named() -> attrib.Setup:
+    """Of runs whose ids are strings."""
+    return attrib.Setup(CASE.build().double(), CASE.loss, _measurements()["log_prob"], describe=lambda e: e.upper())
+
+
 def callable_only() -> tuple[object, ...]:
     measurement = _measurements()["log_prob"]
 

@@ -718,9 +718,11 @@ def test_replay_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["replay", run, "--setup", setup, "-o", str(tmp_path / "b")]) == 0
     assert "saved to" in capsys.readouterr().out
     assert torch.equal(attrib.open_run(tmp_path / "b").vector(6), trained.run.vector(6))
+    assert main(["replay", run, "--setup", setup, "-o", str(tmp_path / "c"), "--drop", "a"]) == 1
+    assert "not a list of numbers: got 'a'" in capsys.readouterr().err
     for bad in (
         ["--transplant", "x"],
-        ["--drop", "a"],
+        ["--drop", "3@5"],
         ["--option", "lr"],
         ["--reweight", "3"],
         ["--suppress", "x"],

@@ -31,7 +31,7 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.store = tmp_path / "run"
         self.recorder = attrib.record(self.optimizer, self.model, loss, self.store, block=2, **options)
-        self.index = torch.arange(5)
+        self.index: Any = torch.arange(5)
         self.x, self.y = torch.randn(5, 3).double(), torch.randint(0, 2, (5,))
         self.loss = loss
 
@@ -72,7 +72,14 @@ BAD_INDEX = {
     "negative": (torch.arange(5) - 1, "negative: got -1"),
     "matrix": (torch.zeros(5, 1, dtype=torch.long), r"got shape \(5, 1\)"),
     "empty": ([], "not a list of ids"),
-    "words": (list("abcde"), "not integer"),
+    "strings after numbers": (list("abcde"), "got strings, expected numbers"),
+    "strings and numbers": (["a", "b", "c", "d", 5], "got 5 of type int, expected strings"),
+    "bytes": ([b"a", b"b", b"c", b"d", b"e"], r"got b'a' of type bytes.*Decode it"),
+    "bytes of numpy": (np.array([b"a", b"b", b"c", b"d", b"e"]), r"got b'a' of type bytes.*Decode it"),
+    "a string": ("abcde", r"not a list of ids: got shape \(\)"),
+    "half a surrogate pair": (["a", "b", "\ud800", "d", "e"], "no text.*at slot 2"),
+    "an end": (["a", "b", "c", "d", "e\0"], "holds a NUL.*at slot 4"),
+    "too large in a list": ([0, 1, 2, 3, 2**64], "integers from 0 to"),
 }
 
 
@@ -82,6 +89,29 @@ def test_bad_index_is_refused(kind: str, bench: Bench) -> None:
     bench.backward()
     bench.assert_refused(errors.BatchError, match, index, bench.x, bench.y)
     bench.good_step()
+
+
+def test_a_run_of_strings_refuses_numbers_and_a_refused_first_step_decides_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.backward()
+    bench.assert_refused(errors.BatchError, "differ in length", torch.arange(4), bench.x, bench.y)
+    bench.index = list("abcde")
+    bench.good_step()
+    bench.backward()
+    bench.assert_refused(errors.BatchError, "got numbers, expected strings", torch.arange(5), bench.x, bench.y)
+    bench.good_step()
+    bench.recorder.close()
+    assert attrib.open_run(bench.store).index(1).tolist() == bench.index
+
+
+def test_ids_may_change_after_the_step(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.index = np.array(list("abcde"), dtype=object)
+    bench.good_step()
+    bench.index[:] = list("fghij")
+    bench.good_step()
+    bench.recorder.close()
+    assert [list(attrib.open_run(bench.store).index(s)) for s in (0, 1)] == [list("abcde"), list("fghij")]
 
 
 @pytest.mark.parametrize(
@@ -668,7 +698,7 @@ def without_some_arrays(bench: Bench, patch: pytest.MonkeyPatch) -> None:
 
 
 def without_a_header(bench: Bench, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("attrib.store.seal.SealingStore.begin", no_space)
+    patch.setattr("attrib.store.sealing.SealingStore.begin", no_space)
 
 
 def without_memory_for_the_batch(bench: Bench, patch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import attrib
 from attrib.store.disk import Disk
 from attrib.store.reader import open_checked
 from attrib.store.schema import FACTS, writable_array
-from attrib.store.seal import SealingStore
+from attrib.store.sealing import SealingStore
 
 
 class Trained(NamedTuple):
@@ -55,6 +55,7 @@ def train(
     scheduler: Callable[[Any], Any] | None = None,
     clip: float | None = None,
     close: bool = True,
+    called: Callable[[Tensor], Any] = lambda index: index,
     **options: Any,
 ) -> Trained:
     torch.manual_seed(0)
@@ -73,7 +74,7 @@ def train(
         if clip is not None:
             nn.utils.clip_grad_norm_(net.parameters(), clip)
         rates.append(inner.param_groups[0]["lr"])
-        recorder.step(index, x[index], y[index])
+        recorder.step(called(index), x[index], y[index])
         if schedule is not None:
             schedule.step()
         thetas.append(flat(net))

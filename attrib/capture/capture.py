@@ -50,8 +50,8 @@ class Capture:
         self._listeners.remove()
 
     def prime(self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]]) -> None:
-        """Learn from steps of before, active parameters and batch of each, which rows are whose: as the run had, when a batch
-        of that size came first. theta (P,): the parameters now."""
+        """Learn from steps of before, active parameters and batch of each, which rows are whose: as the run had, when a
+        batch of that size came first. theta (P,): the parameters now."""
         if self._stores:
             with self._listeners.deaf(), torch.enable_grad(), random_state(generators()):
                 for active, batch in passes:

@@ -9,7 +9,7 @@
 
 from .guard import Guard
 from .identities import ShareBound, batch_identity, same_bits, same_state, split_bound, split_gaps, step_identity
-from .intake import check_batch, check_gradient, check_options, names_of, tensor_option
+from .intake import check_batch, check_gradient, check_ids, check_options, names_of, tensor_option
 from .randomness import Draws, RandomWatch
 from .reduction import NormWatch, Reduction, fit_scale
 
@@ -23,6 +23,7 @@ __all__ = [
     "batch_identity",
     "check_batch",
     "check_gradient",
+    "check_ids",
     "check_options",
     "fit_scale",
     "names_of",

@@ -53,17 +53,17 @@ def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[str, .
     return tuple(names)
 
 
-def check_batch(index: Any, batch: tuple[Any, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Ids as (B,) int64 and the batch as arrays."""
-    ids = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
-    if ids.ndim != 1 or len(ids) == 0:
-        raise BatchError(f"index is not a list of ids: got shape {ids.shape}, expected (B,) with B of at least 1.")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise BatchError(f"index is not integer: got {ids.dtype}, expected int64 ids of the training examples.")
-    if ids.dtype == np.uint64 and (ids > np.iinfo(np.int64).max).any():
-        raise BatchError(f"an id is too large: got {ids.max()}, expected at most 2**63 - 1, at slot {ids.argmax()}.")
-    if (ids < 0).any():
-        raise BatchError(f"an id is negative: got {ids.min()}, expected ids of 0 or more, at slot {ids.argmin()}.")
+def check_batch(
+    index: Any, batch: tuple[Any, ...], before: np.dtype[Any] | None = None
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Ids as `check_ids` has them, of the type of those `before`, and the batch as arrays."""
+    ids = check_ids(index)
+    if before is not None and ids.dtype != before:
+        now, then = ("strings", "numbers") if ids.dtype == object else ("numbers", "strings")
+        raise BatchError(
+            f"the ids are of another kind: got {now}, expected {then} as in the steps before, at the index. Call every "
+            f"example of a run by a number, or every one by a string."
+        )
     if not batch:
         raise BatchError("the batch is missing: got no tensors, expected step(index, *batch) as given to the loss.")
     rows = []
@@ -85,7 +85,47 @@ def check_batch(index: Any, batch: tuple[Any, ...]) -> tuple[np.ndarray, list[np
                 f"a part of the batch cannot be stored: got {value.dtype}, expected a type that numpy has, at argument "
                 f"{j} after the index. Convert it in the training loop, e.g. to float32."
             ) from None
-    return ids.astype(np.int64), rows
+    return ids, rows
+
+
+def check_ids(index: Any) -> np.ndarray:
+    """(B,) ids of training examples, a copy: int64, or objects that are strings, whatever they came in."""
+    ids = index.detach().cpu().numpy() if isinstance(index, Tensor) else np.asarray(index)
+    if ids.ndim != 1 or len(ids) == 0:
+        raise BatchError(f"index is not a list of ids: got shape {ids.shape}, expected (B,) with B of at least 1.")
+    if ids.dtype.kind in "UOST":  # of the list itself, since numpy makes strings of the numbers in it and cuts NULs off
+        return _strings(np.array(ids if isinstance(index, np.ndarray) else list(index), dtype=object))
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise BatchError(
+            f"index is not integer: got {ids.dtype}, expected int64 ids of the training examples, or strings."
+        )
+    if ids.dtype == np.uint64 and (ids > np.iinfo(np.int64).max).any():
+        raise BatchError(f"an id is too large: got {ids.max()}, expected at most 2**63 - 1, at slot {ids.argmax()}.")
+    if (ids < 0).any():
+        raise BatchError(f"an id is negative: got {ids.min()}, expected ids of 0 or more, at slot {ids.argmin()}.")
+    return ids.astype(np.int64)
+
+
+def _strings(ids: np.ndarray) -> np.ndarray:
+    for slot, name in enumerate(ids):
+        if not isinstance(name, str):
+            hint = " Decode it: name.decode()." if isinstance(name, bytes) else ""
+            raise BatchError(
+                f"an id is no string: got {name!r} of type {type(name).__name__}, expected strings, or an array of integers "
+                f"from 0 to 2**63 - 1, at slot {slot}.{hint}"
+            )
+        try:
+            cut = b"\0" in name.encode()
+        except UnicodeEncodeError:
+            raise BatchError(
+                f"an id is no text: got {name!r}, expected characters that UTF-8 has, at slot {slot}. Replace half a "
+                f"surrogate pair, as name.encode(errors='replace').decode() does."
+            ) from None
+        if cut:
+            raise BatchError(
+                f"an id holds a NUL: got {name!r}, expected none, since numpy and pandas end strings there, at slot {slot}."
+            )
+    return ids
 
 
 def check_gradient(layout: Layout, parameters: Sequence[Tensor], step: int) -> Tensor:

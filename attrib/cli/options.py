@@ -85,6 +85,20 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def ids(text: str, strings: bool) -> list[Any]:
+    """Of train examples: doc-3,doc-17 where they are strings, else as `numbers`.
+
+    Raises:
+        ValueError: they are no numbers.
+    """
+    if strings:
+        return text.split(",")
+    try:
+        return numbers(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{error}, since the ids of the run are numbers.") from None
+
+
 def window(text: str) -> slice:
     """100:200, or 100: and :200."""
     try:

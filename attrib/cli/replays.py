@@ -9,13 +9,14 @@ from ..intervention import Drop, Freeze, Intervention, Options, Redraw, Reweight
 from ..report import to_json
 from ..run import open_run
 from ..setup import call, load_setup
-from .options import add_setup, command, count, numbers, window
+from .options import add_setup, command, count, ids, window
 
 EXAMPLES = """Groups are names or patterns of parameters, separated by commas; windows are steps of RUN. Several of an option
 and several options compose, in the order of this list:
   --redraw '*'   --transplant 'hidden.*'=other.zarr@1400   --freeze 'embedding.*'@500:700
-  --drop 3,17,20:30@500:   --reweight 3,17=0.5   --suppress 'output.*'=0.1@:500
+  --drop 3,17,20:30@500:   --drop doc-3,doc-17   --reweight 3,17=0.5   --suppress 'output.*'=0.1@:500
   --option lr=0.001@500:600   --intervene my_script.py:changes
+Ids that are strings and hold commas are given by a function, with --intervene.
 A loop that did more than the mean or the sum, such as clipping, is replayed in Python, with backward=."""
 
 
@@ -34,8 +35,8 @@ def add(commands: Any) -> None:
         ("redraw", str, "GROUPS", "parameters drawn anew, as their modules do"),
         ("transplant", _transplant, "GROUPS=RUN@STEP", "parameters from a state of a run"),
         ("freeze", _with_window(str), "GROUPS[@A:B]", "parameters that do not move"),
-        ("drop", _with_window(numbers), "IDS[@A:B]", "train examples left out"),
-        ("reweight", _with_window(_weights), "IDS=WEIGHT[@A:B]", "losses of train examples times a weight"),
+        ("drop", _with_window(str), "IDS[@A:B]", "train examples left out"),
+        ("reweight", _with_window(_weight), "IDS=WEIGHT[@A:B]", "losses of train examples times a weight"),
         ("suppress", _with_window(_pull), "GROUPS=WEIGHT[@A:B]", "parameters pulled towards zero"),
         ("option", _with_window(_option), "NAME=VALUE[@A:B]", "another value of an option of the optimizer"),
         ("intervene", str, "MODULE:FUNCTION", "function that returns interventions"),
@@ -47,10 +48,11 @@ def _replay(options: argparse.Namespace) -> int:
     setup = load_setup(options.setup)
     if setup.loss is None:
         raise SetupError(f"a replay needs the loss: got None, expected the recorded loss, at {options.setup}.")
+    run = open_run(options.run)
     made = replay(
-        open_run(options.run),
+        run,
         options.start,
-        _interventions(options),
+        _interventions(options, run.ids.strings),
         model=setup.model,
         loss=setup.loss,
         store=options.out,
@@ -63,7 +65,8 @@ def _replay(options: argparse.Namespace) -> int:
     return 0
 
 
-def _interventions(options: argparse.Namespace) -> list[Intervention]:
+def _interventions(options: argparse.Namespace, strings: bool) -> list[Intervention]:
+    """strings: whether those are the ids of the run."""
     made: list[Intervention] = []
     for groups in options.redraw:
         kept = "kept" if options.state == "kept" else "reset"
@@ -71,8 +74,8 @@ def _interventions(options: argparse.Namespace) -> list[Intervention]:
     for groups, place, step in options.transplant:
         made.append(Transplant(groups, open_run(place), step, options.state))
     made += [Freeze(groups.split(","), steps) for groups, steps in options.freeze]
-    made += [Drop(ids, steps) for ids, steps in options.drop]
-    made += [Reweight(weights, steps) for weights, steps in options.reweight]
+    made += [Drop(ids(text, strings), steps) for text, steps in options.drop]
+    made += [Reweight(dict.fromkeys(ids(text, strings), weight), steps) for (text, weight), steps in options.reweight]
     made += [Suppress(groups, weight, steps) for (groups, weight), steps in options.suppress]
     made += [Options(values, steps) for values, steps in options.option]
     for where in options.intervene:
@@ -92,17 +95,19 @@ def _transplant(text: str) -> tuple[list[str], str, int]:
 
 def _with_window(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, slice | None]]:
     def reads(text: str) -> tuple[Any, slice | None]:
-        what, at, steps = text.partition("@")
-        return read(what), window(steps) if at else None
+        what, at, steps = text.rpartition("@")
+        if not at or set(steps) - set("0123456789:-"):  # such as an address among the ids
+            return read(text), None
+        return read(what), window(steps)
 
     return reads
 
 
-def _weights(text: str) -> dict[int, float]:
+def _weight(text: str) -> tuple[str, float]:
     """3,17=0.5."""
-    ids, _, weight = text.partition("=")
     try:
-        return dict.fromkeys(numbers(ids), float(weight))
+        examples, weight = text.rsplit("=", 1)
+        return examples, float(weight)
     except ValueError:
         raise argparse.ArgumentTypeError(f"not weights: got {text!r}, expected such as 3,17=0.5") from None
 

@@ -1,7 +1,6 @@
 """Commands on recorded runs: demo, info, plan, verify, attribute."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     run = open_run(options.run)
-    print(json.dumps(run.header, indent=2) if options.json else run)
+    print(to_json(run.header, indent=2) if options.json else run)
     return 0
 
 

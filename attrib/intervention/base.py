@@ -20,7 +20,7 @@ from ..layout import match_names
 from ..run import Run
 
 Groups = str | Sequence[str]  # parameter names or patterns
-Batch = tuple[np.ndarray, tuple[Tensor, ...]]  # ids (B,), inputs of B rows each
+Batch = tuple[np.ndarray, tuple[Tensor, ...]]  # ids (B,), numbers or strings, inputs of B rows each
 
 
 @dataclass(frozen=True)

@@ -47,26 +47,23 @@ class Drop(Window):
     """Examples left out of their batches; a mean is over those that remain. Where the loss draws random numbers, those that
     remain draw others than before: `Reweight` with 0 keeps them."""
 
-    examples: Collection[int]
+    examples: Collection[int | str]
     steps: slice | None = None
 
     def check(self, run: Run, start: int, until: int) -> None:
         super().check(run, start, until)
         _check_examples(run, self.examples, "Drop")
         first, stop = max(start, (self.steps or slice(None)).start or 0), min(until, run.steps)
-        for step, ids in enumerate(run.reader.read("index", slice(first, max(first, stop))), first):
-            if self.active(step) and np.isin(ids[ids >= 0], self._ids).all():
+        dropped = run.numbers[_among(run.examples, self.examples)]
+        for step, numbers in enumerate(run.reader.read("index", slice(first, max(first, stop))), first):
+            if self.active(step) and np.isin(numbers[numbers >= 0], dropped).all():
                 raise ReplayError(_NONE_LEFT.format(step=step))
-
-    @property
-    def _ids(self) -> np.ndarray:
-        return np.fromiter(map(int, self.examples), np.int64)
 
     def batch(self, step: int, batch: Batch) -> Batch:
         index, inputs = batch
         if not self.active(step):
             return batch
-        left = np.flatnonzero(~np.isin(index, self._ids))
+        left = np.flatnonzero(~_among(index, self.examples))
         if not len(left):
             raise ReplayError(_NONE_LEFT.format(step=step))
         rows = torch.from_numpy(left)
@@ -84,7 +81,7 @@ class Reweight(Window):
         weights: example id -> weight; 1 for all others.
     """
 
-    weights: Mapping[int, float]
+    weights: Mapping[Any, float]
     steps: slice | None = None
 
     def check(self, run: Run, start: int, until: int) -> None:
@@ -96,7 +93,7 @@ class Reweight(Window):
     def loss(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
         if not self.active(step):
             return losses
-        weights = [self.weights.get(int(i), 1.0) for i in ids]
+        weights = [self.weights.get(i, 1.0) for i in ids.tolist()]
         return torch.tensor(weights, dtype=losses.dtype, device=losses.device) * losses
 
 
@@ -191,10 +188,25 @@ def weighted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return weighted_loss
 
 
-def _check_examples(run: Run, examples: Collection[int], where: str) -> None:
-    missing = sorted(set(map(int, examples)) - set(run.examples.tolist()))
+def _ids(examples: Collection[Any]) -> list[int | str]:
+    return [e if isinstance(e, str) else int(e) for e in examples]
+
+
+def _among(ids: np.ndarray, examples: Collection[Any]) -> np.ndarray:
+    """(B,): which of the ids are among the examples."""
+    if ids.dtype == object:
+        known = set(_ids(examples))
+        return np.fromiter((name in known for name in ids), bool, len(ids))
+    return np.isin(ids, np.fromiter(map(int, examples), np.int64))
+
+
+def _check_examples(run: Run, examples: Collection[int | str], where: str) -> None:
+    if isinstance(examples, str):
+        raise ReplayError(f"examples are a string: got {examples!r}, expected a list of ids, at {where}.")
+    known = set(run.examples.tolist())
+    missing = [e for e in _ids(examples) if e not in known]
     if missing or not len(examples):
         raise ReplayError(
-            f"there are no such train examples: got {missing[:5] or 'none at all'}, expected some of the "
-            f"{len(run.examples)} ids of the run, at {where}."
+            f"there are no such train examples: got {missing[:5] or 'none at all'}, expected some of the {len(known)} ids "
+            f"of the run, such as {run.examples.tolist()[0]!r}, at {where}."
         )

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_ids
 from ..errors import ReplayError
 from ..run import Run
 
@@ -14,7 +15,8 @@ Batches = Callable[[int], tuple[Any, ...]]  # step -> (index, *inputs)
 
 
 class Scheduled(NamedTuple):
-    """ids (B,), inputs of B rows each, hyper (K, H + 1), the generator's state before the forward pass or None."""
+    """ids (B,), numbers or strings, inputs of B rows each, hyper (K, H + 1), the generator's state before the forward pass
+    or None."""
 
     ids: np.ndarray
     batch: tuple[Tensor, ...]
@@ -36,12 +38,12 @@ class Schedule:
         run = self._run
         if until <= run.steps or self._batches is not None:
             return
-        ids = run.reader.read("index", slice(0, run.steps))
-        if ids.shape[1] == len(run.examples) and (np.sort(ids, 1) == run.examples).all():
+        numbers = run.reader.read("index", slice(0, run.steps))
+        if numbers.shape[1] == len(run.numbers) and (np.sort(numbers, 1) == run.numbers).all():
             return
         raise ReplayError(
             f"the batches beyond the record are not known: got until {until}, expected until <= {run.steps}, since not "
-            f"every batch was all {len(run.examples)} examples. Pass batches=, a function step -> (index, *inputs)."
+            f"every batch was all {len(run.numbers)} examples. Pass batches=, a function step -> (index, *inputs)."
         )
 
     def step(self, step: int) -> Scheduled:
@@ -53,10 +55,11 @@ class Schedule:
         if step >= run.steps and self._batches is not None:
             ids, *inputs = self._batches(step)
             batch = tuple(torch.as_tensor(t).to(self._device) for t in inputs)
-            return Scheduled(torch.as_tensor(ids).cpu().numpy(), batch, hyper, None)
-        kind, rows, ids = (self._rows[name][n] for name in ("kind", "row", "index"))
+            return Scheduled(check_ids(ids), batch, hyper, None)
+        kind, rows, numbers = (self._rows[name][n] for name in ("kind", "row", "index"))
         drawn = torch.from_numpy(self._rows["random"][n]) if "random" in self._rows and step < run.steps else None
-        return Scheduled(ids[ids >= 0], self._inputs(int(kind), rows[rows >= 0]), hyper, drawn)
+        ids = run.ids.of(numbers[numbers >= 0])
+        return Scheduled(ids, self._inputs(int(kind), rows[rows >= 0]), hyper, drawn)
 
     def _read(self, step: int) -> None:
         """The block that a step stands in."""

@@ -252,6 +252,8 @@ def _missing(value: Any) -> bool:
 def _shown(value: Any, decimals: int) -> str:
     if _missing(value):
         return "–"
+    if isinstance(value, Integral) and decimals == 0:
+        return str(int(value)).replace("-", "−")  # as it is: a float has 53 bits
     if not isfinite(value):
         return "∞" if value > 0 else "−∞"
     size = abs(value)

@@ -50,7 +50,7 @@ def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | 
     ax = _axes(ax)
     final = values.values.sum(0)
     order = np.argsort(-np.abs(final), kind="stable")
-    steps = values["step"].values
+    steps, ids = values["step"].values, values["example"].values.tolist()
     rest = values.values[:, order[n:]].sum(1)
     decay = result.decay.isel(query=query).sum("group").values
     for label, style, per_step in (
@@ -61,7 +61,7 @@ def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | 
         ax.plot(steps, running, style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})")
     for k, e in enumerate(order[:n]):
         running = np.cumsum(values.values[:, e])
-        label = f"{shortened(said(describe, int(values['example'].values[e])))}  ({final[e]:+.2f})"
+        label = f"{shortened(said(describe, ids[e]))}  ({final[e]:+.2f})"
         style = "-" if k < len(COLOURS) else "--"
         ax.plot(steps, running, style, color=COLOURS[k % len(COLOURS)], linewidth=1.2, label=label)
     ax.axhline(0, color="black", linewidth=0.6)
@@ -87,7 +87,7 @@ def heat_map(result: Result, query: int = 0, n: int = 30, describe: Describe | N
     largest = np.abs(sums).max(initial=0.0) or 1.0
     edges = np.arange(len(chosen) + 1) - 0.5
     mesh = ax.pcolormesh(steps[bins.edges], edges, sums, cmap=diverging(), vmin=-largest, vmax=largest)
-    labels = [shortened(said(describe, int(e))) for e in values["example"].values[chosen]]
+    labels = [shortened(said(describe, e)) for e in values["example"].values[chosen].tolist()]
     ax.set_yticks(range(len(chosen)), labels, fontsize=7)
     ax.invert_yaxis()
     ax.set(xlabel="step", ylabel=f"{len(chosen)} of {len(total)} train examples")

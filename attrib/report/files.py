@@ -10,10 +10,13 @@ from typing import Any
 
 from ..errors import StoreExistsError
 
+WHOLE = 2**53 - 1  # up to here a float64 is one whole number and no other
 
-def to_json(value: Any) -> str:
-    """JSON in which a number that is not finite is null, and numpy's numbers are numbers."""
-    return json.dumps(_plain(value), allow_nan=False)
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON in which a number that is not finite is null, and numpy's numbers are numbers; whole ones that are rounded where
+    all numbers are floats, as in JavaScript, are strings."""
+    return json.dumps(_plain(value), allow_nan=False, indent=indent)
 
 
 def check_file(path: Path, overwrite: bool) -> None:
@@ -47,4 +50,6 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if hasattr(value, "item"):
         value = value.item()
+    if isinstance(value, int) and abs(value) > WHOLE:
+        return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

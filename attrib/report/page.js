@@ -5,7 +5,7 @@ const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00
 const UP = "#0072B2", DOWN = "#D55E00", WHOLE = "#555555";
 const $ = (id) => document.getElementById(id);
 
-let page;                                // what payload.py wrote, arrays decoded
+let page;                                // what payload.py wrote, arrays decoded; ids are strings, `shown` a Map by them
 const now = { query: 0, from: 0, to: 1 };  // the window: bins from .. to - 1
 
 // reading
@@ -86,9 +86,15 @@ function shown(what, fallback) {
   return made;
 }
 
+// an id where there is little room: a long one without its middle, the empty one as its quotes
+function called(id, n = 24) {
+  const letters = [...id];
+  return letters.length > n ? `${letters.slice(0, n / 2 - 1).join("")}…${letters.slice(-n / 2).join("")}` : id || '""';
+}
+
 const label = (id) => {
-  const text = (page.shown[id] || [""])[0];
-  return cut(text ? `${id}: ${text.replace(/\s+/g, " ")}` : `example ${id}`);
+  const text = (page.shown.get(id) || [""])[0];
+  return cut(text ? `${called(id)}: ${text.replace(/\s+/g, " ")}` : `example ${called(id)}`);
 };
 
 // charts
@@ -260,8 +266,10 @@ function showExamples() {
     mark.style.width = `${(100 * Math.abs(sums[k])) / largest}%`;
     bar.append(mark);
     const what = element("td");
-    what.append(shown(page.shown[table.ids[k]], `example ${table.ids[k]}`));
-    return row(element("td", table.ids[k], "id"), what, numberCell(sums[k]), bar);
+    const id = element("td", table.ids[k] || '""', "id");
+    id.style.minWidth = `calc(${Math.min(table.ids[k].length, 20)}ch + .7rem)`;  // 19 digits stand in one line
+    what.append(shown(page.shown.get(table.ids[k]), `example ${called(table.ids[k])}`));
+    return row(id, what, numberCell(sums[k]), bar);
   };
   fill("top", top.map(made));
   fill("bottom", bottom.map(made));
@@ -334,7 +342,8 @@ async function main() {
   const script = document.createElement("script");
   script.textContent = await unpack("library");
   document.head.append(script);
-  page = decode(JSON.parse(await unpack("page")));
+  const { shown, ...rest } = JSON.parse(await unpack("page"));
+  page = { ...decode(rest), shown: new Map(Object.entries(shown)) };
   now.to = page.windows.length - 1;
   $("from").max = page.windows.length - 2;
   $("to").max = page.windows.length - 1;

@@ -34,8 +34,8 @@ def write(
         result: from `attrib.attribute` or `attrib.open_result`. For tables of windows of steps it must have been kept along
             step and example, for the bars along step and group.
         path: of the file; an earlier report there is replaced.
-        describe: train example id -> how it is shown: a string, an image (H, W), (H, W, 3) or (3, H, W), or a pair (image,
-            string).
+        describe: train example id, a number or a string -> how it is shown: a string, an image (H, W), (H, W, 3) or
+            (3, H, W), or a pair (image, string).
         describe_query: query -> the same.
         tag: train example id -> class, source or the like, that the ledger's waterfall sums by.
         title: by default the question, for the chosen query.

@@ -43,7 +43,7 @@ class Chosen(NamedTuple):
 def payload(
     result: Result, describe: Describe | None, describe_query: Describe | None, tag: Describe | None, progress: bool
 ) -> dict[str, Any]:
-    """Everything the page shows, as JSON; arrays are float32 in base64."""
+    """Everything the page shows, as JSON; arrays are float32 in base64, ids are strings, for JavaScript rounds numbers."""
     dataset = result.dataset
     first = int(dataset["step"].values[0])
     changes = fold_groups(result.timeline(), SERIES)
@@ -71,8 +71,8 @@ def payload(
         "ranks": RANKS,
         "by_steps": by_steps,
         "tables": [
-            {"ids": dataset["example"].values[at].tolist(), "values": _floats(values), "others": _floats(others),
-             "left": dataset.sizes["example"] - len(at)} for at, values, others in table.queries
+            {"ids": [str(e) for e in dataset["example"].values[at].tolist()], "values": _floats(values),
+             "others": _floats(others), "left": dataset.sizes["example"] - len(at)} for at, values, others in table.queries
         ],
         "shown": shown,
     }  # fmt: skip
@@ -138,13 +138,14 @@ def _descriptions(ids: np.ndarray, table: Chosen, describe: Describe | None) -> 
     images, letters, omitted = IMAGES, TEXTS, 0
     order = sorted(size, key=lambda e: -size[e]) if describe is not None else []
     for n, e in enumerate(order):
-        found = show(describe, int(ids[e]))
+        (example,) = ids[[e]].tolist()
+        found = show(describe, example)
         images, letters = images - len(found.image), letters - len(found.text)
         if letters < 0:
             return shown, omitted + len(order) - n
         if found.image and images < 0:
             found, omitted = found._replace(image=""), omitted + 1
-        shown[str(ids[e])] = found
+        shown[str(example)] = found
     return shown, omitted
 
 

@@ -12,17 +12,17 @@ from .thin import bin_steps
 BAR = 24
 
 
-def largest(result: Result, query: int, n: int, describe: Callable[[int], str]) -> str:
+def largest(result: Result, query: int, n: int, describe: Callable[[Any], str]) -> str:
     """The n contributions of examples that are largest in size, signed, with a bar."""
     table = result.select([query]).top(n)
     order = np.argsort(-table["contribution"].abs().to_numpy(), kind="stable")[:n]
     return bars(table.iloc[order], describe)
 
 
-def bars(table: pd.DataFrame, describe: Callable[[int], str]) -> str:
+def bars(table: pd.DataFrame, describe: Callable[[Any], str]) -> str:
     """Rows of `Result.top`, each with a bar."""
     values = table["contribution"].to_numpy()
-    names = [" ".join(describe(int(e)).split())[:60] for e in table["example"]]
+    names = [" ".join(describe(e).split())[:60] for e in table["example"].tolist()]
     widest, width = np.abs(values).max(initial=1e-300), max([16, *(len(n) for n in names)])
     lines = []
     for name, value in zip(names, values, strict=True):

@@ -3,7 +3,9 @@
 - `schema`: what is stored, under which name, with which dimensions; the format version
 - `place`, `disk`, `lease`, `owner`: where a store stands, how it gets to the disk, who writes to it, whether it is ours
 - `metadata`, `seal`: what a store may contain; digests over all that it holds
+- `sealing`, `checked`: a store as it is written, as it is read
 - `examples`: each distinct input stored once, found again by its hash
+- `ids`: ids that are strings, and the numbers that stand for them
 - `codec`: differences along the step axis, before compression
 - `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
@@ -17,6 +19,7 @@ The only importer of zarr. No pickle anywhere.
 from .creation import StepRecord
 from .cube import CubeWriter
 from .datasets import open_dataset, save_dataset
+from .ids import Ids
 from .owner import check_target, same_place, stands
 from .place import local_path
 from .reader import Reader
@@ -27,6 +30,7 @@ from .writer import Writer, close_dropped
 __all__ = [
     "FORMAT",
     "CubeWriter",
+    "Ids",
     "Reader",
     "Reopened",
     "StepRecord",

@@ -18,12 +18,13 @@ from zarr.core.sync import sync
 from ..errors import StoreError, StoreExistsError
 from ..generators import generators
 from .examples import ExampleTables
+from .ids import IdTable
 from .lease import Lease
 from .metadata import HEADER
 from .owner import check_target, clear
 from .place import Place, beside, discard, locate, occupied, settle, writable
 from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, STATE_BYTES, block_steps, create
-from .seal import SealingStore, create_digests
+from .sealing import SealingStore, create_digests
 
 PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all other arrays 0
 
@@ -34,7 +35,7 @@ class StepRecord(NamedTuple):
     theta: np.ndarray | None  # (P,) before the step
     gradient: np.ndarray  # (P,)
     hyper: np.ndarray  # (K, H) float64
-    ids: np.ndarray  # (B,) int64
+    ids: np.ndarray  # (B,) int64, or objects that are strings
     batch: list[np.ndarray]  # (B, ...) each
     scale: float
     state: dict[str, np.ndarray] | None  # (P,) each, before the step
@@ -42,6 +43,14 @@ class StepRecord(NamedTuple):
     log: dict[str, float]  # some of LOGS
     shares: dict[str, np.ndarray]  # (B, ...) by name, with capture="gradients" or "factors"
     penalty: np.ndarray | None = None  # (P,), of the gradient
+
+
+class Placed(NamedTuple):
+    """Of a step: ids (B,) int64, as numbers; the table of its inputs and their rows (B,) of it."""
+
+    ids: np.ndarray
+    kind: int
+    rows: np.ndarray
 
 
 class Lengths(NamedTuple):
@@ -62,10 +71,16 @@ class OpenStore:
     arrays: dict[str, zarr.Array]
     shares: tuple[str, ...]
     examples: ExampleTables
+    ids: IdTable
     lengths: Lengths
     width: int
     lease: Lease | None
     replaced: Path | None = None
+
+    def assign(self, record: StepRecord) -> Placed:
+        """What stands in the arrays for its ids and its inputs."""
+        ids = self.ids.place(record.ids)
+        return Placed(ids, *self.examples.place(ids, record.batch))
 
     def keep(self) -> None:
         """The first step is made."""
@@ -107,6 +122,7 @@ def create_store(
         sealing = SealingStore(writable(made), growing=True)
         try:
             arrays = _arrays(sealing, constants, first, lengths)
+            ids = IdTable.created(zarr.open_group(sealing, mode="r+", zarr_format=3), first.ids, lengths.block)
             sealing.begin(header)
             replaced = None
             if isinstance(place, Path) and isinstance(made, Path) and made != place:
@@ -126,7 +142,7 @@ def create_store(
     sealing.move(place)
     group = zarr.open_group(sealing, mode="r+", zarr_format=3)
     shares, width = tuple(first.shares), len(first.ids)
-    return OpenStore(place, sealing, arrays, shares, ExampleTables(group), lengths, width, lease, replaced)
+    return OpenStore(place, sealing, arrays, shares, ExampleTables(group), ids, lengths, width, lease, replaced)
 
 
 def _occupy(place: Place) -> Lease | None:

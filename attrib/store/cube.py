@@ -1,7 +1,7 @@
 """All contributions of a sweep on disk: (query, step, slot, group), for what is larger than memory.
 
 Written backwards, as the sweep goes, in chunks of several steps; `index` (step, slot) holds the example ids, -1 where there
-is none.
+is none. Of ids that are strings it holds numbers, with a table beside it: see `ids`.
 """
 
 from typing import Any
@@ -10,10 +10,11 @@ import numpy as np
 import zarr
 
 from ..errors import StoreExistsError
+from .ids import IdTable
 from .owner import check_target
 from .place import locate, writable
 from .schema import FORMAT, create
-from .seal import SealingStore, create_digests
+from .sealing import SealingStore, create_digests
 
 CHUNK_BYTES = 8 << 20
 
@@ -41,7 +42,7 @@ class CubeWriter:
     def put(self, step: int, index: np.ndarray, contributions: np.ndarray) -> None:
         """Step counted from the window's start; (B,) ids; (Q, B, G)."""
         if self._cube is None:
-            self._create(len(index))
+            self._create(index)
         assert self._cube is not None
         if len(index) > self._cube.shape[2]:
             q, t, _, g = self._cube.shape
@@ -57,12 +58,13 @@ class CubeWriter:
             self._write(min(self._waiting))
         self._sealing.commit({**self._facts, "complete": complete}, full=True)
 
-    def _create(self, slots: int) -> None:
-        q, t, g = self._shape
+    def _create(self, first: np.ndarray) -> None:
+        slots, (q, t, g) = len(first), self._shape
         self._steps = max(1, min(t, CHUNK_BYTES // max(1, 8 * q * slots * g)))
         dims = ("query", "step", "slot", "group")
         self._cube = create(self._group, "contribution", (q, t, slots, g), (q, self._steps, slots, g), np.float64, dims)
         self._index = create(self._group, "index", (t, slots), (self._steps, slots), np.int64, ("step", "slot"), -1)
+        self._ids = IdTable.created(self._group, first, self._steps)
 
     def _write(self, first: int) -> None:
         assert self._cube is not None
@@ -71,7 +73,8 @@ class CubeWriter:
         ids = np.full((count, slots), -1, dtype=np.int64)
         for step, (index, contributions) in self._waiting.items():
             values[:, step - first, : len(index)] = contributions
-            ids[step - first, : len(index)] = index
+            ids[step - first, : len(index)] = self._ids.place(index)
+        self._ids.commit()
         self._cube[:, first : first + count] = values
         self._index[first : first + count] = ids
         self._sealing.commit(self._facts, full=True)

@@ -8,11 +8,12 @@ import xarray as xr
 import zarr
 
 from ..errors import StoreError
+from .checked import check_present
 from .owner import check_target, clear
 from .place import beside, discard, locate, settle, writable
 from .reader import chunk_keys, open_array, open_checked
 from .schema import DIGESTS, FORMAT, compressors
-from .seal import SealingStore, check_present, create_digests
+from .sealing import SealingStore, create_digests
 
 
 def save_dataset(dataset: xr.Dataset, target: Any, facts: dict[str, Any], overwrite: bool) -> None:

@@ -20,7 +20,17 @@ CODECS = {"bytes", "blosc", "crc32c", STEP_DELTA}
 TYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))} | {
     *("float16", "float32", "float64", "complex64", "complex128")
 }
-GROWING = {"step", "state", "frame", "row", "slot", "block", "chunk"}  # dimensions of a run that is being recorded
+GROWING = {
+    "step",
+    "state",
+    "frame",
+    "row",
+    "slot",
+    "block",
+    "chunk",
+    "id",
+    "utf8",
+}  # dimensions of a run that is being recorded
 LARGEST = 64 << 20  # bytes of a document
 PACKED = 300  # a chunk's bytes for one of its file's, at most: lz4 packs 255 into one
 HEADER = "zarr.json"

@@ -11,11 +11,12 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from ..errors import StoreError
+from .checked import CheckedStore, check_present
 from .metadata import HEADER
 from .owner import KINDS, read_header
 from .place import locate, readable
 from .schema import DIGESTS, FACTS, FORMAT
-from .seal import CheckedStore, Unsealed, check_present
+from .seal import Unsealed
 
 CACHED_BYTES = 512 << 20  # inputs up to this size are read once and kept
 
@@ -175,6 +176,7 @@ class Reader:
             "state": states,
             "frame": -(-self.steps // frame),
             "block": -(-self.steps // block),
+            **dict(zip(("id", "utf8"), self.header["ids"], strict=True)),
         }
         return min(known.get(first, array.shape[0]), array.shape[0]) if array.ndim and first else 0
 

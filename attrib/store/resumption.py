@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import zarr
 
-from .creation import Lengths, OpenStore, StepRecord
+from .creation import Lengths, OpenStore, Placed, StepRecord
 from .examples import ExampleTables
+from .ids import IdTable
 from .lease import Lease
 from .place import locate, writable
 from .reader import Reader
 from .schema import DIGESTS, LOGS, writable_array
-from .seal import SealingStore
-
-Placed = tuple[int, np.ndarray]  # the table of a batch's inputs, and their rows (B,) of it
+from .sealing import SealingStore
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,16 @@ def reopen(reader: Reader, held: Lease | None, after: np.ndarray) -> Reopened:
     sealing = SealingStore(writable(place), growing=True, attributes=reader.store.attributes)
     sealing.resume(reader.store.closed())
     group = zarr.open_group(sealing, mode="r+", zarr_format=3)
-    stepwise = [n for n in reader.store.arrays if n != DIGESTS and n.split("/")[0] not in ("constants", "examples")]
+    stepwise = [
+        n for n in reader.store.arrays if n != DIGESTS and n.split("/")[0] not in ("constants", "examples", "ids")
+    ]
     arrays = {name: writable_array(sealing, name) for name in stepwise}
     shares = tuple(name for name in stepwise if name.split("/")[0] in ("gradients", "factors"))
     lengths = Lengths(*(int(header[name]) for name in Lengths._fields))
     written = int(header["written_steps"])
     tables = ExampleTables.restored(group, reader, written)
-    store = OpenStore(place, sealing, arrays, shares, tables, lengths, int(header["slots"]), held)
+    ids = IdTable.restored(group, reader)
+    store = OpenStore(place, sealing, arrays, shares, tables, ids, lengths, int(header["slots"]), held)
     start = written - written % lengths.block
     records, placed = _growing(reader, lengths, range(start, written), shares) if written > start else ([], [])
     return Reopened(store, header, start, records, placed, after)
@@ -104,5 +106,5 @@ def _growing(
                 penalty=read["penalty"][n] if "penalty" in read else None,
             )
         )
-        placed.append((int(facts["kind"][n]), read["row"][n][: len(ids)]))
+        placed.append(Placed(ids, int(facts["kind"][n]), read["row"][n][: len(ids)]))
     return records, placed

@@ -7,7 +7,9 @@
     state/*      [frame, parameter]            the optimizer's accumulators before the first step of each block, or before
                                                every k-th step
     hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
-    index        [step, slot]                  ids of the training examples, -1 where the batch was smaller
+    index        [step, slot]                  ids of the training examples, -1 where the batch was smaller; of ids that are
+                                               strings the numbers that stand for them
+    ids/*        [id, bound], [utf8]           which strings these are: see `ids`
     row          [step, slot]                  where the inputs of the slot stand in the table of examples/ of the step
     facts        [step, fact]                  numbers of a step, float64, named in the array's attribute "facts":
         kind                                   which table of examples/ holds the inputs of the batch

@@ -18,10 +18,10 @@ import numpy as np
 from ..ending import at_end
 from ..errors import StoreError
 from ..generators import generators
-from .creation import PADDING, OpenStore, StepRecord, create_store, lengths_of
+from .creation import PADDING, OpenStore, Placed, StepRecord, create_store, lengths_of
 from .owner import check_target, read_header
 from .place import locate
-from .resumption import Placed, Reopened
+from .resumption import Reopened
 from .schema import COMMIT_SECONDS, COMMIT_SHARE, FACTS
 
 log = logging.getLogger("attrib")
@@ -217,7 +217,14 @@ class Writer:
     def _create(self, first: StepRecord) -> None:
         lengths = lengths_of(first, *self._asked)
         self._header.update(lengths._asdict(), arity=len(first.batch))
-        header = {**self._header, "committed_steps": 0, "written_steps": 0, "slots": len(first.ids), "rows": []}
+        header = {
+            **self._header,
+            "committed_steps": 0,
+            "written_steps": 0,
+            "slots": len(first.ids),
+            "rows": [],
+            "ids": [0, 0],
+        }
         self._opened = create_store(self.place, self._overwrite, header, self._constants, first, lengths)
 
     def _piece(self, full: bool, last: bool = False) -> Piece:
@@ -247,7 +254,7 @@ class Writer:
             self._put("theta", -(-piece.stop // every), piece.after[None])
         committed = piece.stop - (every == 1 and not follows)
         counts = {"committed_steps": committed, "written_steps": piece.stop}
-        held = {"rows": self._store.examples.rows, "slots": self._store.width}
+        held = {"rows": self._store.examples.rows, "ids": self._store.ids.written, "slots": self._store.width}
         self._store.sealing.commit({**piece.facts, **counts, **held}, piece.full)
         self._due = time.monotonic() + max(COMMIT_SECONDS, (time.monotonic() - began) / COMMIT_SHARE)
 
@@ -262,7 +269,7 @@ class Writer:
 
     def _put_block(self, piece: Piece, follows: bool) -> None:
         start, records, lengths = piece.start, piece.records, self._store.lengths
-        piece.placed.extend(self._store.examples.place(r.ids, r.batch) for r in records[len(piece.placed) :])
+        piece.placed.extend(map(self._store.assign, records[len(piece.placed) :]))
         width = max(self._store.width, *(len(r.ids) for r in records))
         self._widen(width, start)
         states = [r.theta for r in records if r.theta is not None]
@@ -274,11 +281,9 @@ class Writer:
         if records[0].penalty is not None:
             self._put("penalty", start, np.stack([r.penalty for r in records if r.penalty is not None]))
         self._put("hyper", start, np.stack([r.hyper for r in records]))
-        self._put("index", start, _padded([r.ids for r in records], width, PADDING["index"]))
-        self._put("row", start, _padded([rows for _, rows in piece.placed], width, PADDING["row"]))
-        self._put(
-            "facts", start, np.array([_facts(r, kind) for r, (kind, _) in zip(records, piece.placed, strict=True)])
-        )
+        self._put("index", start, _padded([p.ids for p in piece.placed], width, PADDING["index"]))
+        self._put("row", start, _padded([p.rows for p in piece.placed], width, PADDING["row"]))
+        self._put("facts", start, np.array([_facts(r, p.kind) for r, p in zip(records, piece.placed, strict=True)]))
         for name in records[0].shares:
             self._put(name, start, _padded([r.shares[name] for r in records], width, 0))
         if records[0].random is not None:
@@ -287,6 +292,7 @@ class Writer:
             self._put(f"state/{key}", start // lengths.frame, value[None])
         self._put("generators", start // lengths.block, piece.generators[None])
         self._store.examples.commit()
+        self._store.ids.commit()
 
     def _stacked(self, name: str, rows: list[np.ndarray]) -> np.ndarray:
         """In the same memory for every block: pages that are new to the process cost more than the copy."""
