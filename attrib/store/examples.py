@@ -7,6 +7,7 @@ import numpy as np
 import zarr
 
 from ..kernels.hashing import combine, hash_rows
+from ..kernels.keys import KeyTable
 from .schema import CHUNK_BYTES, create
 
 
@@ -59,8 +60,7 @@ class ExampleTable:
             )
             for j, a in enumerate(batch)
         ]
-        self._keys = np.zeros(0, dtype=np.uint64)  # sorted
-        self._rows = np.zeros(0, dtype=np.int64)  # row of each key
+        self._known = KeyTable()
         self._next = 0
         self._start = 0  # first row not yet written
         self._written = 0  # rows written, the last chunk not filled up
@@ -71,23 +71,12 @@ class ExampleTable:
         keys = hash_rows(index)
         for a in batch:
             keys = combine(keys, hash_rows(a))
-        unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        at = np.searchsorted(self._keys, unique)
-        known = at < len(self._keys)
-        known[known] = self._keys[at[known]] == unique[known]
-        rows = np.empty(len(unique), dtype=np.int64)
-        rows[known] = self._rows[at[known]]
-        new = np.flatnonzero(~known)
+        rows, new = self._known.rows(keys, self._next)
         if len(new):
-            new = new[np.argsort(first[new])]  # in the order of the batch
-            rows[new] = self._next + np.arange(len(new))
             self._next += len(new)
             for pending, a in zip(self._pending, batch, strict=True):
-                pending.append(a[first[new]])
-            order = np.argsort(merged := np.concatenate([self._keys, unique[new]]), kind="stable")
-            self._rows = np.concatenate([self._rows, rows[new]])[order]
-            self._keys = merged[order]
-        return rows[inverse]
+                pending.append(a[new])
+        return rows
 
     def commit(self) -> int:
         """Write the rows that wait and return how many stand there; if a write fails, they wait on."""
