@@ -6,4 +6,5 @@
 - `factors`: gradients of single examples in the form that layers give them, one file for each kind
 - `contraction`: sensitivities times per-example gradients, float64 accumulation
 - `hashing`: one 64-bit word per row of an array
+- `keys`: a table from such words to rows, that grows
 """

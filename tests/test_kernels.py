@@ -5,6 +5,7 @@ import pytest
 import torch
 from attrib.kernels.contraction import contract_rows, row_dots
 from attrib.kernels.hashing import combine, hash_rows
+from attrib.kernels.keys import SMALLEST, KeyTable
 from attrib.kernels.recurrence import Coefficients
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +55,43 @@ def test_sign_bits_alone_make_different_hashes() -> None:
 def test_combined_hashes_depend_on_the_order() -> None:
     a, b = hash_rows(np.arange(4)), hash_rows(np.arange(4) + 7)
     assert (combine(a, b) != combine(b, a)).all()
+
+
+def rows_by_dict(known: dict[int, int], keys: list[int], start: int) -> tuple[list[int], list[int]]:
+    """What `KeyTable.rows` gives, by a dict that is changed alike."""
+    rows, first = [], []
+    for place, key in enumerate(keys):
+        if key not in known:
+            known[key] = start + len(first)
+            first.append(place)
+        rows.append(known[key])
+    return rows, first
+
+
+few = st.integers(0, 12)  # that come again, within a batch and later
+collide = st.sampled_from([0, SMALLEST, 1 << 63, SMALLEST - 1, 2 * SMALLEST - 1, 2**64 - 1])  # first and last slot
+many = st.integers(0, 2**64 - 1)
+
+
+@given(batches=st.lists(st.lists(few | collide | many, max_size=20), max_size=8), skipped=st.integers(0, 5))
+def test_a_key_table_gives_the_rows_of_a_dict(batches: list[list[int]], skipped: int) -> None:
+    table, known, start = KeyTable(), {}, 0
+    for keys in batches:
+        want_rows, want_first = rows_by_dict(known, keys, start)
+        rows, first = table.rows(np.array(keys, np.uint64), start)
+        assert (rows.tolist(), first.tolist(), len(table)) == (want_rows, want_first, len(known))
+        start += len(first) + skipped  # rows need not follow each other: a chunk of the store begins
+
+
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 4 * SMALLEST))
+def test_a_key_table_that_grows_forgets_no_key(seed: int, batch: int) -> None:
+    keys = np.random.default_rng(seed).integers(0, 2**64, 5 * SMALLEST, dtype=np.uint64)
+    table = KeyTable()
+    rows = [table.rows(keys[lo : lo + batch], lo)[0] for lo in range(0, len(keys), batch)]
+    np.testing.assert_array_equal(np.concatenate(rows), np.arange(len(keys)))
+    again, new = table.rows(keys, len(keys))
+    np.testing.assert_array_equal(again, np.arange(len(keys)))
+    assert not len(new)
 
 
 @given(seed=st.integers(0, 10**6), vectors=st.booleans())

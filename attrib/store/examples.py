@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 
 from ..kernels.hashing import combine, hash_rows
+from ..kernels.keys import KeyTable
 from .schema import CHUNK_BYTES, create, writable_array
 
 Signature = tuple[tuple[str, tuple[int, ...]], ...]  # of each tensor of a batch the type and the shape of a row
@@ -76,8 +77,7 @@ class ExampleTable:
     def __init__(self, arrays: list[zarr.Array], rows: int) -> None:
         self._arrays = arrays
         self._chunk = arrays[0].chunks[0]
-        self._keys = np.zeros(0, dtype=np.uint64)  # sorted
-        self._rows = np.zeros(0, dtype=np.int64)  # row of each key
+        self._known = KeyTable()
         self.written = rows  # the last chunk not filled up
         self._next = self._start = -(-rows // self._chunk) * self._chunk  # the first row not yet written
         self._pending: list[list[np.ndarray]] = [[] for _ in arrays]
@@ -107,30 +107,16 @@ class ExampleTable:
 
     def know(self, rows: np.ndarray, index: np.ndarray, inputs: list[np.ndarray]) -> None:
         """Rows (n,) that stand there already, with their ids (n,) and inputs (n, ...)."""
-        keys = _keys(index, inputs)
-        order = np.argsort(keys, kind="stable")
-        self._keys, self._rows = keys[order], rows[order]
+        self._known.put(_keys(index, inputs), rows)
 
     def rows(self, index: np.ndarray, batch: list[np.ndarray]) -> np.ndarray:
         """(B,) ids and the batch's arrays -> (B,) rows."""
-        keys = _keys(index, batch)
-        unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        at = np.searchsorted(self._keys, unique)
-        known = at < len(self._keys)
-        known[known] = self._keys[at[known]] == unique[known]
-        rows = np.empty(len(unique), dtype=np.int64)
-        rows[known] = self._rows[at[known]]
-        new = np.flatnonzero(~known)
+        rows, new = self._known.rows(_keys(index, batch), self._next)
         if len(new):
-            new = new[np.argsort(first[new])]  # in the order of the batch
-            rows[new] = self._next + np.arange(len(new))
             self._next += len(new)
             for pending, a in zip(self._pending, batch, strict=True):
-                pending.append(a[first[new]])
-            order = np.argsort(merged := np.concatenate([self._keys, unique[new]]), kind="stable")
-            self._rows = np.concatenate([self._rows, rows[new]])[order]
-            self._keys = merged[order]
-        return rows[inverse]
+                pending.append(a[new])
+        return rows
 
     def commit(self) -> None:
         """Write the rows that wait; if a write fails, they wait on."""
