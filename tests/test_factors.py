@@ -273,7 +273,7 @@ def test_sequences_of_another_length_are_refused_by_name(tmp_path: Path) -> None
         if length == 2:
             recorder.step(torch.arange(4), x)
         else:
-            with pytest.raises(attrib.errors.BatchError, match=r"factors.*weight.*capture="):
+            with pytest.raises(attrib.errors.BatchError, match=r"factors.*'weight'.*capture="):
                 recorder.step(torch.arange(4), x)
     recorder.close()
     assert attrib.open_run(tmp_path / "run").steps == 1

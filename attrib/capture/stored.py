@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import BatchError
-from ..gradients import describe, to_tensors
+from ..gradients import describe, parameter_of, to_tensors
 from ..layout import Layout
 from .records import Arrays, Factors, Settled, Step
 
@@ -36,7 +36,8 @@ def factor_arrays(found: Factors, step: Step, settled: Settled) -> tuple[Arrays,
         if shape != first[name]:
             raise BatchError(
                 f"the factors of an example have another shape than at the first step: got {shape}, expected "
-                f"{first[name]}, at {name!r}, step {step.number}. Pad batches to one length, or record with "
+                f"{first[name]}, at {parameter_of(described, name)!r}, array {name}, step "
+                f"{step.number}. Pad batches to one length, or record with "
                 f'capture="replay" or "gradients". The step was refused.'
             )
     return _own(tensors, step.batch), replace(settled, described=described, shapes=first)

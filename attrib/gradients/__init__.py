@@ -16,7 +16,7 @@
 from .along import LossVector, random_weights
 from .examples import ExampleGradients
 from .functions import FUNCTIONS
-from .stored import describe, from_tensors, to_tensors
+from .stored import describe, from_tensors, parameter_of, to_tensors
 from .watch import Watch
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Watch",
     "describe",
     "from_tensors",
+    "parameter_of",
     "random_weights",
     "to_tensors",
 ]

@@ -58,6 +58,11 @@ def from_tensors(
     }
 
 
+def parameter_of(described: Described, array: str) -> str:
+    """The name of the parameter whose factors stand in an array."""
+    return sorted(described)[int(array.split("/")[1])]
+
+
 def _numbers(described: Described) -> dict[str, int]:
     return {name: number for number, name in enumerate(sorted(described))}
 

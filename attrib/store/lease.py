@@ -5,14 +5,13 @@ the run's id, compared at every commit, is what keeps two runs apart.
 """
 
 import os
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from ..errors import StoreExistsError
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows
-    fcntl = None  # type: ignore[assignment]
+fcntl: Any = import_module("fcntl") if os.name == "posix" else None
 
 
 class Lease:
