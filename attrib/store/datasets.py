@@ -7,7 +7,7 @@ from typing import Any
 import xarray as xr
 import zarr
 
-from ..errors import StoreError
+from ..errors import AttribError, StoreError
 from .checked import check_present
 from .owner import check_target, clear
 from .place import beside, discard, locate, settle, writable
@@ -36,7 +36,7 @@ def save_dataset(dataset: xr.Dataset, target: Any, facts: dict[str, Any], overwr
         with suppress(OSError):
             if isinstance(made, Path):
                 discard(made)
-        if isinstance(error, StoreError) or not isinstance(error, OSError):
+        if isinstance(error, AttribError) or not isinstance(error, OSError):
             raise
         raise StoreError(
             f"the result could not be written: got {error!r}, at {place}. Nothing of it is left there, and what stood there "

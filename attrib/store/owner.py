@@ -1,6 +1,7 @@
 """What stands at a place, and whether it is ours: what attrib did not write is neither overwritten nor deleted."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,11 @@ def check_target(target: Any, overwrite: bool, kind: str = "run") -> None:
             f"a store exists already, a {found}: got {place}, expected an empty place. Choose another path"
             + (", or pass overwrite=True." if found == kind else ".")
         )
-    if isinstance(place, Path) and (stranger := _stranger(place, set(attributes["attrib"]["sealed"]["arrays"]))):
-        _refuse(place, f"a {kind} with something else in it, {stranger}")
-    if isinstance(place, Path) and place.is_dir():
-        Lease(place.resolve()).release()
+    if isinstance(place, Path):
+        if kind == "run" and place.is_dir():
+            Lease(place.resolve()).release()
+        if stranger := _stranger(place, set(attributes["attrib"]["sealed"]["arrays"])):
+            _refuse(place, f"a {kind} with something else in it, {stranger}")
 
 
 def clear(place: Place) -> None:
@@ -95,24 +97,29 @@ def _refuse(place: Place, what: str | None) -> None:
 
 
 def _stranger(folder: Path, arrays: set[str]) -> str | None:
-    """The first entry of a store's folder that is no part of its arrays."""
+    """The first entry of a store's folder that is no part of its arrays, nor of one whose first commit never came."""
     inner = {name.rsplit("/", n)[0] for name in arrays for n in range(1, name.count("/") + 1)}
     for root, folders, files in os.walk(folder):
-        at = os.path.relpath(root, folder).replace(os.sep, "/")
-        at = "" if at == "." else at
+        at = "" if root == str(folder) else os.path.relpath(root, folder).replace(os.sep, "/")
         array = at.split("/c/")[0].removesuffix("/c")
-        if array in arrays:  # its chunks, by number
+        if array in arrays or _TABLE.fullmatch(array):  # its chunks, by number
             parts = [] if at == array else at[len(array) :].strip("/").split("/")
             wrong = [name for name in (*files, *folders) if not _part_of_an_array(parts, name)]
-        elif at == "" or at in inner:
-            known = {(f"{at}/{name}" if at else name): name for name in folders}
-            wrong = [name for path, name in known.items() if path not in arrays and path not in inner]
-            wrong += [name for name in files if not _document(name)]
         else:
-            wrong = [""]
+            known = {
+                name for name in folders for path in (f"{at}/{name}" if at else name,) if _ours(path, arrays, inner)
+            }
+            wrong = [name for name in folders if name not in known] + [name for name in files if not _document(name)]
         if wrong:
             return os.path.join(at, wrong[0])
     return None
+
+
+_TABLE = re.compile(r"examples/\d+/\d+")
+
+
+def _ours(path: str, arrays: set[str], inner: set[str]) -> bool:
+    return path in arrays or path in inner or re.fullmatch(r"examples(/\d+){0,2}", path) is not None
 
 
 def _part_of_an_array(parts: list[str], name: str) -> bool:

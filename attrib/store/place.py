@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from zarr.abc.store import Store
+from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ZipStore
 
 from ..errors import StoreError, StoreExistsError
@@ -56,7 +57,7 @@ def readable(place: Place) -> Store:
         return _address(place, read_only=True)
     if not place.exists():
         raise FileNotFoundError(place)
-    return ZipStore(place, mode="r") if is_zip(place) else Disk(place, read_only=True)
+    return sync(ZipStore.open(place, mode="r")) if is_zip(place) else Disk(place, read_only=True)
 
 
 def writable(place: Place) -> Store:

@@ -84,6 +84,8 @@ async def fetch_async(store: Store, key: str, prototype: BufferPrototype | None 
         return await store.get(key, prototype or default_buffer_prototype())
     except StoreError:
         raise
+    except FileNotFoundError:
+        return None
     except Exception as error:
         raise StoreError(f"a file cannot be read: got {error!r}, at {key} in {store}. Look at the disk.") from error
 
