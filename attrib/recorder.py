@@ -18,22 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, Captured, CaptureOptions, Settled, Step
-from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity, tensor_option
+from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity
+from .constants import to_array
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import ordinary
 from .interrupt import shielded
 from .layout import Layout
-from .optim import Replay, Rerun, read_hyper, read_state, rule_of
+from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rule_of
 from .store import FORMAT, StepRecord, Writer, check_target
 from .wrapper import Wrapper
 
 log = logging.getLogger("attrib")
 
 CHECK_EVERY = 50  # a check costs about one step: 2 % of the training time
-_NO_TENSORS = (
-    "an option of the optimizer is a tensor: expected a number, with which states between key frames can be made again, "
-    "at {name!r}{at}. Pass a number, or record with states_every=1."
-)
 
 
 def record(
@@ -111,8 +108,7 @@ class Recorder(Wrapper):
         self._rule = rule_of(optimizer)
         super().__init__(optimizer)
         self.model, self._options = model, options
-        if options.states_every > 1 and (name := tensor_option(optimizer)):
-            raise ValueError(_NO_TENSORS.format(name=name, at=""))
+        check_group_options(optimizer)
         names = names_of(optimizer, model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
@@ -122,7 +118,7 @@ class Recorder(Wrapper):
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
-        constants = {name: _array(t) for name, t in self._guard.values.items()}
+        constants = {name: to_array(t) for name, t in self._guard.constants.items()}
         check_target(store, options.overwrite)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
         self._writer = Writer(store, self._header(), constants, options.overwrite, options.block, options.states_every)
@@ -208,10 +204,10 @@ class Recorder(Wrapper):
             raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
         self._writer.check()
         number = self._writer.steps
+        self._guard.check_optimizer(self.optimizer, self._parameters, number)
         theta = self._guard.check(self._parameters, number)
         self._guard.check_state(self.optimizer, number)
-        if self._options.states_every > 1 and (name := tensor_option(self.optimizer)):
-            raise ChangedOutsideError(_NO_TENSORS.format(name=name, at=f", step {number}. The step was refused"))
+        check_group_options(self.optimizer, f", step {number}; the step was refused")
         gradient = check_gradient(self._layout, self._parameters, number)
         named = zip(self._layout.names, self._parameters, strict=True)
         active = frozenset(name for name, p in named if p.grad is not None)

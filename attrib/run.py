@@ -58,7 +58,7 @@ class Run:
 
     @property
     def rule(self) -> Rule:
-        return rule_by_name(self.header["rule"])
+        return rule_by_name(self.header["rule"], self.header["hyper"])
 
     @cached_property
     def examples(self) -> np.ndarray:
@@ -75,7 +75,7 @@ class Run:
         """Options of the optimizer: name -> the smallest and the largest value over steps and parameter groups."""
         hyper = self.reader.read("hyper", slice(0, self.steps))[..., :-1]
         low, high = (
-            self.rule.options(dict(zip(self.rule.hyper, v.tolist(), strict=True)))
+            self.rule.untyped().options(dict(zip(self.rule.hyper, v.tolist(), strict=True)))
             for v in (hyper.min((0, 1)), hyper.max((0, 1)))
         )
         ends = {n: [list(v) if isinstance(v, tuple) else v for v in (low[n], high[n])] for n in low}

@@ -12,7 +12,7 @@ class Floor(NamedTuple):
 
 FLOORS = (
     Floor("arrays", ("kernels",)),
-    Floor("words and numbers", ("budget", "errors", "generators", "interrupt", "layout", "ledger")),
+    Floor("words and numbers", ("budget", "constants", "errors", "generators", "interrupt", "layout", "ledger")),
     Floor("nouns", ("functional", "marginals", "measure", "program", "wrapper")),
     Floor("sums and results", ("result", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),

@@ -21,17 +21,6 @@ def check_options(capture: str, **counts: int | None) -> None:
             raise ValueError(f"{name} is not a count: got {value!r}, expected an integer of at least 1.")
 
 
-def tensor_option(optimizer: torch.optim.Optimizer) -> str | None:
-    """The name of an option that is a tensor, with which torch computes otherwise than with a number."""
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            if name != "params" and any(
-                isinstance(v, Tensor) for v in (value if isinstance(value, tuple) else (value,))
-            ):
-                return str(name)
-    return None
-
-
 def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[str, ...]:
     """Names of the optimizer's parameters, in its order."""
     known = {id(p): name for name, p in model.named_parameters()}
