@@ -21,7 +21,7 @@ from .accounting import Accounting
 from .budget import Budget, divide, divide_ahead
 from .errors import Interrupted, MeasurementError, WorkerError
 from .executor import Pool, pool_of
-from .functional import differentiable
+from .functional import differentiable, uncompiled
 from .interrupt import interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
@@ -87,7 +87,7 @@ def attribute(
         Interrupted: Ctrl-C; its `result` is complete for what was done. A second Ctrl-C stops at once.
         WorkerError: a worker died; its `result` is complete for what was done, None for nothing.
     """
-    path = Secant() if path is None else path
+    path, model = Secant() if path is None else path, uncompiled(model)
     options = AttributeOptions(loss, path, steps, keep, groups, dtype, progress, cube, memory, identities, executor)
     options.check(run, model)
     return _attribute(run, model, measurement, options)

@@ -3,6 +3,7 @@
 The caller's module comes back as it was: parameters are handed in by name, buffers and frozen parameters are copies.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,24 @@ from .layout import Layout
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or the module itself: it has the names, and can be followed and traced."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within it what is compiled (a loss, a layer, `model.compile()`) runs as it is written, and can be traced."""
+    dynamo: Any = sys.modules.get("torch._dynamo")  # loaded by whoever compiles
+    if dynamo is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
 def constants_of(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
@@ -74,6 +93,9 @@ class Functional:
     def __init__(self, model: nn.Module, function: Callable[..., Any], layout: Layout, dtype: torch.dtype) -> None:
         self.layout, self.dtype = layout, dtype
         self._model, self._function = model, function
+        self._compiled = any(
+            m._compiled_call_impl is not None or uncompiled(m) is not m for m in model.modules()
+        )  # some part of it
         self._constants = {n: cast(t, dtype).clone() for n, t in constants_of(model, layout).items()}
         self._versions = {n: t._version for n, t in self._constants.items()}
 
@@ -83,7 +105,11 @@ class Functional:
 
     def run(self, *args: Any) -> Any:
         """The function with the model as it is: within `bound`."""
-        return self._function(self._model, *(cast(a, self.dtype) for a in args))
+        args = tuple(cast(a, self.dtype) for a in args)
+        if not self._compiled:
+            return self._function(self._model, *args)
+        with as_written():
+            return self._function(self._model, *args)
 
     def hessian(self, theta: Tensor, *args: Any) -> Callable[[Tensor], Tensor]:
         """(P,) -> a function v (P,) -> H v (P,), H the Hessian of the sum of what the function returns; the graph of the

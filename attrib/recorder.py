@@ -21,7 +21,7 @@ from .capture import Capture, Captured, CaptureOptions, Settled, Step
 from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity
 from .constants import to_array
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
-from .functional import ordinary
+from .functional import ordinary, uncompiled
 from .interrupt import shielded
 from .layout import Layout
 from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rule_of
@@ -107,12 +107,12 @@ class Recorder(Wrapper):
     ) -> None:
         self._rule = rule_of(optimizer)
         super().__init__(optimizer)
-        self.model, self._options = model, options
+        self.model, self._options = uncompiled(model), options
         check_group_options(optimizer)
-        names = names_of(optimizer, model)
+        names = names_of(optimizer, self.model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
-        self._guard = Guard(model, self._layout)
+        self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
         self._batch: list[np.ndarray] = []
         self._left = float("nan")  # when the last step was done with

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelMismatchError, StoreError
-from .functional import constants_of
+from .functional import constants_of, uncompiled
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
@@ -140,6 +140,7 @@ class Run:
         Raises:
             ModelMismatchError: naming the first tensor that differs in name, shape or dtype; the model is unchanged.
         """
+        model = uncompiled(model)
         check_model(self, model, values=False)
         own = dict([*model.named_parameters(), *model.named_buffers()])
         values = {**self.parameters(step), **self.constants()}
@@ -158,7 +159,7 @@ class Run:
         accumulators and options bit for bit, a group per parameter tensor; at T with the options of the last step."""
         if not 0 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
-        own = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+        own = dict(uncompiled(model).named_parameters()) if isinstance(model, nn.Module) else model
         return self.trajectory.optimizer(step, [own[name] for name in self.groups])
 
     def constants(self) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..functional import uncompiled
 from ..generators import random_state
 from ..gradients import ExampleGradients
 from ..layout import Layout
@@ -31,8 +32,8 @@ class Capture:
         parameters: Sequence[Tensor],
         options: CaptureOptions,
     ) -> None:
-        self._model, self._layout, self._parameters, self._options = model, layout, parameters, options
-        self._shares = ExampleGradients(loss, model, layout, parameters[0].dtype)
+        self._model, self._layout, self._parameters, self._options = uncompiled(model), layout, parameters, options
+        self._shares = ExampleGradients(loss, self._model, layout, parameters[0].dtype)
         self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay")
         log.info(
             "recording %s: batch identity on the first %d steps, then every %d",

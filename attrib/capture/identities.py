@@ -116,6 +116,16 @@ def _worst_slot(trial: Trial, stored: Tensor, whole: float, name: str) -> int:
 def _hint(trial: Trial, stochastic: bool, losses: Tensor) -> str:
     """What in the loop may be why shares and p.grad differ."""
     passes = trial.heard.passes
+    if stochastic and passes == 0:
+        return (
+            " The loss draws random numbers (dropout), and no forward pass of the model was heard, so that they cannot be "
+            "drawn again: pass attrib.record the model that the loop calls, the compiled one where that is."
+        )
+    if stochastic and trial.heard.compiled:
+        return (
+            " The loss draws random numbers (dropout), and torch.compile's default backend draws other ones than the model "
+            "itself: set torch._inductor.config.fallback_random = True before the first call."
+        )
     if stochastic and passes > 1:
         return (
             f" The step made {passes} forward passes and the loss draws random numbers (dropout), which are drawn again "

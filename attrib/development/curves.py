@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from ..errors import ModelMismatchError
+from ..functional import uncompiled
 from ..kernels import lines
 from ..path import Measured
 from ..run import Run, check_model
@@ -87,6 +88,7 @@ def convexity_gap(line: xr.DataArray) -> xr.DataArray:
 
 def values_of(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     """theta (P,) -> the measurement (Q,)."""
+    model = uncompiled(model)
     check_model(run, model)
     device = next(model.parameters()).device
     query = Measured(model, measurement, run.layout, dtype or run.dtype, run.vector(0).to(device))
