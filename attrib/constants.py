@@ -1,9 +1,11 @@
 """What training does not move, buffers and frozen parameters of any of torch's types: as arrays, and as digests.
 
 A type that numpy lacks (bfloat16, the float8s) is held as integers of its width: the bits stay as they are. A digest is
-xxh3_128 over type, shape and bytes, so that a large base can be recognised without a copy.
+xxh3_128 over type, shape and bytes, so that a large base can be recognised without a copy. Types of less than single
+precision also say how far a pass through them can be trusted.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,17 @@ class Constant(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     digest: str
+
+
+def is_low(dtype: torch.dtype) -> bool:
+    """Whether it is a floating-point type of less than single precision."""
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
+def precision(types: Iterable[torch.dtype], dtype: torch.dtype) -> torch.dtype:
+    """What a pass in `dtype` rounds to where it goes through tensors of these types; float8s are computed with in more."""
+    low = set(filter(is_low, types))
+    return (torch.float16 if low == {torch.float16} else torch.bfloat16) if low else dtype
 
 
 def to_array(t: Tensor) -> np.ndarray:

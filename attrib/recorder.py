@@ -45,6 +45,7 @@ def record(
     block: int | None = None,
     states_every: int = 1,
     penalty: Callable[[nn.Module], Tensor] | None = None,
+    constants: str = "values",
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
@@ -64,6 +65,8 @@ def record(
             again when read, bit for bit, by torch's optimizer from the stored gradients, with the same version of torch.
         penalty: `penalty(model) -> scalar`, what the loop adds to the reduced loss that is no example's. Its gradient is
             stored, and its contribution stands with weight decay in the ledger. It must draw no random numbers.
+        constants: "values" stores buffers and frozen parameters, of whatever type, bit for bit; "digest" only what they are
+            recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
@@ -79,8 +82,8 @@ def record(
         ...     recorder.step(index, x, y)
         >>> recorder.close()  # doctest: +SKIP
     """
-    check_options(capture, check_every=check_every, block=block, states_every=states_every)
-    options = RecordOptions(CaptureOptions(capture, check_every, penalty), overwrite, block, states_every)
+    check_options(capture, constants, check_every=check_every, block=block, states_every=states_every)
+    options = RecordOptions(CaptureOptions(capture, check_every, penalty), overwrite, block, states_every, constants)
     return Recorder(optimizer, model, loss, store, options)
 
 
@@ -92,6 +95,7 @@ class RecordOptions:
     overwrite: bool
     block: int | None
     states_every: int
+    constants: str
 
 
 class Recorder(Wrapper):
@@ -118,7 +122,8 @@ class Recorder(Wrapper):
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
-        constants = {name: to_array(t) for name, t in self._guard.constants.items()}
+        stored = self._guard.constants if options.constants == "values" else {}
+        constants = {name: to_array(t) for name, t in stored.items()}
         check_target(store, options.overwrite)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
         self._writer = Writer(store, self._header(), constants, options.overwrite, options.block, options.states_every)
@@ -184,7 +189,9 @@ class Recorder(Wrapper):
         captured = self._capture.take(step)
         record = self._recorded(step, captured, ids, rows)
         if step.number == 0:
-            self._writer.update_header(training=self._guard.training(), factors=captured.settled.described)
+            settled = captured.settled
+            facts = {"factors": settled.described, "reduction": settled.reduction.kind}
+            self._writer.update_header(training=self._guard.training(), **facts)
         with self._writer.ready(record), shielded():  # from Ctrl-C: a step that is made is recorded
             moved = time.perf_counter()
             with torch.no_grad():
@@ -291,6 +298,7 @@ class Recorder(Wrapper):
             "versions": {"attrib": version("attrib"), "torch": torch.__version__},
             "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "training": [],
+            "digests": {name: known._asdict() for name, known in self._guard.digests.items()},
         }
 
 

@@ -1,6 +1,6 @@
 """A recorded run, opened for reading: parameters, batches and updates of every step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .constants import Constant, constant_of, precision, to_tensor
 from .errors import ModelMismatchError, StoreError
 from .functional import constants_of, uncompiled
 from .gradients import from_tensors
@@ -135,24 +136,30 @@ class Run:
         return self.reader.read(f"log/{name}", slice(0, self.steps))
 
     def load(self, model: nn.Module, step: int) -> None:
-        """Put the parameters of a step, and the recorded buffers, into a model, bit for bit.
+        """Put the parameters of a step, and the recorded buffers and frozen parameters, into a model, bit for bit. Those of
+        which the run holds the digest only are left as they are.
 
         Raises:
-            ModelMismatchError: naming the first tensor that differs in name, shape or dtype; the model is unchanged.
+            ModelMismatchError: naming the first tensor that differs in name, shape or dtype, or in value where only its
+                digest is known; the model is unchanged.
         """
         model = uncompiled(model)
         check_model(self, model, values=False)
-        own = dict([*model.named_parameters(), *model.named_buffers()])
+        held = dict([*model.named_parameters(), *model.named_buffers()])
         values = {**self.parameters(step), **self.constants()}
-        for name, value in values.items():
-            if own[name].dtype != value.dtype:
-                raise ModelMismatchError(
-                    f"the model is not of the run's type: got {own[name].dtype}, expected {value.dtype}, at {name!r}. "
-                    f"Convert it with model.to({value.dtype})."
+        types = {name: getattr(torch, known.dtype) for name, known in self.digests.items()}
+        for name, dtype in {**dict.fromkeys(self.groups, self.dtype), **types}.items():
+            if held[name].dtype != dtype:
+                convert = (
+                    f"Convert it with model.to({dtype})." if dtype == self.dtype else "Build it as it was recorded."
                 )
+                raise ModelMismatchError(
+                    f"the model is not of the run's type: got {held[name].dtype}, expected {dtype}, at {name!r}. {convert}"
+                )
+        check_digests(self, {name: held[name] for name in self.digests if name not in values})
         with torch.no_grad():
             for name, value in values.items():
-                own[name].copy_(value)
+                held[name].copy_(value)
 
     def optimizer(self, model: nn.Module | dict[str, Tensor], step: int) -> torch.optim.Optimizer:
         """Torch's optimizer over the parameters of a model, or over tensors by name, as it was at a state, 0 .. T:
@@ -162,10 +169,28 @@ class Run:
         own = dict(uncompiled(model).named_parameters()) if isinstance(model, nn.Module) else model
         return self.trajectory.optimizer(step, [own[name] for name in self.groups])
 
+    @cached_property
+    def digests(self) -> dict[str, Constant]:
+        """Type, shape and digest of every buffer and frozen parameter, by name."""
+        if "digests" not in self.header:  # recorded before there were any
+            return {name: constant_of(t) for name, t in self.constants().items()}
+        return {
+            name: Constant(d["dtype"], tuple(d["shape"]), d["digest"]) for name, d in self.header["digests"].items()
+        }
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What a pass rounds to on its way: the run's type, or that of a frozen part in less than single precision."""
+        return precision((getattr(torch, known.dtype) for known in self.digests.values()), self.dtype)
+
     def constants(self) -> dict[str, Tensor]:
-        """Buffers and frozen parameters, by name."""
-        names = self.reader.groups("constants")
-        return {name: torch.from_numpy(self.reader.read(f"constants/{name}")) for name in names}
+        """Buffers and frozen parameters, by name; none where the run was recorded with constants="digest"."""
+        types = self.header.get("digests", {})
+        found = {}
+        for name in self.reader.groups("constants"):
+            values = self.reader.read(f"constants/{name}")
+            found[name] = to_tensor(values, types[name]["dtype"] if name in types else str(values.dtype))
+        return found
 
     def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Steps]:
         """The steps start .. stop - 1, those of each block together."""
@@ -248,30 +273,42 @@ def check_model(run: Run, model: nn.Module, values: bool = True) -> None:
 
     With `values`, buffers and frozen parameters must hold what they held while recording.
     """
-    own = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    held = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
     expected = dict(zip(run.layout.names, run.layout.shapes, strict=True))
-    constants = run.constants()
-    expected.update({name: tuple(t.shape) for name, t in constants.items()})
+    expected.update({name: known.shape for name, known in run.digests.items()})
     for name, shape in expected.items():
-        if name not in own:
+        if name not in held:
             raise ModelMismatchError(
                 f"the model is not the recorded one: got no tensor {name!r}, expected one of shape {shape}. "
                 f"Build the model as it was when recording ({run.header['model']})."
             )
-        if tuple(own[name].shape) != shape:
+        if tuple(held[name].shape) != shape:
             raise ModelMismatchError(
-                f"the model is not the recorded one: got shape {tuple(own[name].shape)}, expected {shape}, at {name!r}. "
+                f"the model is not the recorded one: got shape {tuple(held[name].shape)}, expected {shape}, at {name!r}. "
                 f"Build the model as it was when recording ({run.header['model']})."
             )
-    extra = next((name for name in own if name not in expected), None)
+    extra = next((name for name in held if name not in expected), None)
     if extra is not None:
         raise ModelMismatchError(
             f"the model is not the recorded one: got a tensor {extra!r} that the run does not have. "
             f"Build the model as it was when recording ({run.header['model']})."
         )
-    for name, value in constants_of(model, run.layout).items() if values else ():
-        if not torch.equal(value.cpu().to(constants[name].dtype), constants[name]):
-            raise ModelMismatchError(
-                f"a buffer or frozen parameter is not the recorded one: expected the value it had while recording, at "
-                f"{name!r}. Put the recorded values in with run.load(model, step)."
+    if values:
+        check_digests(run, constants_of(model, run.layout))
+
+
+def check_digests(run: Run, constants: Mapping[str, Tensor]) -> None:
+    """Raise ModelMismatchError at the first of a model's constants that is not the recorded one, in the recorded type."""
+    for name, value in constants.items():
+        known = run.digests[name]
+        if constant_of(value.to(getattr(torch, known.dtype))) == known:
+            continue
+        advice = "Put the recorded values in with run.load(model, step)."
+        if name not in run.constants():
+            advice = (
+                'The run holds its digest only (constants="digest"): build the model on the base it was recorded with.'
             )
+        raise ModelMismatchError(
+            f"a buffer or frozen parameter is not the recorded one: expected the value it had while recording, at "
+            f"{name!r}. {advice}"
+        )

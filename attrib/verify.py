@@ -60,7 +60,7 @@ def verify(
                     found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step))
                     if run.capture != "replay":
                         gradient, penalty = block.examples[n], None if block.penalty is None else block.penalty[n]
-                        within = ShareBound(gradient, lambda: 0.0, penalty)
+                        within = ShareBound(gradient, lambda: 0.0, penalty, run.precision)
                         found.note("batch", batch_identity(run.layout, gradient, _total(run, step), step, within))
                     bar.update()
                 after = block.state_after

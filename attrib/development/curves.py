@@ -109,9 +109,8 @@ def check_same(run: Run, other: Run) -> None:
             f"the runs are not of one architecture: got {other.layout.names} of shapes {other.layout.shapes}, expected "
             f"{run.layout.names} of {run.layout.shapes}, at {other.reader.target}."
         )
-    own, others = run.constants(), other.constants()
-    for name in own:
-        if name not in others or not torch.equal(own[name], others[name]):
+    for name, known in run.digests.items():
+        if other.digests.get(name) != known:
             raise ModelMismatchError(
                 f"the runs differ in a buffer or frozen parameter, so that no line of parameters joins them: got another "
                 f"value, at {name!r} of {other.reader.target}."

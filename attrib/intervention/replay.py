@@ -65,6 +65,7 @@ def replay(
         >>> again = attrib.replay(run, 500, grown, model=model, loss=loss, store="again.zarr")  # doctest: +SKIP
     """
     course = prepare(run, start, interventions, Loop(uncompiled(model), loss, until, backward, batches))
+    options = {"constants": "values" if run.constants() else "digest", **options}  # as they were recorded
     check_record(course, store, options.get("capture", "replay"))
 
     def penalty(model: nn.Module) -> Tensor:
