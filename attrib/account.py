@@ -97,7 +97,7 @@ class Account:
             return {}
         sentence = (
             f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, expected at most "
-            f"{self.bound:.1g}, at step {step.number}, example {split.example!r}, group {self.labels[split.group]!r}. "
+            f"{split.bound:.1g}, at step {step.number}, example {split.example!r}, group {self.labels[split.group]!r}. "
             f"Does the loss draw random numbers outside of model(...), keep something from call to call, or let examples "
             f"see each other in some batches only?"
         )

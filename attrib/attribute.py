@@ -21,7 +21,7 @@ from .accounting import Accounting
 from .budget import Budget, divide, divide_ahead
 from .errors import Interrupted, MeasurementError, WorkerError
 from .executor import Pool, pool_of
-from .functional import differentiable
+from .functional import differentiable, uncompiled
 from .interrupt import interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
@@ -87,27 +87,28 @@ def attribute(
         Interrupted: Ctrl-C; its `result` is complete for what was done. A second Ctrl-C stops at once.
         WorkerError: a worker died; its `result` is complete for what was done, None for nothing.
     """
-    path = Secant() if path is None else path
+    path, model = Secant() if path is None else path, uncompiled(model)
     options = AttributeOptions(loss, path, steps, keep, groups, dtype, progress, cube, memory, identities, executor)
     options.check(run, model)
-    return _attribute(run, model, measurement, options)
+    note_values(run, model, _window(run, steps).stop)
+    return attributed(run, model, measurement, options)
 
 
 @dataclass(frozen=True)
 class AttributeOptions:
     """The options of `attribute`."""
 
-    loss: Callable[..., Tensor] | None
-    path: Path
-    steps: slice | None
-    keep: Sequence[str] | Sequence[Sequence[str]] | None
-    groups: Mapping[str, Sequence[str]] | None
-    dtype: torch.dtype | None
-    progress: bool
-    cube: Any
-    memory: int | None
-    identities: Sequence[str]
-    executor: Executor | None
+    loss: Callable[..., Tensor] | None = None
+    path: Path = field(default_factory=Secant)
+    steps: slice | None = None
+    keep: Sequence[str] | Sequence[Sequence[str]] | None = None
+    groups: Mapping[str, Sequence[str]] | None = None
+    dtype: torch.dtype | None = None
+    progress: bool = True
+    cube: Any = None
+    memory: int | None = None
+    identities: Sequence[str] = IDENTITIES
+    executor: Executor | None = None
 
     def check(self, run: Any, model: nn.Module) -> None:
         """Raise TypeError, ValueError or ModelMismatchError where they are not what they should be."""
@@ -131,7 +132,24 @@ class AttributeOptions:
         check_model(run, model)
 
 
-def _attribute(run: Run, model: nn.Module, measurement: Any, options: AttributeOptions) -> Result:
+def note_values(run: Run, model: nn.Module, stop: int) -> None:
+    """Say so where a model's parameters are neither those of a state of the run nor those of its last."""
+    held = dict(model.named_parameters())
+    values = run.layout.flatten(held[name].detach().to("cpu", run.dtype) for name in run.groups)
+    if any(torch.equal(values, run.vector(state)) for state in dict.fromkeys((stop, run.steps))):
+        return
+    last = dict(zip(run.groups, run.parameters(run.steps).values(), strict=True))
+    name = next(name for name, part in run.layout.slices() if not torch.equal(values[part], last[name].flatten()))
+    log.warning(
+        "the model holds other parameters than the run's last state, first at %r: the states of the run are explained, not "
+        "the values in the model. To silence this, put the run's values in: run.load(model, run.steps)",
+        name,
+    )
+
+
+@differentiable
+def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeOptions) -> Result:
+    """`attribute` of what was checked."""
     window, compute = _window(run, options.steps), options.dtype or run.dtype
     final = run.vector(window.stop).to(next(model.parameters()).device)
     query = _query(run, model, measurement, options.dtype, final)

@@ -3,21 +3,43 @@
 The caller's module comes back as it was: parameters are handed in by name, buffers and frozen parameters are copies.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+from .constants import is_low, precision
 from .errors import ChangedOutsideError
 from .layout import Layout
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or the module itself: it has the names, and can be followed and traced."""
+    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+        model = inner
+    return model
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Within it what is compiled (a loss, a layer, `model.compile()`) runs as it is written, and can be traced."""
+    dynamo: Any = sys.modules.get("torch._dynamo")  # loaded by whoever compiles
+    if dynamo is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
 def constants_of(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
@@ -61,6 +83,24 @@ def differentiable(function: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
+class Widened(TorchFunctionMode):
+    """Within it what asks for a type of less than single precision gets `dtype`: a model whose frozen parts are all of that
+    type casts to what they were."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.bfloat16, Tensor.half):
+            return args[0].to(self._dtype)
+        wide = [self._dtype if isinstance(a, torch.dtype) and is_low(a) else a for a in args]
+        named = {n: self._dtype if isinstance(a, torch.dtype) and is_low(a) else a for n, a in (kwargs or {}).items()}
+        return func(*wide, **named)
+
+
 class Functional:
     """`function(model, *args)` with the model's state given: `f(parameters, *args)`.
 
@@ -68,22 +108,57 @@ class Functional:
         model: used in the mode it is in, left as it is.
         function: called with the model and `args`.
         layout: names of the trained parameters.
-        dtype: type that buffers, frozen parameters and floating `args` are cast to.
+        dtype: type that floating `args` are cast to, and buffers and frozen parameters where the trained parameters are of
+            another one. Where they are of this one, what is of lower precision (a frozen base in bfloat16) is left to the
+            model, which casts as it does in training.
     """
 
     def __init__(self, model: nn.Module, function: Callable[..., Any], layout: Layout, dtype: torch.dtype) -> None:
         self.layout, self.dtype = layout, dtype
         self._model, self._function = model, function
-        self._constants = {n: cast(t, dtype).clone() for n, t in constants_of(model, layout).items()}
-        self._versions = {n: t._version for n, t in self._constants.items()}
+        self._compiled = any(
+            m._compiled_call_impl is not None or uncompiled(m) is not m for m in model.modules()
+        )  # some part of it
+        self._factor = 1.0
+        own = {name: t.dtype for name, t in model.named_parameters()}
+        self._as_trained = own[layout.names[0]] == dtype
+        constants = constants_of(model, layout).items()
+        self._widened = not self._as_trained and any(is_low(t.dtype) for _, t in constants)
+        cast_ones = {n: t if self._as_trained else cast(t, dtype) for n, t in constants}
+        # frozen parameters may be large, and no model writes to them; should one, it is noticed
+        self._constants = {n: t if n in own else t.clone() for n, t in cast_ones.items()}
+        self._versions = self._now()
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
         with self.bound(parameters):
             return self.run(*args)
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What it rounds to on its way: the compute type, or that of a part in less than single precision."""
+        return precision((t.dtype for t in self._constants.values()), self.dtype)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether that is less than single precision."""
+        return is_low(self.precision)
+
+    def times(self, factor: float) -> "Functional":
+        """The function times a number."""
+        other = copy(self)
+        other._factor = factor
+        return other
+
     def run(self, *args: Any) -> Any:
         """The function with the model as it is: within `bound`."""
-        return self._function(self._model, *(cast(a, self.dtype) for a in args))
+        if not self._as_trained:
+            args = tuple(cast(a, self.dtype) for a in args)
+        else:  # what is low comes as it does in training
+            args = tuple(a if isinstance(a, Tensor) and is_low(a.dtype) else cast(a, self.dtype) for a in args)
+        eager = as_written() if self._compiled else nullcontext()
+        with eager, Widened(self.dtype) if self._widened else nullcontext():
+            values = self._function(self._model, *args)
+        return values if self._factor == 1.0 else values * self._factor
 
     def hessian(self, theta: Tensor, *args: Any) -> Callable[[Tensor], Tensor]:
         """(P,) -> a function v (P,) -> H v (P,), H the Hessian of the sum of what the function returns; the graph of the
@@ -106,6 +181,7 @@ class Functional:
     def bound(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """Within it the model holds the given parameters, so that a backward pass that runs parts of it again (activation
         checkpointing) runs them with these."""
+        self._versions = self._now()
         given = {**self._constants, **parameters}
         held = {
             id(t): given[n] for n, t in (*self._model.named_parameters(), *self._model.named_buffers()) if n in given
@@ -124,6 +200,9 @@ class Functional:
         finally:
             for tensors, name, t in swapped:
                 tensors[name] = t
+
+    def _now(self) -> dict[str, int]:
+        return {name: t._version for name, t in self._constants.items()}
 
     def check_constants(self) -> None:
         """Raise ChangedOutsideError if a call wrote to a buffer: then it is not a function of the parameters."""

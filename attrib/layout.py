@@ -45,7 +45,7 @@ class Layout:
         """A vector (..., P) -> views by name, (..., *shape)."""
         lead = vector.shape[:-1]
         return {
-            name: vector[..., part].reshape(*lead, *shape)
+            name: vector[..., part].reshape((*lead, *shape))
             for (name, part), shape in zip(self.slices(), self.shapes, strict=True)
         }
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, Captured, CaptureOptions, Settled, Step
-from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity, tensor_option
+from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity
+from .constants import to_array
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
-from .functional import ordinary
+from .functional import ordinary, uncompiled
 from .interrupt import shielded
 from .layout import Layout
-from .optim import Replay, Rerun, read_hyper, read_state, rule_of
+from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rule_of
 from .resume import Loop, Resumed, settled_facts
 from .resume import resume as resume_run
 from .store import FORMAT, StepRecord, Writer, close_dropped
@@ -34,10 +35,6 @@ from .wrapper import Wrapper
 log = logging.getLogger("attrib")
 
 CHECK_EVERY = 50  # a check costs about one step: 2 % of the training time
-_NO_TENSORS = (
-    "an option of the optimizer is a tensor: expected a number, with which states between key frames can be made again, "
-    "at {name!r}{at}. Pass a number, or record with states_every=1."
-)
 
 
 def record(
@@ -53,6 +50,7 @@ def record(
     block: int | None = None,
     states_every: int = 1,
     penalty: Callable[[nn.Module], Tensor] | None = None,
+    constants: str = "values",
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
@@ -75,6 +73,8 @@ def record(
             again when read, bit for bit, by torch's optimizer from the stored gradients, with the same version of torch.
         penalty: `penalty(model) -> scalar`, what the loop adds to the reduced loss that is no example's. Its gradient is
             stored, and its contribution stands with weight decay in the ledger. It must draw no random numbers.
+        constants: "values" stores buffers and frozen parameters, of whatever type, bit for bit; "digest" only what they are
+            recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
@@ -91,12 +91,13 @@ def record(
         ...     recorder.step(index, x, y)
         >>> recorder.close()  # doctest: +SKIP
     """
-    check_options(capture, check_every=check_every, block=block, states_every=states_every)
+    check_options(capture, constants, check_every=check_every, block=block, states_every=states_every)
     if overwrite and resume:
         raise ValueError(
             "a run is either replaced or gone on with: got overwrite=True and resume=True. Pass one of them."
         )
-    options = RecordOptions(CaptureOptions(capture, check_every, penalty), overwrite, resume, block, states_every)
+    captured = CaptureOptions(capture, check_every, penalty)
+    options = RecordOptions(captured, overwrite, resume, block, states_every, constants)
     return Recorder(optimizer, model, loss, store, options)
 
 
@@ -109,6 +110,7 @@ class RecordOptions:
     resume: bool
     block: int | None
     states_every: int
+    constants: str
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ class RecordOptions:
             "block": self.block,
             "states_every": self.states_every,
             "penalty": self.capture.penalty is not None,
+            "constants": self.constants,
         }
 
 
@@ -133,13 +136,12 @@ class Recorder(Wrapper):
     ) -> None:
         self._rule = rule_of(optimizer)
         super().__init__(optimizer)
-        self.model, self._options = model, options
-        if options.states_every > 1 and (name := tensor_option(optimizer)):
-            raise ValueError(_NO_TENSORS.format(name=name, at=""))
-        names = names_of(optimizer, model)
+        self.model, self._options = uncompiled(model), options
+        check_group_options(optimizer)
+        names = names_of(optimizer, self.model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
-        self._guard = Guard(model, self._layout)
+        self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
         self._batch: list[np.ndarray] = []
         self._ids: np.dtype[Any] | None = None  # of the steps so far: int64, or object for strings
@@ -163,7 +165,8 @@ class Recorder(Wrapper):
         return resumed
 
     def _begun(self, store: Any, resumed: Resumed | None) -> Writer:
-        options, constants = self._options, [_array(t) for t in self._guard.values.values()]
+        options, values = self._options, self._guard.constants.values()
+        constants = [to_array(t) for t in values] if options.constants == "values" else []
         replaces = options.overwrite or options.resume  # what is there with resume=True, if anything, has no step
         reopened = None if resumed is None else resumed.reopened
         return Writer(store, self._header(), constants, replaces, options.block, options.states_every, reopened)
@@ -235,7 +238,9 @@ class Recorder(Wrapper):
         captured = self._capture.take(step)
         record = self._recorded(step, captured, ids, rows)
         if step.number == 0:
-            self._writer.update_header(training=self._guard.training(), factors=captured.settled.described)
+            settled = captured.settled
+            facts = {"factors": settled.described, "reduction": settled.reduction.kind}
+            self._writer.update_header(training=self._guard.training(), **facts)
         with self._writer.ready(record), shielded():  # from Ctrl-C: a step that is made is recorded
             moved = time.perf_counter()
             with torch.no_grad():
@@ -256,10 +261,10 @@ class Recorder(Wrapper):
             raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
         self._writer.check()
         number = self._writer.steps
+        self._guard.check_optimizer(self.optimizer, self._parameters, number)
         theta = self._guard.check(self._parameters, number)
         self._guard.check_state(self.optimizer, number)
-        if self._options.states_every > 1 and (name := tensor_option(self.optimizer)):
-            raise ChangedOutsideError(_NO_TENSORS.format(name=name, at=f", step {number}. The step was refused"))
+        check_group_options(self.optimizer, f", step {number}; the step was refused")
         gradient = check_gradient(self._layout, self._parameters, number)
         named = zip(self._layout.names, self._parameters, strict=True)
         active = frozenset(name for name, p in named if p.grad is not None)
@@ -343,12 +348,13 @@ class Recorder(Wrapper):
             "capture": self.capture,
             "check_every": self._options.capture.check_every,
             "asked": self._options.asked,
-            "constants": list(self._guard.values),
+            "constants": list(self._guard.digests) if self._options.constants == "values" else [],
             "model": type(self.model).__name__,
             "seed": torch.initial_seed(),
             "versions": {"attrib": version("attrib"), "torch": torch.__version__},
             "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "training": [],
+            "digests": {name: [c.dtype, list(c.shape), c.digest] for name, c in self._guard.digests.items()},
         }
 
 

@@ -80,7 +80,7 @@ def resume(target: Any, loop: Loop) -> Resumed | None:
             return None
         _check(reader, loop)
         steps = int(reader.header["written_steps"])
-        trajectory = Trajectory(reader, rule_by_name(reader.header["rule"]), loop.layout)
+        trajectory = Trajectory(reader, rule_by_name(reader.header["rule"], reader.header["hyper"]), loop.layout)
         after = _moved(trajectory, loop, steps)
         reopened = reopen(reader, held, after.cpu().numpy())
     except BaseException:
@@ -104,11 +104,10 @@ def _check(reader: Reader, loop: Loop) -> None:
             f"the run is complete: got one of {reader.steps} steps that was closed, expected one that ended early, at "
             f"{reader.target}. Record a new run from its last state (run.load), or replay it with attrib.replay."
         )
-    layout, constants = there["layout"], there["constants"]
-    if layout != here["layout"] or constants != here["constants"]:
+    if there["layout"] != here["layout"] or list(there["digests"]) != list(here["digests"]):
         raise ModelMismatchError(
-            f"the model is not the one that was recorded: got {_different(layout, constants, here)}, at {reader.target}. "
-            f"Build model and optimizer as they were."
+            f"the model is not the one that was recorded: got {_different(there, here)}, at {reader.target}. Build model "
+            f"and optimizer as they were."
         )
     for name, what in SAME.items():
         if there[name] != here[name]:
@@ -116,32 +115,32 @@ def _check(reader: Reader, loop: Loop) -> None:
                 f"the run was recorded otherwise: got {what} {here[name]}, expected {there[name]}, at {reader.target}. Go "
                 f"on with the same options, or record a new run."
             )
-    for number, (name, value) in enumerate(loop.guard.values.items()):
-        if not np.array_equal(reader.read(f"constants/{number}"), value.cpu().numpy()):
+    for name, value in here["digests"].items():
+        if there["digests"][name] != value:
             raise ModelMismatchError(
-                f"a buffer or frozen parameter is not the one that was recorded: expected the value it had, at {name!r}. "
-                f"Put the recorded values in with run.load(model, 0)."
+                f"a buffer or frozen parameter is not the one that was recorded: got digest {value[2]}, expected "
+                f"{there['digests'][name][2]}, at {name!r}. Give it the value it had: run.load(model, 0) puts it in."
             )
     _check_options(reader, loop)
 
 
-def _different(layout: dict[str, Any], constants: list[str], here: dict[str, Any]) -> str:
-    pairs = zip(here["layout"]["names"], here["layout"]["shapes"], strict=True)
-    recorded = dict(zip(layout["names"], layout["shapes"], strict=True))
-    for name, shape in pairs:
-        if recorded.get(name) != shape:
-            return f"a parameter {name!r} of shape {shape}, expected {recorded.get(name, 'none')}"
-    known = {*recorded, *constants}
-    for name in here["constants"]:
-        if name not in known:
-            return f"a buffer or frozen parameter {name!r}, expected none"
-    missing = sorted(known - {*here["layout"]["names"], *here["constants"]})
+def _different(there: dict[str, Any], here: dict[str, Any]) -> str:
+    before, now = ({**_shapes(header["layout"]), **dict.fromkeys(header["digests"])} for header in (there, here))
+    for name, shape in now.items():
+        if name not in before or before[name] != shape:
+            shown = "a buffer or frozen parameter" if shape is None else f"a parameter of shape {shape}"
+            return f"{shown} {name!r}, expected {before.get(name) or 'none'}"
+    missing = [name for name in before if name not in now]
     return f"no tensor {missing[0]!r}" if missing else "its tensors in another order"
+
+
+def _shapes(layout: dict[str, Any]) -> dict[str, list[int]]:
+    return dict(zip(layout["names"], layout["shapes"], strict=True))
 
 
 def _check_options(reader: Reader, loop: Loop) -> None:
     """The optimizer's options but the learning rate, which schedules move, are those of the first step or of the last."""
-    rule = rule_by_name(reader.header["rule"])
+    rule = rule_by_name(reader.header["rule"], reader.header["hyper"])
     numbers = [n for n, name in enumerate(rule.hyper) if name not in ("lr", "age")]
     here = read_hyper(rule, loop.optimizer)
     ends = [reader.read("hyper", step) for step in (0, int(reader.header["written_steps"]) - 1)]

@@ -1,6 +1,6 @@
 """A recorded run, opened for reading: parameters, batches and updates of every step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .constants import Constant, constant_of, precision, to_tensor
 from .errors import ModelMismatchError, StoreError
-from .functional import constants_of
+from .functional import constants_of, uncompiled
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
@@ -58,7 +59,7 @@ class Run:
 
     @property
     def rule(self) -> Rule:
-        return rule_by_name(self.header["rule"])
+        return rule_by_name(self.header["rule"], self.header["hyper"])
 
     @cached_property
     def ids(self) -> Ids:
@@ -86,7 +87,7 @@ class Run:
         """Options of the optimizer: name -> the smallest and the largest value over steps and parameter groups."""
         hyper = self.reader.read("hyper", slice(0, self.steps))[..., :-1]
         low, high = (
-            self.rule.options(dict(zip(self.rule.hyper, v.tolist(), strict=True)))
+            self.rule.untyped().options(dict(zip(self.rule.hyper, v.tolist(), strict=True)))
             for v in (hyper.min((0, 1)), hyper.max((0, 1)))
         )
         ends = {n: [list(v) if isinstance(v, tuple) else v for v in (low[n], high[n])] for n in low}
@@ -144,36 +145,55 @@ class Run:
         return self.reader.fact(name, slice(0, self.steps))
 
     def load(self, model: nn.Module, step: int) -> None:
-        """Put the parameters of a step, and the recorded buffers, into a model, bit for bit.
+        """Put the parameters of a step, and the recorded buffers and frozen parameters, into a model, bit for bit. Those of
+        which the run holds the digest only are left as they are.
 
         Raises:
-            ModelMismatchError: naming the first tensor that differs in name, shape or dtype; the model is unchanged.
+            ModelMismatchError: naming the first tensor that differs in name, shape or dtype, or in value where only its
+                digest is known; the model is unchanged.
         """
+        model = uncompiled(model)
         check_model(self, model, values=False)
-        own = dict([*model.named_parameters(), *model.named_buffers()])
+        held = dict([*model.named_parameters(), *model.named_buffers()])
         values = {**self.parameters(step), **self.constants()}
-        for name, value in values.items():
-            if own[name].dtype != value.dtype:
-                raise ModelMismatchError(
-                    f"the model is not of the run's type: got {own[name].dtype}, expected {value.dtype}, at {name!r}. "
-                    f"Convert it with model.to({value.dtype})."
+        types = {name: getattr(torch, known.dtype) for name, known in self.digests.items()}
+        for name, dtype in {**dict.fromkeys(self.groups, self.dtype), **types}.items():
+            if held[name].dtype != dtype:
+                convert = (
+                    f"Convert it with model.to({dtype})." if dtype == self.dtype else "Build it as it was recorded."
                 )
+                raise ModelMismatchError(
+                    f"the model is not of the run's type: got {held[name].dtype}, expected {dtype}, at {name!r}. {convert}"
+                )
+        check_digests(self, {name: held[name] for name in self.digests if name not in values})
         with torch.no_grad():
             for name, value in values.items():
-                own[name].copy_(value)
+                held[name].copy_(value)
 
     def optimizer(self, model: nn.Module | dict[str, Tensor], step: int) -> torch.optim.Optimizer:
         """Torch's optimizer over the parameters of a model, or over tensors by name, as it was at a state, 0 .. T:
         accumulators and options bit for bit, a group per parameter tensor; at T with the options of the last step."""
         if not 0 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
-        own = dict(model.named_parameters()) if isinstance(model, nn.Module) else model
+        own = dict(uncompiled(model).named_parameters()) if isinstance(model, nn.Module) else model
         return self.trajectory.optimizer(step, [own[name] for name in self.groups])
 
+    @cached_property
+    def digests(self) -> dict[str, Constant]:
+        """Type, shape and digest of every buffer and frozen parameter, by name."""
+        return {name: Constant(d, tuple(shape), digest) for name, (d, shape, digest) in self.header["digests"].items()}
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What a pass rounds to on its way: the run's type, or that of a frozen part in less than single precision."""
+        return precision((getattr(torch, known.dtype) for known in self.digests.values()), self.dtype)
+
     def constants(self) -> dict[str, Tensor]:
-        """Buffers and frozen parameters, by name."""
-        names = self.header["constants"]
-        return {name: torch.from_numpy(self.reader.read(f"constants/{n}")) for n, name in enumerate(names)}
+        """Buffers and frozen parameters, by name; none where the run was recorded with constants="digest"."""
+        return {
+            name: to_tensor(self.reader.read(f"constants/{n}"), self.digests[name].dtype)
+            for n, name in enumerate(self.header["constants"])
+        }
 
     def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Steps]:
         """The steps start .. stop - 1, those of each block together."""
@@ -259,30 +279,42 @@ def check_model(run: Run, model: nn.Module, values: bool = True) -> None:
 
     With `values`, buffers and frozen parameters must hold what they held while recording.
     """
-    own = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    held = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
     expected = dict(zip(run.layout.names, run.layout.shapes, strict=True))
-    constants = run.constants()
-    expected.update({name: tuple(t.shape) for name, t in constants.items()})
+    expected.update({name: known.shape for name, known in run.digests.items()})
     for name, shape in expected.items():
-        if name not in own:
+        if name not in held:
             raise ModelMismatchError(
                 f"the model is not the recorded one: got no tensor {name!r}, expected one of shape {shape}. "
                 f"Build the model as it was when recording ({run.header['model']})."
             )
-        if tuple(own[name].shape) != shape:
+        if tuple(held[name].shape) != shape:
             raise ModelMismatchError(
-                f"the model is not the recorded one: got shape {tuple(own[name].shape)}, expected {shape}, at {name!r}. "
+                f"the model is not the recorded one: got shape {tuple(held[name].shape)}, expected {shape}, at {name!r}. "
                 f"Build the model as it was when recording ({run.header['model']})."
             )
-    extra = next((name for name in own if name not in expected), None)
+    extra = next((name for name in held if name not in expected), None)
     if extra is not None:
         raise ModelMismatchError(
             f"the model is not the recorded one: got a tensor {extra!r} that the run does not have. "
             f"Build the model as it was when recording ({run.header['model']})."
         )
-    for name, value in constants_of(model, run.layout).items() if values else ():
-        if not torch.equal(value.cpu().to(constants[name].dtype), constants[name]):
-            raise ModelMismatchError(
-                f"a buffer or frozen parameter is not the recorded one: expected the value it had while recording, at "
-                f"{name!r}. Put the recorded values in with run.load(model, step)."
+    if values:
+        check_digests(run, constants_of(model, run.layout))
+
+
+def check_digests(run: Run, constants: Mapping[str, Tensor]) -> None:
+    """Raise ModelMismatchError at the first of a model's constants that is not the recorded one, in the recorded type."""
+    for name, value in constants.items():
+        known = run.digests[name]
+        if constant_of(value.to(getattr(torch, known.dtype))) == known:
+            continue
+        advice = "Put the recorded values in with run.load(model, step)."
+        if name not in run.constants():
+            advice = (
+                'The run holds its digest only (constants="digest"): build the model on the base it was recorded with.'
             )
+        raise ModelMismatchError(
+            f"a buffer or frozen parameter is not the recorded one: expected the value it had while recording, at "
+            f"{name!r}. {advice}"
+        )

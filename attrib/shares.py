@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import gradients
 from .checks import fit_scale, split_bound, split_gaps
+from .constants import is_low
 from .errors import LossError
 from .functional import training_modes
 from .generators import random_state
@@ -36,11 +37,12 @@ class Contributions(NamedTuple):
 
 class Split(NamedTuple):
     """How far a step's contributions are from those of their own examples; where it fails, the id of the example and the
-    group furthest off."""
+    group furthest off, and how far they may be."""
 
     gap: float
     example: int | str | None = None
     group: int | None = None
+    bound: float = float("nan")
 
 
 def drawn(steps: range) -> frozenset[int]:
@@ -78,6 +80,7 @@ class Shares:
             )
         self.run, self._made_of = run, (run, model, loss, dtype, slices, member)
         self._model, self._dtype, self._member = model, dtype, member
+        self._precision = run.precision if is_low(run.precision) else dtype
         self._device = next(model.parameters()).device
         self._groups = member.argmax(1).tolist()
         self._contract = {"gradients": self._stored, "factors": self._factored, "replay": self._replayed}[run.capture]
@@ -110,7 +113,7 @@ class Shares:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
         theta = self._theta(step)
         with self._step(step) as (shares, batch):
-            product = shares.hvp(theta, batch, sensitivity)
+            product = shares.hvp(theta, batch, sensitivity) / self._factor(step)
         scale = self._fitted(step) if np.isnan(step.scale) else step.scale
         return product.double() * (1.0 if scale is None else scale)
 
@@ -124,9 +127,9 @@ class Shares:
             return None
         theta = self._theta(step)
         mine = found.values @ self._member
-        weights = random_weights(mine.shape[1], step.number, theta)
+        weights = random_weights(mine.shape[1], step.number, theta, self._gradients.coarse)
         with self._step(step) as (shares, batch):
-            pulled = shares.gradient(theta, batch, weights)[1].double()
+            pulled = shares.gradient(theta, batch, weights)[1].double() / self._factor(step)
         parts = [sensitivity[:, part] @ pulled[part].to(sensitivity) for _, part in self.run.layout.slices()]
         truth = torch.stack(parts, 1).cpu().numpy() @ self._member
         combined = np.einsum("b,qbg->qg", weights.double().cpu().numpy(), mine)
@@ -140,16 +143,16 @@ class Shares:
             sensitivity[:, part].abs() @ pulled[part].abs().to(sensitivity) for _, part in self.run.layout.slices()
         ]
         flow = torch.stack(flows, 1).cpu().numpy() @ self._member  # what the products cancelled from
-        bound = split_bound(self._dtype)
+        bound = split_bound(self._precision)
         gaps = split_gaps(
-            off, np.sqrt(np.square(mine).sum(1)), self._dtype, bound * (64 * flow + np.reshape(seen, (-1, 1)))
+            off, np.sqrt(np.square(mine).sum(1)), self._precision, bound * (64 * flow + np.reshape(seen, (-1, 1)))
         )
         q, g = np.unravel_index(int(gaps.argmax()), gaps.shape)
         if gaps[q, g] <= bound:
             return Split(float(gaps[q, g]))
         along = self._along(step, sensitivity[q], int(g)) * scale
         slot = int(np.abs(along - mine[q, :, g]).argmax())
-        return Split(float(gaps[q, g]), self.run.ids.of(step.ids[slot : slot + 1]).tolist()[0], int(g))
+        return Split(float(gaps[q, g]), self.run.ids.of(step.ids[slot : slot + 1]).tolist()[0], int(g), bound)
 
     def _along(self, step: RecordedStep, sensitivity: Tensor, group: int) -> np.ndarray:
         """(B,): the truth example by example, along one query's U over one group."""
@@ -157,7 +160,8 @@ class Shares:
         named = self.run.layout.unflatten(sensitivity[None].to(self._dtype))
         names = [name for name, g in zip(self.run.layout.names, self._groups, strict=True) if g == group]
         with self._step(step) as (shares, batch):
-            return shares.vector.along(self._theta(step), batch, named, [names])[1][0, :, 0].cpu().numpy()
+            found = shares.vector.along(self._theta(step), batch, named, [names])[1][0, :, 0]
+        return found.cpu().numpy() / self._factor(step)
 
     # by capture
 
@@ -176,6 +180,7 @@ class Shares:
         assert self._gradients is not None
         with self._step(step) as (shares, batch):
             found = shares.contract(self._theta(step), batch, sensitivity, self._groups)[1].cpu().numpy()
+        found /= self._factor(step)
         scale = self._scale(step, found, gradient)
         found *= scale
         return Contributions(found, scale)
@@ -186,7 +191,16 @@ class Shares:
         assert self._gradients is not None
         batch = tuple(b.to(self._device) for b in self.run.inputs(step.kind, step.rows))
         with training_modes(self._model, self.run.header["training"]), random_state(step.random):
-            yield self._gradients.at(step.active), batch
+            yield self._gradients.at(step.active, self._factor(step)), batch
+
+    def _factor(self, step: RecordedStep) -> float:
+        """Of the loss that is differentiated: the loop's own multiple where a pass rounds to few bits, as there."""
+        if self._gradients is None or not self._gradients.coarse:
+            return 1.0
+        kind, size = self.run.header.get("reduction"), len(step.ids)
+        if kind == "other" and not np.isnan(step.scale):
+            return step.scale
+        return 1.0 if kind == "sum" else 1 / size
 
     # the common factor of a step
 
@@ -217,7 +231,7 @@ class Shares:
         """From p.grad and the sum of the gradients, over all parameters."""
         assert self._gradients is not None
         with self._step(step) as (shares, batch):
-            total = shares.total(self._theta(step), batch)[1]
+            total = shares.total(self._theta(step), batch)[1] / self._factor(step)
         return fit_scale(step.examples.to(total), total)
 
     def _theta(self, step: RecordedStep) -> Tensor:

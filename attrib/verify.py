@@ -12,6 +12,7 @@ from tqdm import tqdm
 from .budget import slice_bytes
 from .checks import ShareBound, batch_identity, same_state, step_identity
 from .errors import AttribError, SplitIdentityError
+from .functional import uncompiled
 from .gradients import random_weights
 from .run import Run, check_model
 from .shares import Shares, drawn
@@ -59,7 +60,7 @@ def verify(
                     found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step))
                     if run.capture != "replay":
                         gradient, penalty = block.examples[n], None if block.penalty is None else block.penalty[n]
-                        within = ShareBound(gradient, lambda: 0.0, penalty)
+                        within = ShareBound(gradient, lambda: 0.0, penalty, run.precision)
                         found.note("batch", batch_identity(run.layout, gradient, _total(run, step), step, within))
                     bar.update()
                 after = block.state_after
@@ -68,7 +69,7 @@ def verify(
             for gap in gaps[~np.isnan(gaps)] if name == "split" or run.capture == "replay" else ():
                 found.note(f"recorded {name}", float(gap))
         if model is not None and loss is not None:
-            _split(run, model, loss, found)
+            _split(run, uncompiled(model), loss, found)
     except AttribError as error:
         found.failure = str(error)
     return found

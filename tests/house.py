@@ -12,7 +12,9 @@ class Floor(NamedTuple):
 
 FLOORS = (
     Floor("arrays", ("kernels",)),
-    Floor("words and numbers", ("budget", "ending", "errors", "generators", "interrupt", "layout", "ledger")),
+    Floor(
+        "words and numbers", ("budget", "constants", "ending", "errors", "generators", "interrupt", "layout", "ledger")
+    ),
     Floor("nouns", ("functional", "marginals", "measure", "program", "wrapper")),
     Floor("sums", ("parts", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),

@@ -1,13 +1,28 @@
 """Update rules against torch's own steps, in both precisions."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS
+from cases import ADAM, ADAMW, OPTIMIZERS, SGD, covering, crossed
 from torch import nn
 
+from attrib.errors import UnsupportedOptimizerError
 from attrib.layout import Layout
-from attrib.optim import RULES, Replay, decay_rates, pullback, read_hyper, read_state, rule_of
+from attrib.optim import (
+    RULES,
+    Replay,
+    Rerun,
+    check_group_options,
+    decay_rates,
+    pullback,
+    read_hyper,
+    read_state,
+    rule_by_name,
+    rule_of,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -75,6 +90,98 @@ def test_a_skipped_parameter_keeps_its_state_and_its_age() -> None:
             np.testing.assert_allclose(replay.state[key], value, rtol=1e-12)
 
 
+# options that torch computes scalars with, made by a function of their values
+TYPED: dict[str, Callable[[Any], tuple[type, dict[str, Any]]]] = {
+    "sgd": lambda t: (SGD, {"lr": t(0.0123)}),
+    "sgd momentum dampening decay": lambda t: (
+        SGD,
+        {"lr": t(0.0123), "momentum": t(0.9), "dampening": t(0.2), "weight_decay": t(0.3)},
+    ),
+    "sgd nesterov maximize": lambda t: (
+        SGD,
+        {"lr": t(0.0123), "momentum": t(0.9), "nesterov": True, "maximize": True, "weight_decay": 0.3},
+    ),
+    "adam": lambda t: (ADAM, {"lr": t(0.0123)}),
+    "adam betas decay": lambda t: (ADAM, {"lr": 0.0123, "betas": (t(0.1), t(0.8)), "weight_decay": t(0.3)}),
+    "adam amsgrad maximize": lambda t: (
+        ADAM,
+        {"lr": t(0.0123), "betas": (t(0.9), t(0.98)), "amsgrad": True, "maximize": True, "weight_decay": 0.3},
+    ),
+    "adamw": lambda t: (ADAMW, {"lr": t(0.0123), "weight_decay": 0.3}),
+    "adamw betas amsgrad": lambda t: (ADAMW, {"lr": t(0.0123), "betas": (t(0.1), t(0.8)), "amsgrad": True}),
+    "adamw decay maximize": lambda t: (ADAMW, {"lr": 0.0123, "weight_decay": t(0.3), "maximize": True}),
+}
+IMPLEMENTATIONS = ("", "foreach", "fused")
+TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+WAYS = (TYPED, IMPLEMENTATIONS, TYPES, (torch.float64, torch.float32))
+
+
+@pytest.mark.parametrize(("name", "how", "typed", "dtype"), crossed(*WAYS, fast=covering(*WAYS, whole=2)))
+def test_options_that_are_tensors_are_replayed_and_run_again(
+    name: str, how: str, typed: torch.dtype, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((50,), (), (5, 6))]
+    kind, options = TYPED[name](lambda value: torch.tensor(value, dtype=typed))
+    if how == "foreach" and kind is not SGD:  # where torch takes numbers alone
+        options |= {"lr": float(options["lr"]), "betas": tuple(map(float, options.get("betas", (0.9, 0.99))))}
+    optimizer = kind(parameters, **options, **({how: True} if how else {}))
+    rule = rule_of(optimizer)
+    layout = Layout(tuple("abc"), tuple(tuple(p.shape) for p in parameters))
+    state = read_state(rule, optimizer, parameters)
+    replay, rerun, eps = Replay(rule, layout, state), None, torch.finfo(dtype).eps
+    for _ in range(6):
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        theta, gradient = layout.flatten(parameters), layout.flatten(p.grad for p in parameters)
+        hyper = read_hyper(rule, optimizer)
+        rerun = rerun or Rerun(kind, rule, layout, theta, state, hyper)
+        optimizer.step()
+        _, delta = replay.step(hyper, gradient, theta)
+        after = layout.flatten(parameters)
+        # some ten roundings of the update, and that of the parameters: a scalar in the wrong type is off by 6e-8 or more
+        allowed = 16 * eps * float(delta.norm()) + 2 * eps * float(theta.norm())
+        assert float((after - theta - delta).norm()) <= allowed
+        assert torch.equal(rerun.step(hyper, gradient), after)
+
+
+REFUSED: dict[str, tuple[type, dict[str, Any], str]] = {
+    "no single number": (
+        SGD,
+        {"lr": torch.tensor([0.1, 0.2])},
+        r"float32 and shape \(2,\).*tensor of one element.*'lr'",
+    ),
+    "a whole number": (SGD, {"lr": torch.tensor(1)}, r"torch.int64.*'lr' of param group 0, step 3\. Pass a number"),
+    "foreach": (ADAMW, {"lr": torch.tensor(0.1), "foreach": True}, r"beside foreach=True.*'lr'.*foreach=None"),
+    "foreach betas": (ADAM, {"betas": (torch.tensor(0.9), torch.tensor(0.9)), "foreach": True}, "'betas'"),
+    "numpy": (ADAMW, {"lr": np.float32(0.1)}, r"got np.float32\(0.1\).*for float64 parameters.*float\(lr\)"),
+    "a device": (ADAMW, {"lr": torch.tensor(0.1, device="meta")}, "on meta.*on the CPU, for float64 parameters"),
+    "capturable": (ADAMW, {"capturable": True}, "got True, expected False for float64 parameters, at 'capturable'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_options_that_cannot_be_replayed_are_refused_by_name(case: str) -> None:
+    kind, options, match = REFUSED[case]
+    optimizer = kind([nn.Parameter(torch.ones(2, dtype=torch.float64))], lr=0.1)
+    check_group_options(optimizer)
+    optimizer.param_groups[0].update(options)  # as a scheduler does: torch's constructor refuses some itself
+    with pytest.raises(UnsupportedOptimizerError, match=match):
+        check_group_options(optimizer, ", step 3")
+
+
+@pytest.mark.parametrize("case", ["numpy", "a device", "capturable"])
+def test_scalars_that_are_rounded_elsewhere_are_taken_where_that_is_not_seen(case: str) -> None:
+    kind, options, _ = REFUSED[case]
+    single = kind([nn.Parameter(torch.ones(2))], lr=0.1)
+    fused = kind([nn.Parameter(torch.ones(2, dtype=torch.float64))], lr=0.1, fused=True)
+    for optimizer in (single, fused):
+        optimizer.param_groups[0].update(options)
+        check_group_options(optimizer)
+
+
 NOT_STORED = {"params", "capturable", "differentiable"}  # how torch computes a step, but not what
 
 
@@ -99,11 +206,33 @@ def test_the_numbers_of_a_step_give_its_options_and_its_state_again(name: str) -
         optimizer.step()
 
 
-def test_the_numbers_of_a_step_have_the_names_and_the_order_of_runs_already_recorded() -> None:
-    assert {rule.name: " ".join(rule.hyper) for rule in RULES.values()} == {
-        "SGD": "lr momentum dampening weight_decay nesterov maximize foreach fused age",
-        "Adam": "lr beta1 beta2 eps weight_decay amsgrad maximize decoupled foreach fused age",
-    }
+EARLY = {
+    "SGD": "lr momentum dampening weight_decay nesterov maximize foreach fused age",
+    "Adam": "lr beta1 beta2 eps weight_decay amsgrad maximize decoupled foreach fused age",
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_recorded_before_types_were_stored_is_read_as_it_was(name: str) -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(3)) for _ in range(2)]
+    optimizer = OPTIMIZERS[name](parameters)
+    rule = rule_of(optimizer)
+    early = rule_by_name(rule.name, EARLY[rule.name].split())
+    assert " ".join(early.hyper) == EARLY[rule.name]
+    mine = [p for group in optimizer.param_groups for p in group["params"]]
+    layout = Layout(("a", "b"), ((3,), (3,)))
+    state, theta, gradient = read_state(rule, optimizer, mine), layout.flatten(mine), torch.randn(6)
+    for p in mine:
+        p.grad = torch.ones_like(p)
+    rows = [read_hyper(r, optimizer) for r in (rule, early)]
+    assert rows[0].shape[1] > rows[1].shape[1]
+    moved, again = (
+        Replay(r, layout, state).step(h, gradient, theta)[1] for r, h in zip((rule, early), rows, strict=True)
+    )
+    assert torch.equal(moved, again)
+    kept = [r.options(dict(zip(r.hyper, h[0], strict=False))) for r, h in zip((rule, early), rows, strict=True)]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -312,6 +312,168 @@ def test_optimizer_state_changed_outside_is_noticed(bench: Bench) -> None:
     bench.assert_refused(errors.ChangedOutsideError, "exp_avg")
 
 
+def add_a_group(bench: Bench) -> None:
+    bench.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2).double())]})
+
+
+def add_a_parameter(bench: Bench) -> None:
+    bench.optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2).double()))
+
+
+def remove_a_parameter(bench: Bench) -> None:
+    del bench.optimizer.param_groups[0]["params"][1]
+
+
+def remove_a_group(bench: Bench) -> None:
+    del bench.optimizer.param_groups[0]
+
+
+def replace_a_parameter(bench: Bench) -> None:
+    parameters = bench.optimizer.param_groups[0]["params"]
+    parameters[1] = nn.Parameter(parameters[1].detach().clone())
+
+
+def exchange_two_parameters(bench: Bench) -> None:
+    bench.optimizer.param_groups[0]["params"].reverse()
+
+
+OTHER_PARAMETERS = {
+    add_a_group: "got 1 more, first in param group 1, expected the 4 of",
+    add_a_parameter: "got 1 more, first in param group 0, expected the 4 of",
+    remove_a_parameter: "got none of '0.bias', expected",
+    remove_a_group: "got none of '0.weight', expected",
+    replace_a_parameter: "got 1 more, first in param group 0 and none of '0.bias', expected",
+    exchange_two_parameters: "got another order, expected",
+}
+
+
+@pytest.mark.parametrize("change", OTHER_PARAMETERS)
+def test_other_parameters_in_the_optimizer_are_refused_and_the_steps_before_are_kept(
+    change: Any, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path)
+    for _ in range(3):
+        bench.good_step()
+    bench.backward()
+    change(bench)
+    match = f"{OTHER_PARAMETERS[change]}.*step 3.*record a new one.*refused"
+    bench.assert_refused(errors.ChangedOutsideError, match)
+    bench.recorder.close()
+    run = attrib.open_run(bench.store)
+    assert (run.steps, run.complete) == (3, True)
+    assert attrib.verify(run, progress=False).failure is None
+
+
+def test_after_a_group_was_added_the_optimizer_can_be_recorded_anew(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    recorded = set(bench.model[0].parameters())
+    del bench.optimizer.param_groups[0]["params"][2:]
+    early = attrib.record(bench.optimizer, bench.model, LOSS, tmp_path / "early")
+    for step in range(4):
+        if step == 2:
+            bench.optimizer.add_param_group({"params": [p for p in bench.model.parameters() if p not in recorded]})
+            bench.backward()
+            with pytest.raises(errors.ChangedOutsideError, match="got 2 more"):
+                early.step(bench.index, bench.x, bench.y)
+            early.close()
+            late = attrib.record(bench.optimizer, bench.model, LOSS, tmp_path / "late")
+        bench.backward()
+        (early if step < 2 else late).step(bench.index, bench.x, bench.y)
+    late.close()
+    measurement = attrib.measure.log_prob(bench.x[:2], bench.y[:2])
+    for name, groups in (("early", 2), ("late", 4)):
+        run = attrib.open_run(tmp_path / name)
+        assert (run.steps, len(run.groups)) == (2, groups)
+    attrib.attribute(run, bench.model, measurement, loss=LOSS, progress=False).check(1e-10)
+
+
+def replace_a_tensor(bench: Bench) -> str:
+    bench.model[2].weight = nn.Parameter(bench.model[2].weight.detach().clone())
+    return r"a part of the model was replaced.*the Parameter.*'2\.weight', step 1"
+
+
+def remove_a_tensor(bench: Bench) -> str:
+    bench.model[2].bias = None
+    return r"a part of the model was replaced.*'2\.bias'"
+
+
+def replace_a_module(bench: Bench) -> str:
+    bench.model[1] = nn.Tanh()
+    return "a part of the model was replaced.*the ReLU.*'1', step 1"
+
+
+@pytest.mark.parametrize("change", [replace_a_tensor, remove_a_tensor, replace_a_module])
+def test_a_model_in_which_something_is_replaced_is_refused(change: Any, bench: Bench) -> None:
+    bench.backward()
+    match = change(bench)
+    with pytest.raises(errors.ChangedOutsideError, match=match):
+        bench.step()
+    bench.recorder._writer.close(True)
+    assert attrib.open_run(bench.store).steps == 1
+
+
+def test_a_model_converted_to_another_type_is_refused_where_no_value_changes(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2).double()
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.0), model, LOSS, tmp_path / "run")
+    x, y = torch.randn(4, 3).double(), torch.randint(0, 2, (4,))
+    for convert in (model.double, model.float):
+        convert()
+        recorder.zero_grad()
+        LOSS(model, x.to(model.weight.dtype), y).mean().backward()
+        if convert == model.double:
+            recorder.step(torch.arange(4), x, y)
+    with pytest.raises(errors.ChangedOutsideError, match=r"a parameter changed between two steps.*'weight', step 1"):
+        recorder.step(torch.arange(4), x, y)
+
+
+def test_a_buffer_may_be_replaced_by_one_of_the_same_values(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.register_buffer("mask", torch.ones(3).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mask = torch.ones(3).double()  # as some models make it anew in every pass
+            return self.linear(x * self.mask)
+
+    model = Masked().double()
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
+    x, y = torch.randn(4, 3).double(), torch.randint(0, 2, (4,))
+    for _ in range(3):
+        recorder.zero_grad()
+        LOSS(model, x, y).mean().backward()
+        recorder.step(torch.arange(4), x, y)
+    recorder.zero_grad()
+    LOSS(model, x, y).mean().backward()
+    model.mask = torch.zeros(3).double()
+    with pytest.raises(errors.ChangedOutsideError, match=r"buffer or frozen parameter changed.*'mask', step 3"):
+        recorder.step(torch.arange(4), x, y)
+    recorder.close()
+    assert attrib.open_run(tmp_path / "run").steps == 3
+
+
+@pytest.mark.parametrize(("lr", "match"), [(torch.tensor(1), "torch.int64"), (np.float32(0.1), "np.float32")])
+def test_an_option_that_cannot_be_replayed_is_refused_before_the_optimizer_moves(
+    lr: Any, match: str, tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path)
+    bench.good_step()
+    bench.optimizer.param_groups[0]["lr"] = lr
+    bench.backward()
+    bench.assert_refused(
+        errors.UnsupportedOptimizerError, rf"{match}.*'lr' of param group 0, step 1; the step was refused"
+    )
+    with pytest.raises(errors.UnsupportedOptimizerError, match=match):
+        attrib.record(bench.optimizer, bench.model, LOSS, tmp_path / "other")
+    bench.optimizer.param_groups[0]["lr"] = 0.1
+    bench.good_step()
+    bench.recorder.close()
+    assert attrib.open_run(bench.store).steps == 2
+
+
 def test_buffer_that_changes_is_named(tmp_path: Path) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:

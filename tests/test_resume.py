@@ -152,7 +152,7 @@ REFUSED = {
         r"got a parameter '0.weight' of shape \[7, 4\]",
         {"model": lambda: build(7)},
     ),
-    "a buffer more": (errors.ModelMismatchError, "parameter 'shift', expected none", {"model": frozen}),
+    "a buffer more": (errors.ModelMismatchError, "parameter .shift., expected none", {"model": frozen}),
     "another optimizer": (errors.ResumeError, "the optimizer SGD, expected AdamW", {"optimizer": OPTIMIZERS["sgd"]}),
     "another option": (
         errors.ResumeError,

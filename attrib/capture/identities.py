@@ -8,23 +8,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import ShareBound, batch_identity, split_bound, split_gaps
+from ..checks import ShareBound, batch_identity, fit_scale, split_bound, split_gaps
 from ..errors import BatchIdentityError, SplitIdentityError
 from ..generators import generators, random_state
 from ..gradients import ExampleGradients, random_weights
 from .listen import Heard
 from .records import Factors, Settled, Step
 
+TRIES = 5
+
 
 @dataclass(frozen=True)
 class Trial:
-    """A step on trial. shares: at its active parameters; examples, penalty (P,): the parts of its gradient."""
+    """A step on trial. shares: at its active parameters, of `factor` times the loss; examples, penalty (P,): the parts of
+    its gradient."""
 
     step: Step
     heard: Heard
     shares: ExampleGradients
     examples: Tensor
     penalty: Tensor | None
+    factor: float = 1.0
 
     @property
     def size(self) -> int:
@@ -39,6 +43,24 @@ class Fit(NamedTuple):
     settled: Settled
 
 
+def of_the_loop(trial: Trial) -> Trial:
+    """The trial with the multiple of the loss that the loop differentiates: where a pass rounds to few bits, that of another
+    multiple rounds otherwise. It is the mean, the sum, or what p.grad says, which comes out nearer with each pass."""
+    step, size = trial.step, trial.size
+    for _ in range(TRIES):
+        with random_state(trial.heard.start):
+            total = trial.shares.total(step.theta, step.batch)[1]
+        scale = fit_scale(trial.examples, total)
+        near = 1.0 if scale is None else scale / trial.heard.clip
+        if abs(near - 1) <= torch.finfo(total.dtype).eps ** 0.75:
+            break
+        factor = next(
+            (known for known in (1 / size, 1.0) if abs(near * trial.factor / known - 1) < 0.01), near * trial.factor
+        )
+        trial = replace(trial, shares=trial.shares.at(step.active, factor), factor=factor)
+    return trial
+
+
 def fitted(trial: Trial) -> Fit:
     """The sum of the shares with the loss as it was given; the scale between it and p.grad.
 
@@ -47,10 +69,11 @@ def fitted(trial: Trial) -> Fit:
     """
     step, heard, examples = trial.step, trial.heard, trial.examples
     with random_state(heard.start):
-        losses, total = trial.shares.total(step.theta, step.batch)
+        losses, total = (found / trial.factor for found in trial.shares.total(step.theta, step.batch))
         draws = step.settled.draws.settled(step.number, heard.start, generators())
     settled = replace(step.settled, draws=draws)
-    bound = ShareBound(examples, lambda: heard.clip * _gross(trial, settled), trial.penalty)
+    precision = trial.shares.precision
+    bound = ShareBound(examples, lambda: heard.clip * _gross(trial, settled), trial.penalty, precision)
     scale, reduction = settled.reduction.fit(examples, total, len(losses), heard.clip, bound)
     try:
         gap = batch_identity(trial.shares.layout, examples, scale * total, step.number, bound)
@@ -75,7 +98,7 @@ def check_sum(trial: Trial, found: Factors, scale: float) -> None:
     def gross() -> float:
         return scale * sum(float(f.rows().double().norm(dim=1).sum()) for s in found.values() for f in s)
 
-    bound = ShareBound(examples, gross, trial.penalty)
+    bound = ShareBound(examples, gross, trial.penalty, trial.shares.precision)
     batch_identity(layout, examples, scale * sums, trial.step.number, bound)
 
 
@@ -87,13 +110,14 @@ def check_split(trial: Trial, found: Factors, scale: float, whole: float) -> flo
         SplitIdentityError: naming the parameter and the example.
     """
     step, names = trial.step, trial.shares.layout.names
-    weights = random_weights(trial.size, step.number, step.theta)
+    weights, whole = random_weights(trial.size, step.number, step.theta, trial.shares.coarse), whole / trial.factor
     with random_state(trial.heard.start):
         truth = trial.shares.vector.gradient(step.theta, step.batch, weights)[1]
     sums = {n: sum((f.weighted(weights).total() for f in found[n]), 0.0) for n in names}
     off = np.array([float((scale * sums[n] - whole * truth[n].flatten()).double().norm()) for n in names])
     sizes = np.array([abs(whole) * float(truth[n].double().norm()) for n in names])
-    gaps, bound = split_gaps(off, sizes, step.theta.dtype), split_bound(step.theta.dtype)
+    precision = trial.shares.precision
+    gaps, bound = split_gaps(off, sizes, precision), split_bound(precision)
     worst = int(gaps.argmax())
     if not gaps[worst] <= bound:
         stored = scale * torch.stack([factor.rows() for factor in found[names[worst]]]).sum(0)
@@ -116,6 +140,16 @@ def _worst_slot(trial: Trial, stored: Tensor, whole: float, name: str) -> int:
 def _hint(trial: Trial, stochastic: bool, losses: Tensor) -> str:
     """What in the loop may be why shares and p.grad differ."""
     passes = trial.heard.passes
+    if stochastic and passes == 0:
+        return (
+            " The loss draws random numbers (dropout), and no forward pass of the model was heard, so that they cannot be "
+            "drawn again: pass attrib.record the model that the loop calls, the compiled one where that is."
+        )
+    if stochastic and trial.heard.compiled:
+        return (
+            " The loss draws random numbers (dropout), and torch.compile's default backend draws other ones than the model "
+            "itself: set torch._inductor.config.fallback_random = True before the first call."
+        )
     if stochastic and passes > 1:
         return (
             f" The step made {passes} forward passes and the loss draws random numbers (dropout), which are drawn again "
@@ -135,7 +169,7 @@ def _hint(trial: Trial, stochastic: bool, losses: Tensor) -> str:
 def _gross(trial: Trial, settled: Settled) -> float:
     """sum_i |g_i|, times the reduction: no larger than what the optimizer's gradient may have cancelled from."""
     norms = [float(rows.double().norm(dim=1).sum()) for rows in _share_rows(trial, settled.draws.stochastic)]
-    return sum(norms) / (trial.size if settled.reduction.kind != "sum" else 1)
+    return sum(norms) / trial.factor / (trial.size if settled.reduction.kind != "sum" else 1)
 
 
 def _share_rows(trial: Trial, stochastic: bool) -> Iterator[Tensor]:

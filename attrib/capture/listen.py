@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..checks import NormWatch, RandomWatch
+from ..functional import uncompiled
 from ..generators import generators
 from ..gradients import Watch
 from ..gradients.assignment import Trace
@@ -16,7 +17,7 @@ from ..gradients.assignment import Trace
 class Heard:
     """clip: the factor on all gradients since the backward pass. passes: how many went forward. before, behind: the state of
     the generators around the last of them, None where none was heard. start: `before`, or the state now. sites: of the one
-    pass, with the gradients of their outputs; None where it was not followed."""
+    pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is."""
 
     clip: float
     passes: int
@@ -24,14 +25,17 @@ class Heard:
     behind: Tensor | None
     start: Tensor
     sites: tuple[Trace, list[Tensor | None]] | None
+    compiled: bool
 
 
 class Listeners:
     """All hooks of a recorded run. sites: whether the calls of a pass are followed."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor], sites: bool) -> None:
+        self._compiled = uncompiled(model) is not model
         self._norms = NormWatch(parameters)
         self._random = RandomWatch(model)
+        sites = sites and not self._compiled  # what is compiled is not followed call by call
         self._watch = Watch(model, dict(zip(names, parameters, strict=True))) if sites else None
 
     def heard(self, size: int) -> Heard:
@@ -43,7 +47,8 @@ class Listeners:
         random = self._random
         start = random.before if random.before is not None else generators()
         sites = None if self._watch is None else self._watch.seen(size)
-        return Heard(self._norms.clipping(), random.passes, random.before, random.behind, start, sites)
+        clip, compiled = self._norms.clipping(), self._compiled
+        return Heard(clip, random.passes, random.before, random.behind, start, sites, compiled)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

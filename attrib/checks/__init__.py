@@ -9,7 +9,7 @@
 
 from .guard import Guard
 from .identities import ShareBound, batch_identity, same_bits, same_state, split_bound, split_gaps, step_identity
-from .intake import check_batch, check_gradient, check_ids, check_options, names_of, tensor_option
+from .intake import check_batch, check_gradient, check_ids, check_options, names_of
 from .randomness import Draws, RandomWatch
 from .reduction import NormWatch, Reduction, fit_scale
 
@@ -32,5 +32,4 @@ __all__ = [
     "split_bound",
     "split_gaps",
     "step_identity",
-    "tensor_option",
 ]

@@ -1,35 +1,52 @@
-"""What must not change between two recorded steps: parameters, buffers and frozen parameters, train and eval modes."""
+"""What must not change between two recorded steps: parameters and who holds them, constants, train and eval modes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..constants import Constant, constant_of
 from ..errors import ChangedOutsideError
 from ..functional import constants_of
 from ..layout import Layout
 
 
-class Guard:
-    """Remembers a model's constants and modes, and the parameters after each step.
+class Place(NamedTuple):
+    """Where a module holds a tensor or another module. version: of a constant's counter, None of what else is held."""
 
-    Buffers are compared when their version counter moved, and on request (`constants`).
+    name: str
+    holder: Mapping[str, Any]
+    key: str
+    held: Any
+    version: int | None
+
+
+class Guard:
+    """Remembers a model's parameters, the digests of its constants and its modes, and the parameters after each step.
+
+    A constant is looked at where another tensor stands in its place, or its version counter moved.
+
+    Raises:
+        ValueError: a constant whose values cannot be had.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._layout = layout
-        self._constants = constants_of(model, layout)
-        self._values = {name: t.clone() for name, t in self._constants.items()}
-        self._versions = {name: t._version for name, t in self._constants.items()}
+        self.constants = constants_of(model, layout)
+        self.digests: dict[str, Constant] = {}
+        for name, t in self.constants.items():
+            try:
+                self.digests[name] = constant_of(t)
+            except TypeError as error:
+                raise ValueError(
+                    f"a buffer or frozen parameter cannot be stored: got {error}, expected a plain tensor, at {name!r}."
+                ) from error
         self._modules = dict(model.named_modules())
+        self._places = list(self._held(model))
         self._modes: list[bool] | None = None
         self._after: Tensor | None = None
         self._state: list[tuple[Tensor, int]] | None = None
-
-    @property
-    def values(self) -> dict[str, Tensor]:
-        """The constants, by name."""
-        return self._values
 
     def training(self) -> list[str]:
         """Names of the modules in train mode."""
@@ -61,12 +78,30 @@ class Guard:
             f"{step}. Record a new run. The step was refused."
         )
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], step: int) -> None:
+        """Raise ChangedOutsideError where the optimizer no longer moves the very `parameters` of the run."""
+        held = [(p, group) for group, g in enumerate(optimizer.param_groups) for p in g["params"]]
+        if len(held) == len(parameters) and all(p is q for (p, _), q in zip(held, parameters, strict=True)):
+            return
+        known, kept = set(map(id, parameters)), {id(p) for p, _ in held}
+        missing = [name for name, p in zip(self._layout.names, parameters, strict=True) if id(p) not in kept]
+        added = [f"param group {group}" for p, group in held if id(p) not in known]
+        parts = [f"{len(added)} more, first in {added[0]}"] if added else []
+        parts += [f"none of {missing[0]!r}"] if missing else []
+        raise ChangedOutsideError(
+            f"the optimizer's parameters changed: got {' and '.join(parts) or 'another order'}, expected the "
+            f"{len(parameters)} of attrib.record, at step {step}. Close this run, which keeps the steps before, and record "
+            f"a new one with this optimizer; or give the optimizer all parameters first, and keep some still with "
+            f"requires_grad_(False). The step was refused."
+        )
+
     def check_parameters(self, parameters: Sequence[Tensor], step: int) -> None:
         """Raise ChangedOutsideError where the parameters are not those that the last step ended with."""
         if self._after is None:
             return
         for (name, part), p in zip(self._layout.slices(), parameters, strict=True):
-            if not torch.equal(p.detach().reshape(-1), self._after[part]):
+            kept = self._after[part]
+            if (p.dtype, p.device) != (kept.dtype, kept.device) or not torch.equal(p.detach().reshape(-1), kept):
                 raise ChangedOutsideError(
                     f"a parameter changed between two steps: expected only recorder.step to move it, at {name!r}, step "
                     f"{step}. Restore it (recorded runs have no other source of change), or record a new run."
@@ -75,9 +110,7 @@ class Guard:
     def check(self, parameters: Sequence[Tensor], step: int) -> Tensor:
         """The parameters as a vector (P,). Raises ChangedOutsideError, naming what changed since the last step."""
         self.check_parameters(parameters, step)
-        if any(t._version != self._versions[name] for name, t in self._constants.items()):
-            self.constants(step)
-            self._versions = {name: t._version for name, t in self._constants.items()}
+        self._check_places(step)
         modes = [m.training for m in self._modules.values()]
         if self._modes is None:
             self._modes = modes
@@ -87,14 +120,33 @@ class Guard:
                 f"a module changed between train and eval mode: expected the mode of the first step, at "
                 f"{name or 'the model'!r}, step {step}. Call model.train() or .eval() before the step."
             )
-
         return self._layout.flatten(parameters) if self._after is None else self._after
 
-    def constants(self, step: int) -> None:
-        """Compare every buffer and frozen parameter with its first value."""
-        for name, t in self._constants.items():
-            if not torch.equal(t, self._values[name]):
+    def _held(self, model: nn.Module) -> Iterator[Place]:
+        """All that the modules of a model hold; what is held in two places has one name."""
+        names = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        for path, module in self._modules.items():
+            for holder in (module._modules, module._parameters, module._buffers):
+                for key, held in holder.items():
+                    name = names.get(id(held), f"{path}.{key}".lstrip("."))
+                    if held is not None:
+                        yield Place(name, holder, key, held, held._version if name in self.digests else None)
+
+    def _check_places(self, step: int) -> None:
+        """Modules and parameters are those that were recorded, constants have their values."""
+        for n, place in enumerate(self._places):
+            held = place.holder.get(place.key)
+            if held is place.held and (place.version is None or held._version == place.version):
+                continue
+            if place.version is None:
                 raise ChangedOutsideError(
-                    f"a buffer or frozen parameter changed between steps: expected it constant, at {name!r}, step {step}. "
-                    f"Put the module that owns it into eval mode, or train it with this optimizer."
+                    f"a part of the model was replaced: expected the {type(place.held).__name__} that it was recorded "
+                    f"with, at {place.name!r}, step {step}. Put it back, or close this run and record a new one. The step "
+                    f"was refused."
                 )
+            if not isinstance(held, Tensor) or constant_of(held) != self.digests[place.name]:
+                raise ChangedOutsideError(
+                    f"a buffer or frozen parameter changed between steps: expected it constant, at {place.name!r}, step "
+                    f"{step}. Put the module that owns it into eval mode, or train it with this optimizer."
+                )
+            self._places[n] = place._replace(held=held, version=held._version)

@@ -25,18 +25,26 @@ class ShareBound:
     and is taken off included.
 
     At an optimum p.grad cancels to rounding itself; what the rounding is of is the gross size, sum_i |g_i|, which is asked
-    for once, and only where the cheap bound does not settle it. Where it cannot be had it is 0: the gap stands.
+    for once, and only where the cheap bound does not settle it. Where it cannot be had it is 0: the gap stands. precision:
+    the type that the passes rounded to on their way, None for the gradient's.
     """
 
-    def __init__(self, gradient: Tensor, gross: Callable[[], float], penalty: Tensor | None = None) -> None:
-        self._eps = float(torch.finfo(gradient.dtype).eps)
+    def __init__(
+        self,
+        gradient: Tensor,
+        gross: Callable[[], float],
+        penalty: Tensor | None = None,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        self._eps = float(torch.finfo(precision or gradient.dtype).eps)
         self._norm, self._gross = float(gradient.double().norm()), gross
         # taking it off leaves eps of it, as does each of the sums that p.grad was made by: a few eps
         self._taken = 0.0 if penalty is None else 16 * self._eps * float(penalty.double().norm())
         self._known: float | None = None
+        self.root = self._eps**0.5
 
     def cheap(self, gap: float) -> bool:
-        return gap <= self._eps**0.5 * self._norm + self._taken
+        return gap <= self.root * self._norm + self._taken
 
     def gross(self, gap: float) -> bool:
         if self._known is None:
@@ -52,7 +60,7 @@ class ShareBound:
 
 
 def batch_identity(
-    layout: Layout, gradient: Tensor, shares: Tensor, step: int, within: Callable[[float], bool] | None = None
+    layout: Layout, gradient: Tensor, shares: Tensor, step: int, within: ShareBound | None = None
 ) -> float:
     """Largest |sum of shares - p.grad| of a parameter tensor over |p.grad| of all; vectors (P,).
 
@@ -66,7 +74,7 @@ def batch_identity(
     if not within(gaps[worst]):
         raise BatchIdentityError(
             f"the shares of the examples do not sum to p.grad: got a gap of {gaps[worst] / norm:.3g} of |p.grad|, expected "
-            f"at most {_root(gradient.dtype):.1g}, at parameter {worst!r}, step {step}. Look for a penalty in the loss that "
+            f"at most {within.root:.1g}, at parameter {worst!r}, step {step}. Look for a penalty in the loss that "
             f"is no example's and was not declared (attrib.record(penalty=...)), a gradient left from before zero_grad(), a "
             f"mean over micro-batches or a weighted mean that gives examples different factors, or a batch other than the "
             f"one backpropagated. The step was refused."
@@ -89,7 +97,7 @@ def split_gaps(
     is counted as no smaller than 100 sqrt(eps) of all, nor than `least`.
     """
     whole = np.sqrt(np.square(sizes).sum(-1, keepdims=True))
-    floor = np.maximum(np.maximum(sizes, 100 * _root(dtype) * whole), least)
+    floor = np.maximum(np.maximum(sizes, min(100 * _root(dtype), 0.1) * whole), least)
     return differences / np.where(floor > 0, floor, 1.0)
 
 

@@ -11,25 +11,16 @@ from ..errors import BatchError, BatchIdentityError, LossError
 from ..layout import Layout
 
 CAPTURES = ("replay", "gradients", "factors")
+CONSTANTS = ("values", "digest")  # what is stored of them
 
 
-def check_options(capture: str, **counts: int | None) -> None:
-    if capture not in CAPTURES:
-        raise ValueError(f"unknown capture: got {capture!r}, expected one of {', '.join(map(repr, CAPTURES))}.")
+def check_options(capture: str, constants: str = "values", **counts: int | None) -> None:
+    for name, value, known in (("capture", capture, CAPTURES), ("constants", constants, CONSTANTS)):
+        if value not in known:
+            raise ValueError(f"unknown {name}: got {value!r}, expected one of {', '.join(map(repr, known))}.")
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is not a count: got {value!r}, expected an integer of at least 1.")
-
-
-def tensor_option(optimizer: torch.optim.Optimizer) -> str | None:
-    """The name of an option that is a tensor, with which torch computes otherwise than with a number."""
-    for group in optimizer.param_groups:
-        for name, value in group.items():
-            if name != "params" and any(
-                isinstance(v, Tensor) for v in (value if isinstance(value, tuple) else (value,))
-            ):
-                return str(name)
-    return None
 
 
 def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[str, ...]:

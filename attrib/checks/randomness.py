@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ChangedOutsideError
+from ..functional import uncompiled
 from ..generators import generators
 
 log = logging.getLogger("attrib")
 
 
 class RandomWatch:
-    """Hooks on the model that note the generators' state; they hold nothing of the recorder, so a model may be copied.
+    """Hooks on the model that note the generators' state; they hold nothing of the recorder, so a model may be copied. A
+    compiled model is heard whether it is called itself or the one within; what is compiled holds no trace of the hooks.
 
     before, behind: the state around the last forward pass with gradients, None before the first: torch's generator, Python's
     and numpy's global ones. passes: how many there were since `clear`. busy: while the recorder runs the model itself.
@@ -25,14 +27,19 @@ class RandomWatch:
         self.behind: Tensor | None = None
         self.passes = 0
         self.busy = False
-        self._hooks = [model.register_forward_pre_hook(self._enter), model.register_forward_hook(self._leave)]
+        self._hooks = [
+            handle
+            for module in dict.fromkeys((model, uncompiled(model)))
+            for handle in (module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave))
+        ]
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if not self.busy and torch.is_grad_enabled():
+        if not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled():
             self.before, self.passes = generators(), self.passes + 1
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.busy and torch.is_grad_enabled() and self.before is not None:
+        heard = not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled()
+        if heard and self.before is not None:
             self.behind = generators()
 
     def __deepcopy__(self, memo: Any) -> "RandomWatch":

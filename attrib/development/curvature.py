@@ -13,7 +13,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..functional import Functional
+from ..functional import Functional, uncompiled
 from ..run import Run, check_model
 
 TOLERANCE = 1e-4  # relative, of the eigenvalues
@@ -47,6 +47,7 @@ def curvature(
         ModelMismatchError. IndexError: no such state. ValueError: more eigenvalues than Lanczos finds.
         scipy.sparse.linalg.ArpackNoConvergence: it did not find them.
     """
+    model = uncompiled(model)
     check_model(run, model)
     size, device = run.layout.size, next(model.parameters()).device
     if not 0 < count < size - 1:

@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from ..errors import ModelMismatchError
+from ..functional import uncompiled
 from ..kernels import lines
 from ..path import Measured
 from ..run import Run, check_model
@@ -87,6 +88,7 @@ def convexity_gap(line: xr.DataArray) -> xr.DataArray:
 
 def values_of(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
     """theta (P,) -> the measurement (Q,)."""
+    model = uncompiled(model)
     check_model(run, model)
     device = next(model.parameters()).device
     query = Measured(model, measurement, run.layout, dtype or run.dtype, run.vector(0).to(device))
@@ -107,9 +109,8 @@ def check_same(run: Run, other: Run) -> None:
             f"the runs are not of one architecture: got {other.layout.names} of shapes {other.layout.shapes}, expected "
             f"{run.layout.names} of {run.layout.shapes}, at {other.reader.target}."
         )
-    own, others = run.constants(), other.constants()
-    for name in own:
-        if name not in others or not torch.equal(own[name], others[name]):
+    for name, known in run.digests.items():
+        if other.digests.get(name) != known:
             raise ModelMismatchError(
                 f"the runs differ in a buffer or frozen parameter, so that no line of parameters joins them: got another "
                 f"value, at {name!r} of {other.reader.target}."

@@ -8,13 +8,15 @@ With the losses of the training examples as the measurement it is the matrix of 
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attribute import attribute
+from ..attribute import AttributeOptions, attributed, note_values
+from ..functional import uncompiled
 from ..result import Result
 from ..run import Run
 
@@ -70,10 +72,12 @@ def moves(
             f"stride 1 and a lead of 0 or more, at moves."
         )
 
+    model, asked = uncompiled(model), AttributeOptions(loss=loss, dtype=dtype, progress=False)
+    asked.check(run, model)
+    note_values(run, model, chosen.stop)
+
     def window(first: int, stop: int, *keep: str) -> Result:
-        return attribute(
-            run, model, measurement, loss=loss, steps=slice(first, stop), keep=keep, dtype=dtype, progress=False
-        )
+        return attributed(run, model, measurement, replace(asked, steps=slice(first, stop), keep=keep))
 
     return _with_momentum(window, chosen, lead) if _remembers(run) else _at_once(window, chosen, len(run.examples))
 

@@ -44,9 +44,16 @@ LACKING = (NotImplementedError, RuntimeError)
 WAYS = ("forward", "double", "single")
 
 
-def random_weights(size: int, seed: int, like: Tensor) -> Tensor:
-    """(B,) of a normal distribution, the same for a seed; no generator of the user's is drawn from."""
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(size)).to(like)
+def random_weights(size: int, seed: int, like: Tensor, coarse: bool = False) -> Tensor:
+    """(B,) of a normal distribution, the same for a seed; no generator of the user's is drawn from.
+
+    coarse: powers of two of either sign. They pass through a backward pass that rounds to few bits and leave every rounding
+    as it is, so that the examples' parts of it stay comparable.
+    """
+    random = np.random.default_rng(seed)
+    if coarse:
+        return torch.from_numpy(np.ldexp(random.choice([-1.0, 1.0], size), random.integers(-4, 5, size))).to(like)
+    return torch.from_numpy(random.standard_normal(size)).to(like)
 
 
 class LossVector:
@@ -61,10 +68,10 @@ class LossVector:
         self.active = frozenset(layout.names)
         self._ways: dict[Any, str] = {}
 
-    def at(self, active: frozenset[str]) -> "LossVector":
-        """The same where these parameters have a gradient; what is learnt of the loss is shared."""
+    def at(self, active: frozenset[str], loss: Functional | None = None) -> "LossVector":
+        """The same where these parameters have a gradient, or of a multiple of the loss; what is learnt of it is shared."""
         other = copy(self)
-        other.active = active
+        other.active, other._loss = active, loss or self._loss
         return other
 
     def values(self, theta: Tensor, batch: Batch) -> Tensor:
@@ -181,7 +188,7 @@ class LossVector:
         except LACKING as error:
             log.debug("no derivative along U by %s: %s", way, error)
             return False
-        weights = random_weights(len(losses), len(losses), losses)
+        weights = random_weights(len(losses), len(losses), losses, self._loss.coarse)
         set_generators(start)
         pulled = self.gradient(theta, batch, weights)[1]
         parts = [(pulled[n] * u[0]).double() for n, u in one.items()]

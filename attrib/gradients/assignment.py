@@ -51,7 +51,7 @@ class Assignment:
 class Trace:
     """One traced forward pass. bytes: of what the calls on data returned, all examples together. start: the state of the
     generators before it. mixed: whether rows of the data met others, so that in another batch losses may depend on each
-    other."""
+    other. coarse: whether the pass rounds to less than single precision on its way."""
 
     parameters: dict[str, Tensor]
     sites: list[Site]
@@ -60,6 +60,7 @@ class Trace:
     bytes: int = 0
     start: Tensor | None = None
     mixed: bool = False
+    coarse: bool = False
 
 
 Follow = Callable[[tuple[Any, ...]], Trace]  # a batch -> its forward pass, with the values at the sites
@@ -107,7 +108,7 @@ def unproven(trace: Trace, assignment: Assignment) -> dict[str, str]:
     size, names = len(trace.losses), [n for n in trace.parameters if n not in assignment.whole]
     if not names or not trace.losses.requires_grad:
         return {}
-    weights = random_weights(size, size, trace.losses)
+    weights = random_weights(size, size, trace.losses, trace.coarse)
     leaves, edges = [trace.parameters[n] for n in names], [s.edge for s in trace.sites]
     pulled = torch.autograd.grad((trace.losses * weights).sum(), leaves, retain_graph=True, allow_unused=True)
     deltas = torch.autograd.grad(trace.losses.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()

@@ -62,14 +62,28 @@ class ExampleGradients:
         self._loss = Functional(model, loss, layout, dtype)
         self.vector = LossVector(self._loss, layout)
         self._forms = Forms(self._loss, self.vector, slices or slice_bytes(layout.size, dtype.itemsize))
-        self._programs = Programs()
+        self._programs, self._factor = Programs(), 1.0
 
-    def at(self, active: frozenset[str]) -> "ExampleGradients":
-        """The same at a step where these parameters have a gradient; what is learnt of the loss is shared."""
+    def at(self, active: frozenset[str], factor: float = 1.0) -> "ExampleGradients":
+        """The same at a step where these parameters have a gradient, of `factor` times the loss; what is learnt of it is
+        shared."""
         other = copy(self)
-        other.vector = self.vector.at(active)
-        other._forms = self._forms.at(other.vector)
+        other._loss, other._factor = self._loss.times(factor), factor
+        other.vector = self.vector.at(active, other._loss)
+        other._forms = self._forms.at(other.vector, other._loss)
         return other
+
+    @property
+    def coarse(self) -> bool:
+        """Whether a pass rounds to less than single precision on its way, as a frozen part in bfloat16 does. Then a multiple
+        of the loss has other gradients than the same multiple of its gradients: to be those of the training loop they have
+        to be of its multiple, such as 1 / B for a mean."""
+        return self._loss.coarse
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What a pass rounds to on its way."""
+        return self._loss.precision
 
     @property
     def active(self) -> frozenset[str]:
@@ -221,7 +235,7 @@ class ExampleGradients:
         parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
         inputs = [*parameters, *(directions[n] for n in moving), *(a for a in batch if isinstance(a, Tensor))]
         fixed = tuple(a for a in batch if not isinstance(a, Tensor))
-        kind = kind_of_inputs(inputs), self.active, repr(fixed)
+        kind = kind_of_inputs(inputs), self.active, repr(fixed), self._factor
         losses, terms, gaps, whole = self._programs(kind, function, inputs)
         return check_losses(losses, batch), terms, sorted({*whole, *self._forms.misread(gaps)})
 
@@ -236,7 +250,7 @@ class ExampleGradients:
             with random_state(start):
                 mapped = rows_by_vmap(self._loss, parameters, batch, moving)
             with random_state(start):
-                weights = random_weights(len(batch[0]), len(batch[0]), theta)
+                weights = random_weights(len(batch[0]), len(batch[0]), theta, self.coarse)
                 pulled = self.vector.gradient(theta, batch, weights)[1] if mapped else {}
             out |= {n: rows for n, rows in mapped.items() if agree(rows, pulled[n], weights)}
         rest = [name for name in moving if name not in out]
@@ -281,7 +295,7 @@ def _reached(trace: Trace, assignment: Assignment) -> tuple[Reached, dict[str, T
     found: dict[int, Tensor | None] = dict(zip(used, deltas, strict=True))
     gaps: dict[str, Tensor] = {}
     if volatile:
-        weights = random_weights(len(trace.losses), len(trace.losses), trace.losses)
+        weights = random_weights(len(trace.losses), len(trace.losses), trace.losses, trace.coarse)
         again = torch.autograd.grad(
             (trace.losses * weights).sum(), [trace.sites[n].edge for n in volatile], allow_unused=True
         )

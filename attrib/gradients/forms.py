@@ -59,10 +59,10 @@ class Forms:
         self._cut: set[Any] = set()  # kinds of batches of which one was compared with its slices
         self._said: set[str] = set()
 
-    def at(self, vector: LossVector) -> "Forms":
+    def at(self, vector: LossVector, loss: Functional) -> "Forms":
         """The same of another `vector`; what is learnt of the batches is shared."""
         other = copy(self)
-        other.vector = vector
+        other.vector, other._loss = vector, loss
         return other
 
     @property
@@ -180,7 +180,8 @@ class Forms:
         if checked:
             self._loss.check_constants()
             check_losses(losses, batch)
-        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed)
+        coarse = self._loss.coarse
+        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed, coarse)
 
     def misread(self, gaps: dict[str, Tensor]) -> list[str]:
         """Parameters with a site whose rows are other examples' in this batch than in the one that they were assigned on."""

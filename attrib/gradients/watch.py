@@ -48,7 +48,7 @@ class Watch:
             hook.remove()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.busy or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or self.busy or not torch.is_grad_enabled():
             return
         self._passes += 1
         moving = {name: p for name, p in self._parameters.items() if p.requires_grad}
@@ -57,7 +57,7 @@ class Watch:
         self._open = True
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._open and self._tracer is not None:
+        if not torch.compiler.is_compiling() and self._open and self._tracer is not None:
             self._open = False
             self._tracer.__exit__(None, None, None)
 

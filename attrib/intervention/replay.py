@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..functional import uncompiled
 from ..generators import generators, random_state
 from ..recorder import record
 from ..run import Run, open_run
@@ -63,7 +64,8 @@ def replay(
         >>> grown = attrib.intervention.Transplant("hidden.*", run, 1400)  # doctest: +SKIP
         >>> again = attrib.replay(run, 500, grown, model=model, loss=loss, store="again.zarr")  # doctest: +SKIP
     """
-    course = prepare(run, start, interventions, Loop(model, loss, until, backward, batches))
+    course = prepare(run, start, interventions, Loop(uncompiled(model), loss, until, backward, batches))
+    options = {"constants": "values" if run.constants() else "digest", **options}  # as they were recorded
     check_record(course, store, options.get("capture", "replay"))
 
     def penalty(model: nn.Module) -> Tensor:
@@ -102,7 +104,7 @@ def retrain(
         ...     if accuracy(trained) > 0.99:
         ...         break
     """
-    course = prepare(run, start, interventions, Loop(model, loss, until, backward, batches))
+    course = prepare(run, start, interventions, Loop(uncompiled(model), loss, until, backward, batches))
 
     def states() -> Iterator[tuple[int, nn.Module]]:
         random, stepper = course.random, Unrecorded(course.optimizer)

@@ -3,10 +3,13 @@
 A new optimizer is one file with one `Rule` and one row here.
 """
 
+from collections.abc import Collection
+
 import torch
 
 from ..errors import UnsupportedOptimizerError
 from .adam import ADAM
+from .refused import check_group_options
 from .replay import Replay, Segments, decay_rates, pullback, read_hyper, read_state
 from .rerun import Rerun, resume, set_options, torch_states
 from .rule import Rule, describe_options
@@ -18,6 +21,7 @@ __all__ = [
     "Rerun",
     "Rule",
     "Segments",
+    "check_group_options",
     "decay_rates",
     "describe_options",
     "kind_by_name",
@@ -50,8 +54,9 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
     return rule
 
 
-def rule_by_name(name: str) -> Rule:
-    return next(rule for rule in RULES.values() if rule.name == name)
+def rule_by_name(name: str, numbers: Collection[str]) -> Rule:
+    """The rule of a run that was recorded with it and holds the numbers of these names."""
+    return next(rule for rule in RULES.values() if rule.name == name).stored_as(numbers)
 
 
 def kind_by_name(name: str) -> type[torch.optim.Optimizer]:

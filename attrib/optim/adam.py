@@ -7,31 +7,32 @@
 Frozen: the preconditioner made of v. Linear in the gradients: m.
 """
 
-from collections.abc import Callable
 from functools import partial
-from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
 from .numbers import choice, flag, number, several
-from .rule import Hyper, Rule, State, realised
+from .rule import Options, Rule, State, realised
 
 
-def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
-    sign = -1.0 if h["maximize"] else 1.0
-    t = h["age"] + 1
-    rounded = partial(realised, dtype=theta.dtype)
-    coupled = 0.0 if h["decoupled"] else sign * rounded(h["weight_decay"])
+def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
+    sign, fused = -1.0 if o["maximize"] else 1.0, bool(o["fused"])
+    lr, decay, beta1, beta2 = (o["lr"], o["weight_decay"], *o["betas"])
+    if fused:  # whose kernels take numbers
+        lr, decay, beta1, beta2 = map(float, (lr, decay, beta1, beta2))
+    t, rounded = o["age"] + 1, partial(realised, dtype=theta.dtype)
+    coupled = 0.0 if o["decoupled_weight_decay"] else sign * rounded(decay)
     g = torch.add(gradient, theta, alpha=coupled) if coupled else gradient
-    second = (state["exp_avg_sq"] * h["beta2"]).addcmul_(g, g, value=1 - h["beta2"])
+    second = (state["exp_avg_sq"] * beta2).addcmul_(g, g, value=float(1 - beta2))
     after = {"exp_avg_sq": second}
-    if h["amsgrad"]:
+    if o["amsgrad"]:
         second = after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], second)
-    denominator = second.sqrt().div_(sqrt(1 - h["beta2"] ** t)).add_(h["eps"])
-    rate = (h["lr"] / (1 - h["beta1"] ** t)) / denominator
-    feed = rounded(1 - h["beta1"])  # torch: m + feed (g - m)
+    denominator = second.sqrt().div_((1 - beta2**t) ** 0.5).add_(o["eps"])
+    rate = float(lr / (1 - beta1**t)) / denominator
+    feed = rounded(1 - (beta1.to(theta) if isinstance(beta1, Tensor) else beta1))  # torch: m + feed (g - m)
     keep = 1 - feed
     frozen = Coefficients(
         keep=keep,
@@ -39,17 +40,14 @@ def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Co
         apply_old=rate * keep,
         apply_new=rate * (feed * sign),
         coupled=coupled,
-        decoupled=_decoupled(h, rounded),
+        decoupled=_decoupled(lr * decay, fused, theta.dtype) if o["decoupled_weight_decay"] else 0.0,
     )
     return frozen, after
 
 
-def _decoupled(h: Hyper, rounded: Callable[[float], float]) -> float:
+def _decoupled(product: Any, fused: bool, dtype: torch.dtype) -> float:
     """The share of theta that AdamW takes off: the fused kernel subtracts it, the others multiply by what is left."""
-    if not h["decoupled"]:
-        return 0.0
-    product = h["lr"] * h["weight_decay"]
-    return rounded(product) if h["fused"] > 0 else 1 - rounded(1 - product)
+    return realised(product, dtype) if fused else 1 - realised(1 - product, dtype)
 
 
 ADAM = Rule(

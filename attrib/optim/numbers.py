@@ -1,15 +1,26 @@
-"""Options of a torch optimizer as the numbers that are stored of them, and back: said once, for both directions."""
+"""Options of a torch optimizer as the numbers that are stored of them, and back: said once, for both directions.
+
+An option may be a tensor of one element, with which torch computes in the tensor's type rather than in Python's. Its type
+is stored beside its value, so that the option that comes back computes as the one that was recorded.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+TYPE = "_type"  # ends the name of such a number
+TYPES = (None, torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of an option, stored as its place here
 
 
 @dataclass(frozen=True)
 class Numbers:
     """One option of a param group.
 
-    key: in the group. names: of its numbers, in the store. write: value of the option -> numbers; read: the inverse.
+    key: in the group. names: of its numbers, in the store; where types are stored, those of the types come last. write:
+    value of the option -> numbers; read: the inverse, also from numbers without types.
     """
 
     key: str
@@ -19,7 +30,7 @@ class Numbers:
 
     def of(self, group: Mapping[str, Any]) -> tuple[float, ...]:
         """Those of a group; an option that this version of torch does not have is None."""
-        return tuple(float(value) for value in self.write(group.get(self.key)))
+        return tuple(float(value) for value, _ in zip(self.write(group.get(self.key)), self.names, strict=False))
 
     def option(self, hyper: Mapping[str, float]) -> Any:
         """The option again, from numbers by name."""
@@ -27,12 +38,18 @@ class Numbers:
 
 
 def number(key: str) -> Numbers:
-    return Numbers(key, (key,), lambda value: (value,), lambda n: n[0])
+    return Numbers(key, (key, key + TYPE), lambda value: (value, _place(value)), lambda n: _typed(*n))
 
 
 def several(key: str, *names: str) -> Numbers:
     """A tuple of numbers, each with a name of its own."""
-    return Numbers(key, names, tuple, tuple)
+
+    def read(numbers: Sequence[float]) -> tuple[Any, ...]:
+        values, places = numbers[: len(names)], numbers[len(names) :] or [0.0] * len(names)
+        return tuple(map(_typed, values, places))
+
+    named = (*names, *(name + TYPE for name in names))
+    return Numbers(key, named, lambda values: (*values, *map(_place, values)), read)
 
 
 def flag(key: str, name: str | None = None) -> Numbers:
@@ -45,3 +62,13 @@ def choice(key: str) -> Numbers:
     return Numbers(
         key, (key,), lambda value: (-1.0 if value is None else value,), lambda n: None if n[0] < 0 else bool(n[0])
     )
+
+
+def _place(value: Any) -> int:
+    return TYPES.index(value.dtype) if isinstance(value, Tensor) else 0
+
+
+def _typed(value: float, place: float = 0.0) -> Any:
+    """A number, or the tensor that it was."""
+    dtype = TYPES[int(place)]
+    return value if dtype is None else torch.tensor(value, dtype=dtype)

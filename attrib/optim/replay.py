@@ -76,7 +76,8 @@ class Replay:
             coefficients, moments = IDLE, before
             if row[-1]:
                 named = dict(zip(self.rule.hyper, row, strict=False))
-                coefficients, moments = self.rule.freeze(named, before, gradient[piece], theta[piece])
+                options = {**self.rule.options(named), "age": named["age"]}
+                coefficients, moments = self.rule.freeze(options, before, gradient[piece], theta[piece])
             for key in self.rule.moments:
                 after[key][piece] = moments.get(key, before[key])
             delta[piece], after[self.rule.momentum][piece] = coefficients.apply(

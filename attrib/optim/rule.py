@@ -1,7 +1,7 @@
 """What an update rule is: its state, its hyper-parameters, and the coefficients that they freeze to."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
-from .numbers import Numbers
+from .numbers import TYPE, Numbers
 
 Hyper = Mapping[str, float]
+Options = Mapping[
+    str, Any
+]  # of a param group: numbers, or tensors with which torch computes in their type; and the age
 State = dict[str, Tensor]
 
 
-def realised(value: float, dtype: torch.dtype) -> float:
+def realised(value: float | Tensor, dtype: torch.dtype) -> float:
     """A scalar as torch's kernels use it: rounded to the parameters' type.
 
     In float32, 1 - 0.01 is 0.99000001: over thousands of steps of weight decay the difference is no longer small.
     """
-    return float(np.float32(value)) if dtype == torch.float32 else value
+    return float(np.float32(float(value))) if dtype == torch.float32 else float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +36,8 @@ class Rule:
         absence torch keeps none; None: always kept.
     clock: key in torch's per-parameter state of the number of steps; None: all that counts is whether there is a momentum.
     numbers: the options of a param group that a step of one parameter tensor depends on.
-    freeze: (hyper by name, state before the step, gradient, theta), vectors (P,) ->
-        (coefficients of the step, moments after it).
+    freeze: (options of the param group and "age", state before the step, gradient, theta), vectors (P,) ->
+        (coefficients of the step, moments after it). Scalars are computed from the options as torch does it.
     """
 
     name: str
@@ -42,7 +45,7 @@ class Rule:
     moments: Mapping[str, str | None]
     clock: str | None
     numbers: tuple[Numbers, ...]
-    freeze: Callable[[Hyper, State, Tensor, Tensor], tuple[Coefficients, State]]
+    freeze: Callable[[Options, State, Tensor, Tensor], tuple[Coefficients, State]]
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -61,6 +64,15 @@ class Rule:
     def options(self, hyper: Hyper) -> dict[str, Any]:
         """The options of the param group that `hyper` was read from."""
         return {numbers.key: numbers.option(hyper) for numbers in self.numbers}
+
+    def stored_as(self, names: Collection[str]) -> "Rule":
+        """The rule of a run that holds the numbers of these names: early runs hold no types."""
+        known = (replace(n, names=tuple(name for name in n.names if name in names)) for n in self.numbers)
+        return replace(self, numbers=tuple(known))
+
+    def untyped(self) -> "Rule":
+        """The rule whose options are numbers, whatever they were."""
+        return self.stored_as([name for name in self.hyper if not name.endswith(TYPE)])
 
     def resume(self, hyper: Hyper, accumulators: State) -> State:
         """Torch's state of one parameter before the step that `hyper` was read from; {} where it has none."""

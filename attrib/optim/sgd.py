@@ -9,19 +9,20 @@ from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
 from .numbers import choice, flag, number
-from .rule import Hyper, Rule, State, realised
+from .rule import Options, Rule, State, realised
 
 
-def _freeze(h: Hyper, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
-    sign = -1.0 if h["maximize"] else 1.0
+def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
+    sign = -1.0 if o["maximize"] else 1.0
+    dampening = float(o["dampening"]) if o["fused"] else o["dampening"]  # whose kernel takes numbers
     lr, mu, fresh, weight_decay = (
-        realised(value, theta.dtype) for value in (h["lr"], h["momentum"], 1 - h["dampening"], h["weight_decay"])
+        realised(value, theta.dtype) for value in (o["lr"], o["momentum"], 1 - dampening, o["weight_decay"])
     )
     coupled = sign * weight_decay  # g = sign * (gradient + sign * weight_decay * theta)
     if mu == 0:  # torch leaves the buffer alone
         return Coefficients(keep=1.0, feed=0.0, apply_old=0.0, apply_new=lr * sign, coupled=coupled), {}
-    keep, feed = (mu, fresh) if h["age"] else (0.0, 1.0)
-    if h["nesterov"]:
+    keep, feed = (mu, fresh) if o["age"] else (0.0, 1.0)
+    if o["nesterov"]:
         apply_old, apply_new = lr * mu * keep, lr * (1 + mu * feed)
     else:
         apply_old, apply_new = lr * keep, lr * feed

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UntraceableModelError
+from ..functional import as_written
 from .ends import Ends, run_node
 from .rules import pull
 
@@ -172,7 +173,7 @@ def _trace(function: Callable[..., Tensor], inputs: list[Tensor]) -> fx.GraphMod
         return make_fx(pure, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*inputs)
 
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), as_written():
             module = trace(function)
             if any(_mutates(n) for n in module.graph.nodes):  # some decompositions write in place
                 module = trace(module)

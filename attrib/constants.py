@@ -1,0 +1,68 @@
+"""What training does not move, buffers and frozen parameters of any of torch's types: as arrays, and as digests.
+
+A type that numpy lacks (bfloat16, the float8s) is held as integers of its width: the bits stay as they are. A digest is
+xxh3_128 over type, shape and bytes, so that a large base can be recognised without a copy. Types of less than single
+precision also say how far a pass through them can be trusted.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+class Constant(NamedTuple):
+    """What a run's header says of a buffer or frozen parameter. dtype: torch's name of it. digest: hexadecimal."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+def is_low(dtype: torch.dtype) -> bool:
+    """Whether it is a floating-point type of less than single precision."""
+    return dtype.is_floating_point and dtype.itemsize < 4
+
+
+def precision(types: Iterable[torch.dtype], dtype: torch.dtype) -> torch.dtype:
+    """What a pass in `dtype` rounds to where it goes through tensors of these types; float8s are computed with in more."""
+    low = set(filter(is_low, types))
+    return (torch.float16 if low == {torch.float16} else torch.bfloat16) if low else dtype
+
+
+def to_array(t: Tensor) -> np.ndarray:
+    """The values, bit for bit; of a tensor on the CPU a view where its memory allows.
+
+    Raises:
+        TypeError: it does not hold its values as plain numbers: sparse, quantized, on the device "meta", ...
+    """
+    described = f"{type(t).__name__} of {t.dtype}, {t.layout} on {t.device}"
+    if t.is_quantized:  # whose numbers are not its values
+        raise TypeError(described)
+    try:
+        t = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        try:
+            return t.numpy()
+        except TypeError:
+            return t.view(_BITS[t.itemsize]).numpy()
+    except (RuntimeError, TypeError, KeyError) as error:  # NotImplementedError is a RuntimeError
+        raise TypeError(described) from error
+
+
+def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """The tensor that `to_array` was given. dtype: torch's name of its type, such as "bfloat16"."""
+    t, wanted = torch.from_numpy(array), getattr(torch, dtype)
+    return t if t.dtype == wanted else t.view(wanted)
+
+
+def constant_of(t: Tensor) -> Constant:
+    """Raises TypeError as `to_array` does."""
+    dtype, shape, array = str(t.dtype).removeprefix("torch."), tuple(t.shape), to_array(t)
+    digest = xxhash.xxh3_128(f"{dtype} {shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+    return Constant(dtype, shape, digest.hexdigest())
