@@ -8,11 +8,8 @@ replay of its update; a first step that fails there leaves no store either.
 
 import logging
 import time
-import uuid
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -26,10 +23,11 @@ from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import ordinary, uncompiled
 from .interrupt import shielded
 from .layout import Layout
+from .loop import Loop, RecordOptions, header_of, settled_facts
 from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rule_of
-from .resume import Loop, Resumed, settled_facts
+from .resume import Resumed
 from .resume import resume as resume_run
-from .store import FORMAT, StepRecord, Writer, close_dropped
+from .store import StepRecord, Writer, close_dropped
 from .wrapper import Wrapper
 
 log = logging.getLogger("attrib")
@@ -68,7 +66,7 @@ def record(
             scheduler and place in the data are put there by the loop. A run that is not there is begun.
         check_every: the batch identity is checked on the first two steps and every so many after; the step identity on the
             first, and at the start of a block, not more often than that.
-        block: steps written and committed together; None chooses by size.
+        block: steps written and committed together; None chooses by size, and commits every few seconds too.
         states_every: store the parameters of every so many steps only, rounded up to whole blocks. Those in between are made
             again when read, bit for bit, by torch's optimizer from the stored gradients, with the same version of torch.
         penalty: `penalty(model) -> scalar`, what the loop adds to the reduced loss that is no example's. Its gradient is
@@ -92,35 +90,9 @@ def record(
         >>> recorder.close()  # doctest: +SKIP
     """
     check_options(capture, constants, check_every=check_every, block=block, states_every=states_every)
-    if overwrite and resume:
-        raise ValueError(
-            "a run is either replaced or gone on with: got overwrite=True and resume=True. Pass one of them."
-        )
     captured = CaptureOptions(capture, check_every, penalty)
     options = RecordOptions(captured, overwrite, resume, block, states_every, constants)
     return Recorder(optimizer, model, loss, store, options)
-
-
-@dataclass(frozen=True)
-class RecordOptions:
-    """The options of `record`."""
-
-    capture: CaptureOptions
-    overwrite: bool
-    resume: bool
-    block: int | None
-    states_every: int
-    constants: str
-
-    @property
-    def asked(self) -> dict[str, Any]:
-        """Those that a run cannot be gone on with otherwise."""
-        return {
-            "block": self.block,
-            "states_every": self.states_every,
-            "penalty": self.capture.penalty is not None,
-            "constants": self.constants,
-        }
 
 
 class Recorder(Wrapper):
@@ -134,6 +106,8 @@ class Recorder(Wrapper):
         store: Any,
         options: RecordOptions,
     ) -> None:
+        if options.overwrite and options.resume:
+            raise ValueError("a run is either replaced or gone on with: got overwrite=True and resume=True. Pass one.")
         self._rule = rule_of(optimizer)
         super().__init__(optimizer)
         self.model, self._options = uncompiled(model), options
@@ -149,27 +123,22 @@ class Recorder(Wrapper):
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
         close_dropped()
-        resumed = self._resumed(store) if options.resume else None
-        self._writer = self._begun(store, resumed)
+        loop = Loop(self.model, optimizer, self._rule, self._layout, self._parameters, self._guard)
+        resumed = resume_run(store, loop, options) if options.resume else None
+        self._writer = self._begun(store, loop, resumed)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
         if resumed is not None:
             self._settled, self._inspected, self._ids = resumed.settled, resumed.inspected, resumed.ids
             self._capture.prime(resumed.after, resumed.passes)
         weakref.finalize(self, self._writer.drop).atexit = False
 
-    def _resumed(self, store: Any) -> Resumed | None:
-        """A run to go on with, to whose last step everything is put then."""
-        resumed = resume_run(store, Loop(self._header(), self.optimizer, self._layout, self._parameters, self._guard))
-        if resumed is not None:
-            log.info("going on with the run at %s from step %d", store, resumed.reopened.steps)
-        return resumed
-
-    def _begun(self, store: Any, resumed: Resumed | None) -> Writer:
+    def _begun(self, store: Any, loop: Loop, resumed: Resumed | None) -> Writer:
         options, values = self._options, self._guard.constants.values()
         constants = [to_array(t) for t in values] if options.constants == "values" else []
         replaces = options.overwrite or options.resume  # what is there with resume=True, if anything, has no step
         reopened = None if resumed is None else resumed.reopened
-        return Writer(store, self._header(), constants, replaces, options.block, options.states_every, reopened)
+        header = header_of(loop, options)
+        return Writer(store, header, constants, replaces, options.block, options.states_every, reopened)
 
     @property
     def steps(self) -> int:
@@ -334,28 +303,6 @@ class Recorder(Wrapper):
         except StepIdentityError:
             self._finish(complete=False)
             raise
-
-    def _header(self) -> dict[str, Any]:
-        return {
-            "kind": "run",
-            "id": uuid.uuid4().hex,
-            "format": FORMAT,
-            "layout": {"names": list(self._layout.names), "shapes": [list(s) for s in self._layout.shapes]},
-            "dtype": str(self._parameters[0].dtype).removeprefix("torch."),
-            "optimizer": type(self.optimizer).__name__,
-            "rule": self._rule.name,
-            "hyper": [*self._rule.hyper, "active"],
-            "capture": self.capture,
-            "check_every": self._options.capture.check_every,
-            "asked": self._options.asked,
-            "constants": list(self._guard.digests) if self._options.constants == "values" else [],
-            "model": type(self.model).__name__,
-            "seed": torch.initial_seed(),
-            "versions": {"attrib": version("attrib"), "torch": torch.__version__},
-            "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "training": [],
-            "digests": {name: [c.dtype, list(c.shape), c.digest] for name, c in self._guard.digests.items()},
-        }
 
 
 def _array(t: Tensor) -> np.ndarray:

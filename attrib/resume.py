@@ -5,8 +5,9 @@ that the run ended in is run again by the user's own optimizer from its beginnin
 the way is held against the one that was stored.
 """
 
+import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 
 from .capture import Settled
-from .checks import Draws, Guard, Reduction
+from .checks import Draws, Reduction
 from .errors import ModelMismatchError, ResumeError, StoreError
 from .generators import set_generators
-from .layout import Layout
+from .loop import Loop, RecordOptions, header_of
 from .optim import read_hyper, rule_by_name, torch_states
 from .store import Reader, Reopened, lease, reopen, stands
 from .trajectory import Trajectory
+
+log = logging.getLogger("attrib")
 
 SAME = {  # of the header: what must not differ -> how it is called
     "optimizer": "the optimizer",
@@ -47,24 +50,7 @@ class Resumed:
     ids: np.dtype[Any]
 
 
-@dataclass(frozen=True)
-class Loop:
-    """What the user trains: header of the run that would be recorded of it."""
-
-    header: dict[str, Any]
-    optimizer: torch.optim.Optimizer
-    layout: Layout
-    parameters: Sequence[Tensor]
-    guard: Guard
-
-
-def settled_facts(settled: Settled) -> dict[str, Any]:
-    """What stands in the header of it."""
-    draws = settled.draws
-    return {"reduction": settled.reduction.kind, "stochastic": draws.stochastic, "beyond": draws.beyond}
-
-
-def resume(target: Any, loop: Loop) -> Resumed | None:
+def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
     """Put a loop to where the run in a store ended. None where none is there, or one without a committed step.
 
     Raises:
@@ -78,7 +64,7 @@ def resume(target: Any, loop: Loop) -> Resumed | None:
             if held is not None:
                 held.release()
             return None
-        _check(reader, loop)
+        _check(reader, loop, header_of(loop, options))
         steps = int(reader.header["written_steps"])
         trajectory = Trajectory(reader, rule_by_name(reader.header["rule"], reader.header["hyper"]), loop.layout)
         after = _moved(trajectory, loop, steps)
@@ -88,6 +74,7 @@ def resume(target: Any, loop: Loop) -> Resumed | None:
             held.release()
         raise
     last = (steps - 1) // trajectory.block
+    log.info("going on with the run at %s from step %d", reader.target, steps)
     set_generators(torch.from_numpy(reader.read("generators", last)))
     loop.guard.resumed(reader.header["training"], after, loop.optimizer)
     looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
@@ -96,9 +83,9 @@ def resume(target: Any, loop: Loop) -> Resumed | None:
     return Resumed(reopened, _settled(reader), inspected, after, _passes(reader, loop, steps), ids)
 
 
-def _check(reader: Reader, loop: Loop) -> None:
+def _check(reader: Reader, loop: Loop, here: dict[str, Any]) -> None:
     """Raise ResumeError or ModelMismatchError where the loop is not the one that was recorded."""
-    there, here = reader.header, loop.header
+    there = reader.header
     if there["complete"]:
         raise ResumeError(
             f"the run is complete: got one of {reader.steps} steps that was closed, expected one that ended early, at "

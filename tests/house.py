@@ -19,7 +19,7 @@ FLOORS = (
     Floor("sums", ("parts", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
     Floor("steps and results", ("capture", "result", "trajectory")),
-    Floor("steps, as they are read", ("steps",)),
+    Floor("steps as they are read, the loop", ("loop", "steps")),
     Floor("reading, going on", ("resume", "run")),
     Floor("recording", ("recorder",)),
     Floor("what a sweep asks", ("sensitivity", "shares")),

@@ -163,7 +163,7 @@ REFUSED = {
     "another block": (errors.ResumeError, "'block': 3", {"block": 3}),
     "few states": (errors.ResumeError, "'states_every': 4", {"states_every": 4}),
     "a penalty": (errors.ResumeError, "'penalty': True", {"penalty": lambda m: m[0].weight.square().sum()}),
-    "both": (ValueError, "Pass one of them", {"overwrite": True}),
+    "both": (ValueError, "replaced or gone on with", {"overwrite": True}),
 }
 
 

@@ -1,0 +1,77 @@
+"""The user's training loop as a recorder sees it, and what the header of a run says of it."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import CaptureOptions, Settled
+from .checks import Guard
+from .layout import Layout
+from .optim import Rule
+from .store import FORMAT
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """The options of `attrib.record`."""
+
+    capture: CaptureOptions
+    overwrite: bool
+    resume: bool
+    block: int | None
+    states_every: int
+    constants: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What is trained, and by what. parameters: those of the optimizer, in order; guard: of all that must not change."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    rule: Rule
+    layout: Layout
+    parameters: Sequence[Tensor]
+    guard: Guard
+
+
+def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
+    """That of a run that begins."""
+    digests = loop.guard.digests
+    return {
+        "kind": "run",
+        "id": uuid.uuid4().hex,
+        "format": FORMAT,
+        "layout": {"names": list(loop.layout.names), "shapes": [list(s) for s in loop.layout.shapes]},
+        "dtype": str(loop.parameters[0].dtype).removeprefix("torch."),
+        "optimizer": type(loop.optimizer).__name__,
+        "rule": loop.rule.name,
+        "hyper": [*loop.rule.hyper, "active"],
+        "capture": options.capture.kind,
+        "check_every": options.capture.check_every,
+        "asked": {
+            "block": options.block,
+            "states_every": options.states_every,
+            "penalty": options.capture.penalty is not None,
+            "constants": options.constants,
+        },
+        "constants": list(digests) if options.constants == "values" else [],
+        "digests": {name: [c.dtype, list(c.shape), c.digest] for name, c in digests.items()},
+        "model": type(loop.model).__name__,
+        "seed": torch.initial_seed(),
+        "versions": {"attrib": version("attrib"), "torch": torch.__version__},
+        "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "training": [],
+    }
+
+
+def settled_facts(settled: Settled) -> dict[str, Any]:
+    """What stands in the header of what the steps so far have shown."""
+    draws = settled.draws
+    return {"reduction": settled.reduction.kind, "stochastic": draws.stochastic, "beyond": draws.beyond}
