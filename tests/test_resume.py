@@ -149,7 +149,7 @@ def frozen() -> nn.Module:
 REFUSED = {
     "another width": (
         errors.ModelMismatchError,
-        r"got a parameter '0.weight' of shape \[7, 4\]",
+        r"of shape \[7, 4\] '0.weight', expected \[6, 4\]",
         {"model": lambda: build(7)},
     ),
     "a buffer more": (errors.ModelMismatchError, "parameter .shift., expected none", {"model": frozen}),
