@@ -10,7 +10,7 @@ from zarr.core.sync import sync
 from zarr.errors import GroupNotFoundError
 
 from ..errors import StoreError
-from .schema import FORMAT
+from .schema import FORMAT, folder_bytes, local_path
 
 CACHED_BYTES = 512 << 20  # inputs up to this size are read once and kept
 
@@ -112,7 +112,8 @@ class Reader:
 
     def nbytes_stored(self) -> int:
         """Bytes on disk or in memory."""
-        return int(sync(self._group.store.getsize_prefix("")))
+        path = local_path(self.target)
+        return int(sync(self._group.store.getsize_prefix(""))) if path is None else folder_bytes(path)
 
     def names(self) -> list[str]:
         """Every array of the store."""
