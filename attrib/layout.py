@@ -4,6 +4,7 @@ Tensors of one optimizer param group lie next to each other, in the optimizer's 
 works on whole slices.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -33,9 +34,13 @@ class Layout:
         """P, the number of parameters."""
         return int(self.bounds[-1])
 
+    @cached_property
+    def _slices(self) -> tuple[tuple[str, slice], ...]:
+        return tuple(zip(self.names, itertools.starmap(slice, itertools.pairwise(self.bounds.tolist())), strict=True))
+
     def slices(self) -> Iterable[tuple[str, slice]]:
-        for name, a, b in zip(self.names, self.bounds[:-1], self.bounds[1:], strict=True):
-            yield name, slice(int(a), int(b))
+        """Of each tensor its name and its part of the vector."""
+        return self._slices
 
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Tensors in the order of `names` -> a new vector (P,)."""

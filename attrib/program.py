@@ -163,7 +163,7 @@ class Program:
         start = generators() if self._read else None
         try:
             with torch.no_grad():
-                found = self._graph(*inputs, *self._outside)
+                found = self._graph.forward(*inputs, *self._outside)  # a module's call takes half as long again
             kept = len(found) - len(self._read)
             fits = all(map(torch.equal, found[kept:], self._read))
         except (RuntimeError, IndexError):

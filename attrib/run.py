@@ -16,8 +16,8 @@ from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
 from .optim import Rule, describe_options, rule_by_name
-from .steps import Blocks, Steps
-from .store import Ids, Reader, local_path
+from .steps import Blocks, Rows, Steps
+from .store import FACTS, Ids, Reader, local_path
 from .trajectory import Trajectory
 
 _UNFINISHED = "not closed, or interrupted: read up to its last committed block"
@@ -95,13 +95,13 @@ class Run:
 
     def index(self, step: int) -> np.ndarray:
         """(B,): ids of the examples in the batch of a step, int64 or strings (objects)."""
-        numbers = self.reader.read("index", self._step(step))
+        numbers = self._at("index", step)
         return self.ids.of(numbers[numbers >= 0])
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """The inputs of a step, as they were given to `recorder.step` after the index."""
-        rows = self.reader.read("row", self._step(step))
-        return self.inputs(int(self.reader.fact("kind", self._step(step))), rows[rows >= 0])
+        rows = self._at("row", step)
+        return self.inputs(int(self._fact("kind", step)), rows[rows >= 0])
 
     def inputs(self, kind: int, rows: np.ndarray) -> tuple[Tensor, ...]:
         """The inputs that stand in the given rows (B,) of a table of the store, one tensor per argument of the batch."""
@@ -109,7 +109,7 @@ class Run:
 
     def scale(self, step: int) -> float:
         """The common factor between an example's gradient and its share; NaN where it is fitted when attributing."""
-        return float(self.reader.fact("scale", self._step(step)))
+        return self._fact("scale", step)
 
     def vector(self, step: int) -> Tensor:
         """(P,): all parameters of a step, 0 .. T, bit for bit."""
@@ -123,21 +123,19 @@ class Run:
 
     def shares(self, step: int) -> np.ndarray:
         """(B, P): the per-example gradient shares of a step, with capture="gradients"."""
-        return self.reader.read("gradients", self._step(step))[: self._size(step)]
+        return self._at("gradients", step)[: self._size(step)]
 
     def factors(self, step: int, names: Sequence[str] | None = None) -> dict[str, list[Factor]]:
         """With capture="factors": of each parameter (or of those in `names`) the factors of a step's batch, which times
         `scale(step)` are its shares; see `attrib.kernels.factors`."""
-        at, size = self._step(step), self._size(step)
-        return from_tensors(
-            self.header["factors"], lambda name: torch.from_numpy(self.reader.read(name, at))[:size], names
-        )
+        size = self._size(step)
+        return from_tensors(self.header["factors"], lambda name: torch.from_numpy(self._at(name, step))[:size], names)
 
     def random_state(self, step: int) -> Tensor | None:
         """State of the generators before the forward pass of a step (`generators`); None where the loss drew no numbers."""
         if "random" not in self.reader:
             return None
-        return torch.from_numpy(self.reader.read("random", self._step(step)))
+        return torch.from_numpy(self._at("random", step))
 
     def log(self, name: str) -> np.ndarray:
         """(T,) of "loss", "batch_identity", "step_identity" or, with stored shares, "split_identity", NaN where it was not
@@ -206,12 +204,20 @@ class Run:
         return open_run, (local_path(self.reader.target) or self.reader.target,)
 
     def _size(self, step: int) -> int:
-        return int((self.reader.read("index", self._step(step)) >= 0).sum())
+        return int((self._at("index", step) >= 0).sum())
 
-    def _step(self, step: int) -> int:
+    @cached_property
+    def _rows(self) -> Rows:
+        return Rows(self.reader)
+
+    def _fact(self, name: str, step: int) -> float:
+        return float(self._at("facts", step)[FACTS.index(name)])
+
+    def _at(self, name: str, step: int) -> np.ndarray:
+        """The row of a step in an array of the store."""
         if not -self.steps <= step < self.steps:
             raise IndexError(f"no such step: got {step}, expected 0 to {self.steps - 1} of {self.reader.target}.")
-        return step % self.steps
+        return self._rows.at(name, step % self.steps)
 
     def __str__(self) -> str:
         """What the run holds, a fact a line."""

@@ -5,7 +5,8 @@ between is torch's own optimizer run on from the key frame before it, bit for bi
 compared.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -49,6 +50,17 @@ class Trajectory:
         start = self._start(begin)
         found = [start[0], *self._steps(self._rerun(begin, start), begin, stop)]
         return torch.stack(found[first - begin :])
+
+    def each(self, states: Iterable[int]) -> Iterator[Tensor]:
+        """(P,) each, in ascending order. Those of a block stand in the same chunks, or are made in one go: they are had
+        together."""
+        for _, block in groupby(states, lambda step: min(step, self.reader.steps - 1) // self.block):
+            first, *others = block
+            if not others:
+                yield self.state(first)
+                continue
+            several = self.states(first, others[-1])
+            yield from (several[step - first] for step in (first, *others))
 
     def accumulators(self, first: int) -> dict[str, Tensor]:
         """Before the first step of a block, (P,) each."""

@@ -17,7 +17,8 @@ def hash_rows(rows: np.ndarray) -> np.ndarray:
     """Any array (B, ...) -> (B,) uint64. The dtype does not enter, only the bytes."""
     flat = np.ascontiguousarray(rows).reshape(len(rows), -1)
     octets = flat.view(np.uint8).reshape(len(rows), -1)
-    octets = np.pad(octets, ((0, 0), (0, -octets.shape[1] % 8)))
+    if missing := -octets.shape[1] % 8:
+        octets = np.pad(octets, ((0, 0), (0, missing)))
     words = np.ascontiguousarray(octets).view(np.uint64)
     position = np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return _mix(_mix(words ^ position) + position).sum(axis=1, dtype=np.uint64)

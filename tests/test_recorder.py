@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import attrib
 from attrib import errors
 from attrib.capture import Settled
 from attrib.checks.intake import CAPTURES
+from attrib.gradients.checks import check_losses
 from attrib.store import creation
 
 LOSS = MODELS["mlp"].loss
@@ -276,6 +278,15 @@ def test_clipping_by_value_is_refused(bench: Bench) -> None:
 def test_missing_backward_is_named(bench: Bench) -> None:
     bench.recorder.zero_grad()
     bench.assert_refused(errors.BatchIdentityError, "backward")
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"), [((3e38, 3e38), True), ((torch.inf, -torch.inf), False), ((0.0, torch.nan), False)]
+)
+def test_losses_are_finite_where_each_is_whatever_their_sum(values: tuple[float, float], finite: bool) -> None:
+    losses = torch.tensor(values, dtype=torch.float32)  # up to 3.4e38: the sum of two of 3e38 is none
+    with nullcontext() if finite else pytest.raises(errors.LossError, match="not finite"):
+        assert check_losses(losses, (losses,)) is losses
 
 
 def test_infinite_loss_is_refused(bench: Bench) -> None:

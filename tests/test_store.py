@@ -21,6 +21,8 @@ from zarr.storage import MemoryStore
 
 import attrib
 from attrib.errors import StoreError
+from attrib.steps import Rows
+from attrib.store import Reader
 from attrib.store.examples import ExampleTable
 
 LOSS = MODELS["mlp"].loss
@@ -69,6 +71,46 @@ def test_index_and_inputs_read_back(tmp_path: Path) -> None:
         assert torch.equal(got_x, x)
         assert torch.equal(got_y, y)
     np.testing.assert_array_equal(trained.run.examples, np.unique(np.concatenate([b[0] for b in trained.batches])))
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 4, 9])
+def test_rows_read_together_are_those_read_one_by_one(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(MemoryStore(), OPTIMIZERS["sgd"], capture="gradients", steps=11).run  # blocks of four steps
+    gradients = run.reader.array("gradients")
+    monkeypatch.setattr("attrib.steps.ROWS_BYTES", together * gradients.nbytes // 11)
+    rows = Rows(run.reader)
+    for step in (0, 0, 1, 3, 2, 10, 9, 8, 4, 7, 10, 0):
+        for name in ("index", "gradients"):
+            row = rows.at(name, step)
+            np.testing.assert_array_equal(row, run.reader.read(name, step))
+            row += 1  # the caller's: the next is as it was
+
+
+@pytest.mark.parametrize("capture", ["replay", "gradients", "factors"])
+def test_a_pass_over_a_run_reads_each_block_once(capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(MemoryStore(), OPTIMIZERS["sgd"], capture=capture, steps=8).run  # two blocks
+    read, stepwise = type(run.reader).read, []
+
+    def noted(reader: Reader, name: str, rows: slice | int | None = None) -> np.ndarray:
+        if not name.startswith("examples/"):
+            stepwise.append(name)
+        return read(reader, name, rows)
+
+    monkeypatch.setattr(type(run.reader), "read", noted)
+    for step in reversed(range(8)):
+        run.index(step), run.batch(step), run.scale(step)
+        if capture != "replay":
+            run.factors(step) if capture == "factors" else run.shares(step)
+    assert len(stepwise) >= 6  # index, row and facts
+    assert all(stepwise.count(name) == 2 for name in stepwise)
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_the_size_of_a_run_is_that_of_all_that_is_stored(on_disk: bool, tmp_path: Path) -> None:
+    folder, memory = tmp_path / "run", MemoryStore()
+    run = train(folder if on_disk else memory, OPTIMIZERS["adamw"]).run
+    files = [f.stat().st_size for f in folder.rglob("*") if f.is_file()]
+    assert run.reader.nbytes_stored() == (sum(files) if on_disk else sum(map(len, memory._store_dict.values())))
 
 
 def test_inputs_are_stored_once_and_again_only_where_they_vary(tmp_path: Path) -> None:

@@ -39,11 +39,12 @@ def evaluate(
         ModelMismatchError, MeasurementError. IndexError: no such state.
     """
     chosen = list(range(run.steps + 1)) if states is None else [int(s) for s in states]
-    if not chosen or min(chosen) < 0:
+    if not chosen or min(chosen) < 0 or max(chosen) > run.steps:
         raise IndexError(f"there are no such states: got {chosen}, expected some of 0 to {run.steps}, at evaluate.")
     values = values_of(run, model, measurement, dtype)
-    found = [values(run.vector(state)).double().cpu().numpy() for state in chosen]
-    return labelled(np.stack(found), {"state": np.array(chosen)}, measurement)
+    ascending, places = np.unique(chosen, return_inverse=True)
+    found = [values(theta).double().cpu().numpy() for theta in run.trajectory.each(ascending.tolist())]
+    return labelled(np.stack(found)[places], {"state": np.array(chosen)}, measurement)
 
 
 def interpolate(

@@ -1,5 +1,6 @@
 """What a loss and a model must be."""
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def check_losses(losses: Any, batch: tuple[Any, ...]) -> Tensor:
             f"the loss is not one number per example: got {got}, expected shape ({size},). "
             f'Return per-example losses (reduction="none"); reduce them in the training loop.'
         )
-    if not torch.isfinite(losses).all():
+    if not isfinite(float(losses.detach().sum())) and not torch.isfinite(losses).all():  # a finite sum says it for all
         bad = int((~torch.isfinite(losses)).nonzero()[0, 0])
         raise LossError(
             f"the loss is not finite: got {float(losses[bad].detach())}, expected a finite number, at slot {bad} of the "

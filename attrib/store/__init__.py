@@ -24,10 +24,11 @@ from .owner import check_target, same_place, stands
 from .place import local_path
 from .reader import Reader
 from .resumption import Reopened, lease, reopen
-from .schema import FORMAT
+from .schema import FACTS, FORMAT
 from .writer import Writer, close_dropped
 
 __all__ = [
+    "FACTS",
     "FORMAT",
     "CubeWriter",
     "Ids",

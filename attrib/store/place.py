@@ -140,3 +140,17 @@ def discard(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all files in it. (Zarr's own count waits for each of them: twenty times as long.)"""
+    size, folders = 0, [str(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                else:
+                    with suppress(FileNotFoundError):  # a run that goes on being recorded has files for a moment
+                        size += entry.stat(follow_symlinks=False).st_size
+    return size

@@ -14,7 +14,7 @@ from ..errors import StoreError
 from .checked import CheckedStore, check_present
 from .metadata import HEADER
 from .owner import KINDS, read_header
-from .place import locate, readable
+from .place import folder_bytes, locate, readable
 from .schema import DIGESTS, FACTS, FORMAT
 from .seal import Unsealed
 
@@ -141,6 +141,9 @@ class Reader:
 
     def nbytes_stored(self) -> int:
         """Bytes on disk or in memory."""
+        place = locate(self.target)
+        if isinstance(place, Path) and place.is_dir():
+            return folder_bytes(place)
         return int(sync(self.store.getsize_prefix("")))
 
     def names(self) -> list[str]:
