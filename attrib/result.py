@@ -25,7 +25,7 @@ from .errors import (
 )
 from .ledger import Ledger, query_names
 from .marginals import order
-from .parts import PREFIX, check_parts, kept_axes
+from .parts import PREFIX, check_parts, kept_axes, rounding_allowed
 from .store import check_target, local_path, open_dataset, save_dataset
 
 # string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
@@ -229,8 +229,7 @@ class Result:
             self.dataset["gross"].values,
         ]
         gross = np.max(sizes, axis=0)
-        rounding = np.minimum(np.abs(self.dataset["rounding"].values), self.dataset["spacing"].values)
-        gap = np.maximum(residual - rounding, 0.0) / np.where(gross > 0, gross, 1.0)
+        gap = np.maximum(residual - rounding_allowed(self.dataset), 0.0) / np.where(gross > 0, gross, 1.0)
         gap = np.where(np.isfinite(residual), gap, np.inf)
         worst = int(np.argmax(gap))
         if not gap[worst] <= rtol:

@@ -196,3 +196,32 @@ def test_token_log_probabilities_are_summed_and_ignored_targets_left_out() -> No
 def test_bad_measurement_batches_are_refused(x: object, y: object) -> None:
     with pytest.raises(errors.MeasurementError):
         attrib.measure.log_prob(x, y)  # type: ignore[arg-type]
+
+
+PARTS = ("initial", "final", "residual", "decay", "inherited", "timeline", "curve", "contribution_step_example_group")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_part_that_was_changed_is_found_by_adding_up_again(name: str, result: attrib.Result) -> None:
+    """By far less than the residual may be: what is compared are sums of the same numbers."""
+    result.check(1e-10)
+    for value, text in ((1e-12, "do not agree"), (np.nan, "not finite"), (np.inf, "not finite")):
+        dataset = result.dataset.copy(deep=True)
+        where = (0, *(size // 2 for size in dataset[name].shape[1:]))
+        if name == "curve":
+            where = (0, 0)
+        scale = float(dataset["gross"][0]) * (1e3 if name == "timeline" else 1.0)  # is compared to the tolerance
+        dataset[name].values[where] += value * scale * (1e3 if np.isfinite(value) else 1.0)
+        with pytest.raises(errors.CompletenessError, match=f"{text}|add up"):
+            attrib.Result(dataset).check(1e-10)
+
+
+def test_marginals_that_do_not_agree_are_found(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    kept = trained.attribute(keep=[("step", "example"), ("step", "group")])
+    kept.check(1e-10)
+    for name in ("contribution_step_example", "contribution_step_group"):
+        dataset = kept.dataset.copy(deep=True)
+        dataset[name].values[1, -1] *= 1 + 1e-9
+        with pytest.raises(errors.CompletenessError, match=rf"do not agree.*`{name}`.*query 1"):
+            attrib.Result(dataset).check(1e-6)
