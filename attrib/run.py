@@ -15,7 +15,7 @@ from .functional import constants_of, uncompiled
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
-from .optim import Rule, describe_options, rule_by_name
+from .optim import RULE_NAMES, Rule, describe_options, rule_by_name
 from .steps import Blocks, Rows, Steps
 from .store import FACTS, Ids, Reader, local_path
 from .trajectory import Trajectory
@@ -36,7 +36,13 @@ class Run:
             )
         layout = self.header["layout"]
         self.layout = Layout(tuple(layout["names"]), tuple(tuple(s) for s in layout["shapes"]))
-        self.dtype: torch.dtype = getattr(torch, self.header["dtype"])
+        dtype = getattr(torch, self.header["dtype"], None)
+        if not isinstance(dtype, torch.dtype) or self.header["rule"] not in RULE_NAMES:
+            raise StoreError(
+                f"this attrib cannot read the run: got type {self.header['dtype']} and rule {self.header['rule']}, expected "
+                f"a type of torch's and one of {', '.join(sorted(RULE_NAMES))}, at {reader.target}. Update attrib."
+            )
+        self.dtype = dtype
 
     @property
     def steps(self) -> int:

@@ -17,6 +17,7 @@ from .sgd import SGD
 
 __all__ = [
     "RULES",
+    "RULE_NAMES",
     "Replay",
     "Rerun",
     "Rule",
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 RULES: dict[type, Rule] = {torch.optim.SGD: SGD, torch.optim.Adam: ADAM, torch.optim.AdamW: ADAM}
+
+
+RULE_NAMES = frozenset(rule.name for rule in RULES.values())
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule:

@@ -2,11 +2,10 @@
 
 - `schema`: what is stored, under which name, with which dimensions; the format version
 - `place`, `disk`, `lease`, `owner`: where a store stands, how it gets to the disk, who writes to it, whether it is ours
-- `metadata`, `seal`: what a store may contain; digests over all that it holds
+- `metadata`, `facts`, `seal`: what a store and its header may contain; digests over all that it holds
 - `sealing`, `checked`: a store as it is written, as it is read
 - `examples`: each distinct input stored once, found again by its hash
 - `ids`: ids that are strings, and the numbers that stand for them
-- `codec`: differences along the step axis, before compression
 - `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
 - `reader`: open, check that every committed chunk is there and is the one that was written, read

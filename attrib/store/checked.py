@@ -1,6 +1,7 @@
 """A store being read: what comes out of it is what was written, where it was written, or an error that names the file."""
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,7 @@ def missing(key: str, where: Any) -> StoreError:
 
 def check_present(array: zarr.Array, keys: Iterable[str], where: Any) -> None:
     """Raise StoreError at the first chunk of an array that is not there, or too short for what it should hold."""
-    decoded = int(np.prod(array.chunks, dtype=np.int64)) * array.dtype.itemsize
+    decoded = prod(array.chunks) * array.dtype.itemsize
     for key in keys:
         try:
             size = sync(array.store.getsize(key))

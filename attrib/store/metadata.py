@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import StoreError
-from .codec import NAME as STEP_DELTA
 
 Document = dict[str, Any]
 
-CODECS = {"bytes", "blosc", "crc32c", STEP_DELTA}
+CODECS = {"transpose", "bytes", "blosc", "crc32c"}
 TYPES = {"bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64))} | {
     *("float16", "float32", "float64", "complex64", "complex128")
 }
@@ -64,7 +63,7 @@ def canonical(document: Any, growing: bool = False) -> bytes:
     """The document in one spelling; with `growing`, without the lengths that recording changes."""
     if growing:
         names = document.get("dimension_names") or ()
-        shape = [None if name in GROWING else n for name, n in zip(names, document["shape"], strict=True)]
+        shape = [None if name in GROWING else n for name, n in zip(names, document["shape"], strict=False)]
         document = {**document, "shape": shape}
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
@@ -94,7 +93,7 @@ def _wrong(document: Document) -> str | None:
             return f"chunk grid {document['chunk_grid']!r}, keys {document['chunk_key_encoding']!r}"
         if unknown := [name for name in codecs if name not in CODECS]:
             return f"codec {unknown[0]!r}"
-        if document["data_type"] not in TYPES:
+        if str(document["data_type"]) not in TYPES:
             return f"data type {document['data_type']!r}"
         if document.get("storage_transformers"):
             return "storage transformers"

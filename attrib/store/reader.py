@@ -12,6 +12,7 @@ from zarr.core.sync import sync
 
 from ..errors import StoreError
 from .checked import CheckedStore, check_present
+from .facts import check_facts
 from .metadata import HEADER
 from .owner import KINDS, read_header
 from .place import folder_bytes, locate, readable
@@ -46,7 +47,7 @@ def open_checked(target: Any, kind: str) -> tuple[CheckedStore, Any]:
     if header.get("kind") != kind:
         raise StoreError(
             f"the store is not a {kind}: got a {header.get('kind')}, at {where}. Open it with "
-            f"{KINDS.get(header.get('kind'))}."
+            f"{KINDS.get(str(header.get('kind')), 'what wrote it')}."
         )
     if header.get("format") != FORMAT:
         raise StoreError(_format(header, where))
@@ -87,6 +88,7 @@ class Reader:
     def __init__(self, target: Any) -> None:
         self.store, self.target = open_checked(target, "run")
         self.header: dict[str, Any] = self.store.facts
+        check_facts(self.header, self.target)
         self._tables: dict[str, np.ndarray] = {}
         self._arrays: dict[str, zarr.Array] = {}
 

@@ -34,9 +34,7 @@ from typing import Any
 
 import zarr
 from zarr.abc.store import Store
-from zarr.codecs import BloscCodec, Crc32cCodec
-
-from .codec import StepDelta
+from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 
 FORMAT = 3
 BLOCK_BYTES = 64 << 20  # of what a block's steps hold: one block is written while the next fills up
@@ -78,8 +76,8 @@ def create(
 ) -> zarr.Array:
     """An array with fast lossless compression and a checksum on every chunk.
 
-    fill: what stands beyond its edge. steps: rows are states of a training run, stored as differences: seven tenths of
-    the size, where shuffled bytes alone leave nine tenths.
+    fill: what stands beyond its edge. steps: rows (step, parameter) are states of a training run; those of one parameter are
+    stored side by side, of which the compressor leaves three quarters, where rows one after the other leave nine tenths.
     """
     return group.create_array(
         name,
@@ -88,7 +86,7 @@ def create(
         dtype=dtype,
         dimension_names=dimensions,
         fill_value=fill,
-        filters=(StepDelta(),) if steps else (),
+        filters=(TransposeCodec(order=(1, 0)),) if steps else (),
         compressors=compressors(),
         config=_EVERY_CHUNK,
         attributes=attributes,
@@ -101,8 +99,9 @@ def writable_array(store: Store, name: str) -> zarr.Array:
 
 
 def compressors() -> tuple[Any, ...]:
-    """Fast and lossless, and a checksum that any reader of Zarr sees to."""
-    return BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()
+    """Fast and lossless, and a checksum that any reader of Zarr sees to. Bits are sorted by their place: a tenth less of a
+    gradient is left than of one whose bytes are, in less time."""
+    return BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()
 
 
 def block_steps(bytes_per_step: int) -> int:

@@ -1,0 +1,74 @@
+"""What the header of a run says. A header is sealed, so these are as they were written; who writes one by hand is told."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import StoreError
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def _length(value: Any) -> bool:
+    return _count(value) and value > 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def _dict_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
+
+
+def _layout(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _list_of(_text)(value.get("names"))
+        and _list_of(_list_of(_count))(value.get("shapes"))
+        and len(value["names"]) == len(value["shapes"])
+    )
+
+
+def _constant(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and _text(value[0])
+        and _list_of(_count)(value[1])
+        and _text(value[2])
+    )
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+FACTS_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("id", "dtype", "optimizer", "rule", "capture", "model", "recorded"), _text),
+    **dict.fromkeys(("block", "states_every", "frame", "arity", "check_every"), _length),
+    **dict.fromkeys(("committed_steps", "written_steps", "slots"), _count),
+    **dict.fromkeys(("rows", "ids"), _list_of(_count)),
+    **dict.fromkeys(("hyper", "training", "constants"), _list_of(_text)),
+    "complete": lambda value: isinstance(value, bool),
+    "layout": _layout,
+    "digests": _dict_of(_constant),
+    "versions": _dict_of(_text),
+    "asked": _dict_of(_anything),
+    "settled": _dict_of(_anything),
+}
+
+
+def check_facts(header: dict[str, Any], where: Any) -> None:
+    """Raise StoreError at the first fact that is not there, or not such as a recorder writes."""
+    for name, kind in FACTS_OF_A_RUN.items():
+        if name not in header or not kind(header[name]):
+            raise StoreError(
+                f"the header is not one that a recorder writes: got {name} {str(header.get(name))[:60]!r}, at {where}. If "
+                f"it came from somebody else, do not trust it."
+            )
