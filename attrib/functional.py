@@ -149,12 +149,14 @@ class Functional:
         other._factor = factor
         return other
 
+    def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Floating tensors in the compute type; where that is the model's own, what is low comes as it does in training."""
+        low = [self._as_trained and isinstance(a, Tensor) and is_low(a.dtype) for a in args]
+        return tuple(a if kept else cast(a, self.dtype) for a, kept in zip(args, low, strict=True))
+
     def run(self, *args: Any) -> Any:
         """The function with the model as it is: within `bound`."""
-        if not self._as_trained:
-            args = tuple(cast(a, self.dtype) for a in args)
-        else:  # what is low comes as it does in training
-            args = tuple(a if isinstance(a, Tensor) and is_low(a.dtype) else cast(a, self.dtype) for a in args)
+        args = self.cast(args)
         eager = as_written() if self._compiled else nullcontext()
         with eager, Widened(self.dtype) if self._widened else nullcontext():
             values = self._function(self._model, *args)

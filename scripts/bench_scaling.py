@@ -39,6 +39,7 @@ def attribute(work: dict[str, int], store: Path) -> float:
     torch.manual_seed(1)
     x, y = torch.randn(work["Q"], 64), torch.randint(0, 10, (work["Q"],))
     run, model = attrib.open_run(store), network(work["P"])
+    run.load(model, run.steps)
     start = time.perf_counter()
     result = attrib.attribute(
         run, model, attrib.measure.log_prob(x, y), loss=cross_entropy, keep=["example"], progress=False

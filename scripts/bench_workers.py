@@ -52,7 +52,9 @@ def cluster(workers: int) -> Iterator[Executor]:
 
 
 def ask(setting: Setting, store: Path, executor: Executor | None) -> tuple[float, attrib.Result]:
-    run, start = attrib.open_run(store), time.perf_counter()
+    run = attrib.open_run(store)
+    run.load(setting.model, run.steps)
+    start = time.perf_counter()
     options: dict[str, Any] = {"loss": cross_entropy, "groups": setting.groups, "progress": False}
     result = attrib.attribute(run, setting.model, setting.query, executor=executor, **options)
     return time.perf_counter() - start, result

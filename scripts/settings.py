@@ -128,6 +128,7 @@ def train(setting: Setting, store: Any = None, **options: Any) -> float:
 def attribute(setting: Setting, store: Any, **options: Any) -> float:
     """Seconds of attributing the setting's query, to every step, example and group."""
     run = attrib.open_run(store)
+    run.load(setting.model, run.steps)
     start = time.perf_counter()
     result = attrib.attribute(
         run, setting.model, setting.query, loss=cross_entropy, groups=setting.groups, progress=False, **options

@@ -307,6 +307,44 @@ def test_other_buffers_are_named_and_load_mends_them(tmp_path: Path) -> None:
     attrib.attribute(recorded.run, model, recorded.measurement(), loss=recorded.case.loss, progress=False).check(1e-10)
 
 
+HELD = {  # of a run of 11 steps: the window, the state that the model holds, whether that is said
+    "the last": (slice(None), 11, False),
+    "another": (slice(None), 10, True),
+    "the window's last": (slice(2, 6), 6, False),
+    "the run's last, of a window": (slice(2, 6), 11, False),
+    "the window's first": (slice(2, 6), 2, True),
+}
+
+
+@pytest.mark.parametrize("case", HELD)
+def test_a_model_that_holds_other_values_than_those_explained_is_noted_once(
+    case: str, trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
+    window, state, noted = HELD[case]
+    model = Mlp().double()
+    trained.run.load(model, state)
+    expected = trained.attribute(steps=window)
+    caplog.clear()
+    result = attrib.attribute(
+        trained.run, model, trained.measurement(), steps=window, loss=trained.case.loss, progress=False
+    )
+    np.testing.assert_array_equal(result.final, expected.final)  # the run's states all the same
+    said = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == noted
+    assert all(r.name == "attrib" and "run.load(model, run.steps)" in r.getMessage() for r in said)
+    assert all("first at 'embedding.weight': the states of the run are explained" in r.getMessage() for r in said)
+    trained.run.load(model, trained.run.steps)
+    caplog.clear()
+    attrib.attribute(trained.run, model, trained.measurement(), steps=window, loss=trained.case.loss, progress=False)
+    assert not caplog.records
+
+
+def test_moves_note_the_models_values_once(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
+    found = list(attrib.moves(trained.run, Mlp().double(), trained.measurement(), range(3, 6), loss=trained.case.loss))
+    assert len(found) == 3
+    assert sum("other parameters than the run's last state" in message for message in caplog.messages) == 1
+
+
 BAD_MEASUREMENTS = {
     "scalar": (lambda m: m.output.bias.sum(), r"shape \(\)"),
     "matrix": (lambda m: m.output.weight, r"shape \(7, 16\)"),

@@ -72,9 +72,14 @@ def fitted(trial: Trial) -> Fit:
         losses, total = (found / trial.factor for found in trial.shares.total(step.theta, step.batch))
         draws = step.settled.draws.settled(step.number, heard.start, generators())
     settled = replace(step.settled, draws=draws)
-    precision = trial.shares.precision
-    bound = ShareBound(examples, lambda: heard.clip * _gross(trial, settled), trial.penalty, precision)
+
+    def gross() -> float:
+        return heard.clip * _gross(trial, settled)
+
+    bound = ShareBound(examples, gross, trial.penalty)
     scale, reduction = settled.reduction.fit(examples, total, len(losses), heard.clip, bound)
+    if trial.shares.coarse:
+        bound = ShareBound(examples, gross, trial.penalty, trial.shares.precision)
     try:
         gap = batch_identity(trial.shares.layout, examples, scale * total, step.number, bound)
     except BatchIdentityError as error:

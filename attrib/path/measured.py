@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MeasurementError
-from ..functional import Functional, cast, mapped, ordinary
+from ..functional import Functional, mapped, ordinary
 from ..layout import Layout
 from ..program import Programs, kind_of
 
@@ -79,8 +79,8 @@ class Measured:
         rows, batch = getattr(measurement, "rows", None), getattr(measurement, "batch", ())
         self.batch: tuple[Tensor, ...] = ()
         if rows is not None and batch:
-            self.batch = tuple(cast(ordinary(b.to(example.device)), dtype) for b in batch)
             self._function = Functional(model, rows, layout, dtype)
+            self.batch = self._function.cast(tuple(ordinary(b.to(example.device)) for b in batch))
         else:
             self._function = Functional(model, lambda m: measurement(m), layout, dtype)
         self._chosen: slice | None = None

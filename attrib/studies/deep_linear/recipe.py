@@ -185,6 +185,7 @@ def _explained(
 
 def _paths(run: Run, model: nn.Module, measurement: Measurement) -> dict[str, float]:
     """Largest difference of any contribution between one secant and the path integral, over the largest contribution."""
+    run.load(model, run.steps)
     found = [
         attribute(
             run, model, measurement, loss=squared_error, path=path, keep=("step", "example", "group"), progress=False

@@ -66,6 +66,7 @@ def _studied(
     steps, every = (setting.shuffled_steps, setting.shuffled_every) if shuffled else (setting.steps, setting.every)
     done = parts.part(name, f"train {name}, recorded", lambda: _train(parts, name, x, y, steps, rate))
     run, model = open_run(parts.folder / f"{name}.zarr"), DigitsCnn()
+    run.load(model, run.steps)
     looks = list(range(0, run.steps + 1, every))
     seen = parts.dataset(f"{name} looks", "losses and sharpness", lambda: _looks(run, model, x, y, looks))
     losses = seen["losses"].values
