@@ -68,6 +68,7 @@ def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
         "versions": {"attrib": version("attrib"), "torch": torch.__version__},
         "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "training": [],
+        "factors": None,
         "settled": settled_facts(Settled()),
     }
 

@@ -66,7 +66,7 @@ def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
             return None
         _check(reader, loop, header_of(loop, options))
         steps = int(reader.header["written_steps"])
-        trajectory = Trajectory(reader, rule_by_name(reader.header["rule"], reader.header["hyper"]), loop.layout)
+        trajectory = Trajectory(reader, rule_by_name(reader.header["rule"]), loop.layout)
         after = _moved(trajectory, loop, steps)
         reopened = reopen(reader, held, after.cpu().numpy())
     except BaseException:
@@ -127,7 +127,7 @@ def _shapes(layout: dict[str, Any]) -> dict[str, list[int]]:
 
 def _check_options(reader: Reader, loop: Loop) -> None:
     """The optimizer's options but the learning rate, which schedules move, are those of the first step or of the last."""
-    rule = rule_by_name(reader.header["rule"], reader.header["hyper"])
+    rule = rule_by_name(reader.header["rule"])
     numbers = [n for n, name in enumerate(rule.hyper) if name not in ("lr", "age")]
     here = read_hyper(rule, loop.optimizer)
     ends = [reader.read("hyper", step) for step in (0, int(reader.header["written_steps"]) - 1)]

@@ -15,7 +15,7 @@ from .functional import constants_of, uncompiled
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
-from .optim import RULE_NAMES, Rule, describe_options, rule_by_name
+from .optim import KIND_NAMES, RULE_NAMES, Rule, describe_options, rule_by_name
 from .steps import Blocks, Rows, Steps
 from .store import FACTS, Ids, Reader, local_path
 from .trajectory import Trajectory
@@ -36,13 +36,14 @@ class Run:
             )
         layout = self.header["layout"]
         self.layout = Layout(tuple(layout["names"]), tuple(tuple(s) for s in layout["shapes"]))
-        dtype = getattr(torch, self.header["dtype"], None)
-        if not isinstance(dtype, torch.dtype) or self.header["rule"] not in RULE_NAMES:
+        dtype, rule, kind = (self.header[name] for name in ("dtype", "rule", "optimizer"))
+        known = rule in RULE_NAMES and self.header["hyper"] == [*rule_by_name(rule).hyper, "active"]
+        if not (known and kind in KIND_NAMES and isinstance(getattr(torch, dtype, None), torch.dtype)):
             raise StoreError(
-                f"this attrib cannot read the run: got type {self.header['dtype']} and rule {self.header['rule']}, expected "
-                f"a type of torch's and one of {', '.join(sorted(RULE_NAMES))}, at {reader.target}. Update attrib."
+                f"this attrib cannot read the run: got type {dtype} and optimizer {kind} by rule {rule}, expected a type of "
+                f"torch's and one of {', '.join(sorted(KIND_NAMES))}, at {reader.target}. Update attrib."
             )
-        self.dtype = dtype
+        self.dtype: torch.dtype = getattr(torch, dtype)
 
     @property
     def steps(self) -> int:
@@ -65,7 +66,7 @@ class Run:
 
     @property
     def rule(self) -> Rule:
-        return rule_by_name(self.header["rule"], self.header["hyper"])
+        return rule_by_name(self.header["rule"])
 
     @cached_property
     def ids(self) -> Ids:

@@ -20,7 +20,6 @@ from attrib.optim import (
     pullback,
     read_hyper,
     read_state,
-    rule_by_name,
     rule_of,
 )
 
@@ -204,35 +203,6 @@ def test_the_numbers_of_a_step_give_its_options_and_its_state_again(name: str) -
         for p in parameters:
             p.grad = torch.randn(3)
         optimizer.step()
-
-
-EARLY = {
-    "SGD": "lr momentum dampening weight_decay nesterov maximize foreach fused age",
-    "Adam": "lr beta1 beta2 eps weight_decay amsgrad maximize decoupled foreach fused age",
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_recorded_before_types_were_stored_is_read_as_it_was(name: str) -> None:
-    torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(3)) for _ in range(2)]
-    optimizer = OPTIMIZERS[name](parameters)
-    rule = rule_of(optimizer)
-    early = rule_by_name(rule.name, EARLY[rule.name].split())
-    assert " ".join(early.hyper) == EARLY[rule.name]
-    mine = [p for group in optimizer.param_groups for p in group["params"]]
-    layout = Layout(("a", "b"), ((3,), (3,)))
-    state, theta, gradient = read_state(rule, optimizer, mine), layout.flatten(mine), torch.randn(6)
-    for p in mine:
-        p.grad = torch.ones_like(p)
-    rows = [read_hyper(r, optimizer) for r in (rule, early)]
-    assert rows[0].shape[1] > rows[1].shape[1]
-    moved, again = (
-        Replay(r, layout, state).step(h, gradient, theta)[1] for r, h in zip((rule, early), rows, strict=True)
-    )
-    assert torch.equal(moved, again)
-    kept = [r.options(dict(zip(r.hyper, h[0], strict=False))) for r, h in zip((rule, early), rows, strict=True)]
-    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

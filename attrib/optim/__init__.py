@@ -3,8 +3,6 @@
 A new optimizer is one file with one `Rule` and one row here.
 """
 
-from collections.abc import Collection
-
 import torch
 
 from ..errors import UnsupportedOptimizerError
@@ -16,6 +14,7 @@ from .rule import Rule, describe_options
 from .sgd import SGD
 
 __all__ = [
+    "KIND_NAMES",
     "RULES",
     "RULE_NAMES",
     "Replay",
@@ -40,6 +39,7 @@ RULES: dict[type, Rule] = {torch.optim.SGD: SGD, torch.optim.Adam: ADAM, torch.o
 
 
 RULE_NAMES = frozenset(rule.name for rule in RULES.values())
+KIND_NAMES = frozenset(kind.__name__ for kind in RULES)
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
@@ -58,9 +58,9 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
     return rule
 
 
-def rule_by_name(name: str, numbers: Collection[str]) -> Rule:
-    """The rule of a run that was recorded with it and holds the numbers of these names."""
-    return next(rule for rule in RULES.values() if rule.name == name).stored_as(numbers)
+def rule_by_name(name: str) -> Rule:
+    """The rule of a run that was recorded with it."""
+    return next(rule for rule in RULES.values() if rule.name == name)
 
 
 def kind_by_name(name: str) -> type[torch.optim.Optimizer]:

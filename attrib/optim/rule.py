@@ -1,6 +1,6 @@
 """What an update rule is: its state, its hyper-parameters, and the coefficients that they freeze to."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,14 +65,10 @@ class Rule:
         """The options of the param group that `hyper` was read from."""
         return {numbers.key: numbers.option(hyper) for numbers in self.numbers}
 
-    def stored_as(self, names: Collection[str]) -> "Rule":
-        """The rule of a run that holds the numbers of these names: early runs hold no types."""
-        known = (replace(n, names=tuple(name for name in n.names if name in names)) for n in self.numbers)
-        return replace(self, numbers=tuple(known))
-
     def untyped(self) -> "Rule":
         """The rule whose options are numbers, whatever they were."""
-        return self.stored_as([name for name in self.hyper if not name.endswith(TYPE)])
+        plain = (replace(n, names=tuple(name for name in n.names if not name.endswith(TYPE))) for n in self.numbers)
+        return replace(self, numbers=tuple(plain))
 
     def resume(self, hyper: Hyper, accumulators: State) -> State:
         """Torch's state of one parameter before the step that `hyper` was read from; {} where it has none."""

@@ -45,15 +45,22 @@ def _constant(value: Any) -> bool:
     )
 
 
+def _factor(value: Any) -> bool:
+    return isinstance(value, dict) and _text(value.get("kind"))
+
+
 def _anything(value: Any) -> bool:
     return True
 
 
 FACTS_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("id", "dtype", "optimizer", "rule", "capture", "model", "recorded"), _text),
+    **dict.fromkeys(("id", "dtype", "optimizer", "rule", "model", "recorded"), _text),
+    "capture": lambda value: value in ("replay", "gradients", "factors"),
+    "factors": lambda value: value is None or _dict_of(_list_of(_factor))(value),
     **dict.fromkeys(("block", "states_every", "frame", "arity", "check_every"), _length),
     **dict.fromkeys(("committed_steps", "written_steps", "slots"), _count),
-    **dict.fromkeys(("rows", "ids"), _list_of(_count)),
+    "rows": _list_of(_count),
+    "ids": lambda value: _list_of(_count)(value) and len(value) == 2,
     **dict.fromkeys(("hyper", "training", "constants"), _list_of(_text)),
     "complete": lambda value: isinstance(value, bool),
     "layout": _layout,
@@ -72,3 +79,6 @@ def check_facts(header: dict[str, Any], where: Any) -> None:
                 f"the header is not one that a recorder writes: got {name} {str(header.get(name))[:60]!r}, at {where}. If "
                 f"it came from somebody else, do not trust it."
             )
+    factors = None if header["factors"] is None else sorted(header["factors"])
+    if factors != (sorted(header["layout"]["names"]) if header["capture"] == "factors" else None):
+        raise StoreError(f"the header is not one that a recorder writes: got factors that do not fit, at {where}.")

@@ -9,6 +9,7 @@ XXH3 (Collet 2019), 64 bits: damage passes with a chance of 2^-64 a chunk. It is
 """
 
 import json
+import re
 from typing import Any
 
 import xxhash
@@ -49,7 +50,7 @@ def opened(content: bytes, where: Any) -> Attributes:
     found = parse(content, HEADER, where).get("attributes")
     attributes: Attributes = found if isinstance(found, dict) else {}
     facts = attributes.get("attrib")
-    if not isinstance(facts, dict) or "seal" not in facts:
+    if not isinstance(facts, dict) or "seal" not in facts or not _are_lists(facts.get("sealed")):
         raise Unsealed(attributes)
     if _seal(attributes) != facts["seal"]:
         if isinstance(facts.get("format"), int) and facts["format"] > FORMAT:  # a newer one may be sealed otherwise
@@ -59,6 +60,18 @@ def opened(content: bytes, where: Any) -> Attributes:
             f"Restore it from a copy."
         )
     return attributes
+
+
+def _are_lists(value: Any) -> bool:
+    """Whether these are digests, as `sealing` writes them."""
+    if (
+        not isinstance(value, dict)
+        or not isinstance(value.get("closed"), int)
+        or not isinstance(value.get("chain"), str)
+    ):
+        return False
+    texts = [value.get(name) for name in ("arrays", "recent")]
+    return all(isinstance(t, dict) and all(re.fullmatch(r"[0-9a-f ]+", str(v)) for v in t.values()) for t in texts)
 
 
 class Unsealed(Exception):
