@@ -64,6 +64,8 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "generators": ("block", "octet"),
 }
 
+NAMES = {*DIMENSIONS, "state", "examples", "ids", "gradients", "factors", "constants", DIGESTS}  # at the root of a run
+
 
 def create(
     group: zarr.Group,
