@@ -1,19 +1,24 @@
 """Attempts to prove the store wrong, a few of each kind that `scripts/fuzz_store.py` makes; and what these have found."""
 
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from fuzz.reading import read_steps
-from fuzz.trainings import STEPS, TRAININGS, Training
+import torch
 
 import attrib
 from attrib.errors import StoreError, StoreExistsError
 from attrib.store import FORMAT, creation
 from attrib.store.seal import sealed
 from attrib.store.sealing import SealingStore
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from fuzz.kills import by_time
+from fuzz.reading import read_steps
+from fuzz.trainings import STEPS, TRAININGS, Training
 
 
 BARE = {"kind": "run", "format": FORMAT, "sealed": {"arrays": {}, "closed": 0, "chain": "", "recent": {}}}
@@ -92,3 +97,35 @@ def test_half_a_header_is_nothing(tmp_path: Path) -> None:
         (place / "zarr.json.123.part").write_text("half")
         TRAININGS["gradients"].record(place, 0, **{option: True})
         assert not read_steps(place).refusals
+
+
+def test_run_killed_between_the_chunks_of_a_growing_block_and_its_header_goes_on(tmp_path: Path) -> None:
+    """What is drawn next follows from the steps that count, not from what was written beyond."""
+    training = replace(TRAININGS["replay"], options={"block": None})
+    with by_time(), pytest.MonkeyPatch.context() as patch:
+        training.record(tmp_path / "whole", 0)
+        recorder = training.begin(tmp_path / "run", 0)
+        for steps in (1, 2):  # each is committed
+            training.go_on(recorder, steps)
+            recorder._writer._collect(wait=True)
+        headers = [SealingStore._put_header, full]  # the one with both digests; the last
+        patch.setattr(SealingStore, "_put_header", lambda *args: headers.pop(0)(*args))
+        training.go_on(recorder, 3)
+        recorder._writer._collect(wait=True)
+        recorder._writer.release()
+        patch.undo()
+        assert attrib.open_run(tmp_path / "run").steps == 2
+        training.record(tmp_path / "run", 99, resume=True)
+    assert read_steps(tmp_path / "run").of_steps() == read_steps(tmp_path / "whole").of_steps()
+
+
+def test_what_was_drawn_after_the_last_step_is_drawn_again(tmp_path: Path) -> None:
+    """As the next batch is, of a loop that ends before its step."""
+    training = TRAININGS["replay"]
+    training.record(tmp_path / "whole", 0)
+    recorder = training.begin(tmp_path / "run", 0)
+    training.go_on(recorder, 3)
+    torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+    recorder.__exit__(ValueError, ValueError("ended early"), None)
+    training.record(tmp_path / "run", 99, resume=True)
+    assert read_steps(tmp_path / "run").of_steps() == read_steps(tmp_path / "whole").of_steps()

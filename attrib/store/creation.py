@@ -16,7 +16,6 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 
 from ..errors import StoreError, StoreExistsError
-from ..generators import generators
 from .examples import ExampleTables
 from .ids import IdTable
 from .lease import Lease
@@ -211,8 +210,6 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
         add(name, values.shape, (n, at_once, *values.shape[1:]), values.dtype, ("step", "slot", *rest))
     if first.random is not None:
         add("random", (len(first.random),), (n, len(first.random)), np.uint8)
-    octets = len(generators())
-    add("generators", (octets,), (1, octets), np.uint8)
     return arrays
 
 

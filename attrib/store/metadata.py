@@ -26,7 +26,6 @@ GROWING = {
     "frame",
     "row",
     "slot",
-    "block",
     "chunk",
     "id",
     "utf8",
