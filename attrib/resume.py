@@ -73,9 +73,8 @@ def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
         if held is not None:
             held.release()
         raise
-    last = (steps - 1) // trajectory.block
     log.info("going on with the run at %s from step %d", reader.target, steps)
-    set_generators(torch.from_numpy(reader.read("generators", last)))
+    set_generators(torch.from_numpy(reopened.generators.copy()))
     loop.guard.resumed(reader.header["training"], after, loop.optimizer)
     looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
     inspected = int(looked[-1]) if len(looked) else 0

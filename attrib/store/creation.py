@@ -16,7 +16,6 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 
 from ..errors import StoreError, StoreExistsError
-from ..generators import generators
 from .examples import ExampleTables
 from .ids import IdTable
 from .lease import Lease
@@ -121,6 +120,7 @@ def create_store(
         lease = _occupy(made)
         sealing = SealingStore(writable(made), growing=True)
         try:
+            sealing.begin(header)  # first: what a killed process leaves is a run's then
             arrays = _arrays(sealing, constants, first, lengths)
             ids = IdTable.created(zarr.open_group(sealing, mode="r+", zarr_format=3), first.ids, lengths.block)
             sealing.begin(header)
@@ -170,7 +170,7 @@ def remove_arrays(sealing: SealingStore, place: Place, folder: bool = True) -> N
 
 def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, lengths: Lengths) -> dict[str, zarr.Array]:
     """Those of the steps, with no rows yet: one for each kind of thing in the first. The constants are written as well."""
-    group = zarr.create_group(store, zarr_format=3)
+    group = zarr.open_group(store, mode="r+", zarr_format=3)
     create_digests(group)
     for number, value in enumerate(constants):
         dims = tuple(f"d{d}" for d in range(value.ndim))
@@ -210,8 +210,6 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
         add(name, values.shape, (n, at_once, *values.shape[1:]), values.dtype, ("step", "slot", *rest))
     if first.random is not None:
         add("random", (len(first.random),), (n, len(first.random)), np.uint8)
-    octets = len(generators())
-    add("generators", (octets,), (1, octets), np.uint8)
     return arrays
 
 

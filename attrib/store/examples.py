@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.core.sync import sync
 
 from ..kernels.hashing import combine, hash_rows
 from ..kernels.keys import KeyTable
@@ -84,7 +85,8 @@ class ExampleTable:
 
     @classmethod
     def created(cls, group: zarr.Group, path: str, batch: list[np.ndarray]) -> "ExampleTable":
-        """An empty one, for inputs like those of a batch."""
+        """An empty one, for inputs like those of a batch. What a killed run never committed of it is taken away."""
+        sync(group.store.delete_dir(path))
         bytes_per_row = max(1, *(a.nbytes // max(1, len(a)) for a in batch))
         # no longer than four first batches: a table of few rows should not be padded to many
         chunk = int(min(max(1, CHUNK_BYTES // bytes_per_row), max(1, 4 * len(batch[0]))))

@@ -25,7 +25,6 @@ GROWING = {
     "frame",
     "row",
     "slot",
-    "block",
     "chunk",
     "id",
     "utf8",

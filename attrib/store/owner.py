@@ -11,7 +11,8 @@ from zarr.core.sync import sync
 from ..errors import StoreError, StoreExistsError
 from .lease import Lease
 from .metadata import HEADER
-from .place import Place, locate, occupied, readable, writable
+from .place import Place, is_part, locate, occupied, readable, writable
+from .schema import NAMES
 from .seal import Attributes, Unsealed, fetch, opened
 
 KINDS = {"run": "attrib.open_run", "result": "attrib.open_result", "cube": "xarray.open_zarr"}
@@ -97,12 +98,13 @@ def _refuse(place: Place, what: str | None) -> None:
 
 
 def _stranger(folder: Path, arrays: set[str]) -> str | None:
-    """The first entry of a store's folder that is no part of its arrays, nor of one whose first commit never came."""
+    """The first entry of a store's folder that is no part of its arrays, nor of one whose first commit never came; of a
+    store that was killed while it was made, which names none yet, nor of any that a run may have."""
     inner = {name.rsplit("/", n)[0] for name in arrays for n in range(1, name.count("/") + 1)}
     for root, folders, files in os.walk(folder):
         at = "" if root == str(folder) else os.path.relpath(root, folder).replace(os.sep, "/")
         array = at.split("/c/")[0].removesuffix("/c")
-        if array in arrays or _TABLE.fullmatch(array):  # its chunks, by number
+        if array in arrays or _TABLE.fullmatch(array) or (not arrays and at != array):  # its chunks, by number
             parts = [] if at == array else at[len(array) :].strip("/").split("/")
             wrong = [name for name in (*files, *folders) if not _part_of_an_array(parts, name)]
         else:
@@ -119,6 +121,8 @@ _TABLE = re.compile(r"examples/\d+/\d+")
 
 
 def _ours(path: str, arrays: set[str], inner: set[str]) -> bool:
+    if not arrays:
+        return path.split("/")[0] in NAMES
     return path in arrays or path in inner or re.fullmatch(r"examples(/\d+){0,2}", path) is not None
 
 
@@ -128,4 +132,4 @@ def _part_of_an_array(parts: list[str], name: str) -> bool:
 
 
 def _document(name: str) -> bool:
-    return name == HEADER or (name.startswith(HEADER + ".") and name.endswith(".part"))
+    return name == HEADER or is_part(name, HEADER)

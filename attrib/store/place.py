@@ -19,6 +19,7 @@ from zarr.storage import FsspecStore, ZipStore
 
 from ..errors import StoreError, StoreExistsError
 from .disk import Disk
+from .metadata import HEADER
 
 Place = Path | str | Store
 
@@ -94,8 +95,15 @@ def beside(path: Path) -> Path:
 
 
 def occupied(path: Path) -> bool:
-    """Whether anything but an empty folder is there; a link is, wherever it leads."""
-    return path.is_symlink() or path.is_file() or (path.is_dir() and any(path.iterdir()))
+    """Whether anything but an empty folder is there; a link is, wherever it leads; half a header is nothing."""
+    if path.is_symlink() or path.is_file():
+        return True
+    return path.is_dir() and not all(is_part(entry.name, HEADER) for entry in path.iterdir())
+
+
+def is_part(name: str, whole: str) -> bool:
+    """Whether a file is what a killed writer left of another."""
+    return name.startswith(whole + ".") and name.endswith(".part")
 
 
 def settle(made: Path, path: Path, overwrite: bool) -> Path | None:

@@ -1,5 +1,6 @@
 """Open a run's store and read it; what is damaged is named, never filled in."""
 
+from base64 import b64decode
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -129,6 +130,11 @@ class Reader:
         values = read_array(array, (chosen, *slots) if array.ndim else ..., self.target)
         return values[0] if isinstance(rows, int) else values
 
+    @property
+    def generators(self) -> np.ndarray:
+        """(octets,) uint8: their state after the last step that was written."""
+        return np.frombuffer(b64decode(self.header["generators"]), np.uint8)
+
     def facts(self, rows: slice | int) -> dict[str, np.ndarray]:
         """The numbers of some steps, by name: see `schema`."""
         values = self.read("facts", rows)
@@ -175,12 +181,10 @@ class Reader:
             return int(self.header["rows"][int(name.split("/")[1])])
         every, frame = (int(self.header[key]) for key in ("states_every", "frame"))
         states = self.steps + 1 if every == 1 else -(-self.steps // every) + self.complete
-        block = int(self.header["block"])
         known = {
             "step": self.steps,
             "state": states,
             "frame": -(-self.steps // frame),
-            "block": -(-self.steps // block),
             **dict(zip(("id", "utf8"), self.header["ids"], strict=True)),
         }
         return min(known.get(first, array.shape[0]), array.shape[0]) if array.ndim and first else 0

@@ -22,7 +22,8 @@ from .sealing import SealingStore
 
 @dataclass(frozen=True)
 class Reopened:
-    """start: first step of the block that grows; records, placed: its steps so far. after: the parameters (P,) then."""
+    """start: first step of the block that grows; records, placed: its steps so far. after, generators: the parameters (P,)
+    and the generators' state (octets,) then."""
 
     store: OpenStore
     header: dict[str, Any]
@@ -30,6 +31,7 @@ class Reopened:
     records: list[StepRecord]
     placed: list[Placed]
     after: np.ndarray
+    generators: np.ndarray
 
     @property
     def steps(self) -> int:
@@ -68,7 +70,7 @@ def reopen(reader: Reader, held: Lease | None, after: np.ndarray) -> Reopened:
     store = OpenStore(place, sealing, arrays, shares, tables, ids, lengths, int(header["slots"]), held)
     start = written - written % lengths.block
     records, placed = _growing(reader, lengths, range(start, written), shares) if written > start else ([], [])
-    return Reopened(store, header, start, records, placed, after)
+    return Reopened(store, header, start, records, placed, after, reader.generators)
 
 
 def _growing(

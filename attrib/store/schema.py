@@ -22,9 +22,10 @@
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
     random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it;
                                                of Python's and numpy's global ones behind it, where it uses those
-    generators   [block, octet]                state of all of them after the block's last step that is committed
     constants/*                                buffers and frozen parameters, by number; their names are in the header
     digests      [chunk]                       of all chunks of full blocks, see `seal`
+
+In the header, with the counts of what is committed, stands the state of all generators after the last step, `generators`.
 
 Everything about one step can be rebuilt from these: the coefficients of the update follow from the gradients and the last
 state, so they are not stored a second time.
@@ -59,8 +60,9 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "row": ("step", "slot"),
     "facts": ("step", "fact"),
     "random": ("step", "byte"),
-    "generators": ("block", "octet"),
 }
+
+NAMES = {*DIMENSIONS, "state", "examples", "ids", "gradients", "factors", "constants", DIGESTS}  # at the root of a run
 
 
 def create(

@@ -7,6 +7,7 @@ them, so the last step of a full block is committed only with what follows, or b
 
 import logging
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def close_dropped() -> None:
 class Piece:
     """A block as far as it is filled, to be written. start: its first step. placed: of those of its records that were
     written before, shared by all pieces of the block. after: the parameters (P,) after its last step; generators: their
-    state then. facts: the header. full: it does not grow any more; last: nothing follows."""
+    state then, (octets,). facts: the header. full: it does not grow any more; last: nothing follows."""
 
     start: int
     records: list[StepRecord]
@@ -92,6 +93,7 @@ class Writer:
         self._records: list[StepRecord] = [] if reopened is None else reopened.records
         self._placed: list[Placed] = [] if reopened is None else reopened.placed
         self._last: np.ndarray = np.zeros(0) if reopened is None else reopened.after
+        self._generators: np.ndarray = np.zeros(0, np.uint8) if reopened is None else reopened.generators
         self._buffers: dict[str, np.ndarray] = {}
         self._thread = ThreadPoolExecutor(1, "attrib-writer")
         self._writing: tuple[Piece, Future[None]] | None = None
@@ -138,7 +140,7 @@ class Writer:
         if not self._records:
             self._due = max(self._due, now + COMMIT_SECONDS)
         self._records.append(record)
-        self._last = theta_after
+        self._last, self._generators = theta_after, generators().numpy()
         if len(self._records) == self._store.lengths.block:
             self._submit(self._piece(full=True))
             self._start, self._records, self._placed = self.steps, [], []
@@ -228,8 +230,8 @@ class Writer:
         self._opened = create_store(self.place, self._overwrite, header, self._constants, first, lengths)
 
     def _piece(self, full: bool, last: bool = False) -> Piece:
-        state, facts = generators().numpy(), dict(self._header)
-        return Piece(self._start, list(self._records), self._placed, self._last, state, facts, full, last)
+        facts = dict(self._header)
+        return Piece(self._start, list(self._records), self._placed, self._last, self._generators, facts, full, last)
 
     def _submit(self, piece: Piece) -> None:
         self._writing = piece, self._thread.submit(self._write, piece)
@@ -254,8 +256,11 @@ class Writer:
             self._put("theta", -(-piece.stop // every), piece.after[None])
         committed = piece.stop - (every == 1 and not follows)
         counts = {"committed_steps": committed, "written_steps": piece.stop}
+        drawn = {
+            "generators": b64encode(piece.generators.tobytes()).decode()
+        }  # not in a chunk, which two headers share
         held = {"rows": self._store.examples.rows, "ids": self._store.ids.written, "slots": self._store.width}
-        self._store.sealing.commit({**piece.facts, **counts, **held}, piece.full)
+        self._store.sealing.commit({**piece.facts, **counts, **held, **drawn}, piece.full)
         self._due = time.monotonic() + max(COMMIT_SECONDS, (time.monotonic() - began) / COMMIT_SHARE)
 
     def _check_owner(self) -> None:
@@ -290,7 +295,6 @@ class Writer:
             self._put("random", start, np.stack([r.random for r in records if r.random is not None]))
         for key, value in (records[0].state or {}).items():
             self._put(f"state/{key}", start // lengths.frame, value[None])
-        self._put("generators", start // lengths.block, piece.generators[None])
         self._store.examples.commit()
         self._store.ids.commit()
 

@@ -1,0 +1,131 @@
+"""Attempts to prove the store wrong, a few of each kind that `scripts/fuzz_store.py` makes; and what these have found."""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import attrib
+from attrib.errors import StoreError, StoreExistsError
+from attrib.store import FORMAT, creation
+from attrib.store.seal import sealed
+from attrib.store.sealing import SealingStore
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from fuzz.kills import by_time
+from fuzz.reading import read_steps
+from fuzz.trainings import STEPS, TRAININGS, Training
+
+
+BARE = {"kind": "run", "format": FORMAT, "sealed": {"arrays": {}, "closed": 0, "chain": "", "recent": {}}}
+
+
+def full(*_: object, **options: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def killed_in_its_commit(training: Training, store: Path, committed: int, steps: int) -> None:
+    """Ended after so many steps, those beyond `committed` on the disk but for the commit itself."""
+    recorder = training.begin(store, 0)
+    training.go_on(recorder, committed)
+    recorder._writer._collect(wait=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SealingStore, "commit", full)
+        training.go_on(recorder, steps)
+        recorder._writer._collect(wait=True)
+        recorder._writer.release()
+
+
+def test_table_of_inputs_that_was_never_committed_is_made_anew(tmp_path: Path) -> None:
+    training = TRAININGS["replay"]
+    training.record(tmp_path / "whole", 0)
+    killed_in_its_commit(training, tmp_path / "run", 2, STEPS - 1)
+    assert (tmp_path / "run" / "examples" / "1").exists()
+    training.record(tmp_path / "run", 99, resume=True)
+    whole, run = read_steps(tmp_path / "whole"), read_steps(tmp_path / "run")
+    assert run.of_steps() == whole.of_steps()
+    assert not run.refusals
+
+
+@pytest.mark.parametrize("made", [0, 1, 4, 11])
+def test_run_killed_while_its_store_was_made_is_begun_again(
+    made: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """made: arrays that it had by then."""
+    training = TRAININGS["gradients"]
+    training.record(tmp_path / "whole", 0)
+    with monkeypatch.context() as patch:
+        waiting = [creation.create] * made
+        patch.setattr(creation, "create", lambda *args, **options: (waiting or [full]).pop()(*args, **options))
+        patch.setattr(creation, "remove_arrays", lambda *_, **options: None)
+        with pytest.raises(StoreError, match="No space left"):
+            training.record(tmp_path / "run", 0)
+    (tmp_path / "run" / "zarr.json.123.part").write_text("half")
+    with pytest.raises(StoreError, match="no committed steps"):
+        attrib.open_run(tmp_path / "run")
+    with pytest.raises(StoreExistsError, match="overwrite=True"):
+        training.record(tmp_path / "run", 0)
+    training.record(tmp_path / "run", 0, resume=True)
+    assert read_steps(tmp_path / "run").of_steps() == read_steps(tmp_path / "whole").of_steps()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "run"}
+
+
+@pytest.mark.parametrize("guest", ["notes.txt", "theta/notes.txt", "theta/c/0/notes.txt", "mine/zarr.json"])
+def test_guests_of_a_store_that_was_never_made_whole_are_not_deleted(guest: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "theta" / "c" / "0").mkdir(parents=True)
+    (tmp_path / "run" / "theta" / "c" / "0" / "0").touch()
+    (tmp_path / "run" / "zarr.json").write_bytes(sealed({"attrib": BARE}))
+    (tmp_path / "run" / guest).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / guest).write_text("years of work")
+    with pytest.raises(StoreExistsError, match="does not delete"):
+        TRAININGS["gradients"].record(tmp_path / "run", 0, overwrite=True)
+    assert (tmp_path / "run" / guest).read_text() == "years of work"
+    (tmp_path / "run" / guest).unlink()
+    if "mine" not in guest:
+        TRAININGS["gradients"].record(tmp_path / "run", 0, overwrite=True)
+
+
+def test_half_a_header_is_nothing(tmp_path: Path) -> None:
+    """All that a writer left that was killed within its first file."""
+    for option in ("resume", "overwrite"):
+        place = tmp_path / option
+        place.mkdir()
+        (place / "zarr.json.123.part").write_text("half")
+        TRAININGS["gradients"].record(place, 0, **{option: True})
+        assert not read_steps(place).refusals
+
+
+def test_run_killed_between_the_chunks_of_a_growing_block_and_its_header_goes_on(tmp_path: Path) -> None:
+    """What is drawn next follows from the steps that count, not from what was written beyond."""
+    training = replace(TRAININGS["replay"], options={"block": None})
+    with by_time(), pytest.MonkeyPatch.context() as patch:
+        training.record(tmp_path / "whole", 0)
+        recorder = training.begin(tmp_path / "run", 0)
+        for steps in (1, 2):  # each is committed
+            training.go_on(recorder, steps)
+            recorder._writer._collect(wait=True)
+        headers = [SealingStore._put_header, full]  # the one with both digests; the last
+        patch.setattr(SealingStore, "_put_header", lambda *args: headers.pop(0)(*args))
+        training.go_on(recorder, 3)
+        recorder._writer._collect(wait=True)
+        recorder._writer.release()
+        patch.undo()
+        assert attrib.open_run(tmp_path / "run").steps == 2
+        training.record(tmp_path / "run", 99, resume=True)
+    assert read_steps(tmp_path / "run").of_steps() == read_steps(tmp_path / "whole").of_steps()
+
+
+def test_what_was_drawn_after_the_last_step_is_drawn_again(tmp_path: Path) -> None:
+    """As the next batch is, of a loop that ends before its step."""
+    training = TRAININGS["replay"]
+    training.record(tmp_path / "whole", 0)
+    recorder = training.begin(tmp_path / "run", 0)
+    training.go_on(recorder, 3)
+    torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+    recorder.__exit__(ValueError, ValueError("ended early"), None)
+    training.record(tmp_path / "run", 99, resume=True)
+    assert read_steps(tmp_path / "run").of_steps() == read_steps(tmp_path / "whole").of_steps()
