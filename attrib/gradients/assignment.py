@@ -260,8 +260,8 @@ def _contracted(
 
     kind = torch.finfo(gradient.dtype)
     eps = kind.eps / torch.finfo(products.dtype).eps
-    size = float(each.abs().sum()) + kind.smallest_normal  # numbers below it have few digits, or one
-    return _Contracted(products, float(each.sum()), size * eps**0.5, lambda: flow() * eps**0.5)
+    summed = float(each.abs().sum()) + kind.smallest_normal  # numbers below it have few digits, or one
+    return _Contracted(products, float(each.sum()), summed * eps**0.5, lambda: flow() * eps**0.5)
 
 
 def direction_like(like: Tensor) -> Tensor:
