@@ -20,7 +20,6 @@ from fuzz.kills import by_time
 from fuzz.reading import read_steps
 from fuzz.trainings import STEPS, TRAININGS, Training
 
-
 BARE = {"kind": "run", "format": FORMAT, "sealed": {"arrays": {}, "closed": 0, "chain": "", "recent": {}}}
 
 

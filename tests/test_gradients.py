@@ -198,6 +198,27 @@ def test_products_with_a_vector_or_a_stack_of_matrices(shape: tuple[int, ...]) -
     )
 
 
+@pytest.mark.parametrize(("dtype", "logit"), [(torch.float32, 97.0), (torch.float64, 743.0)])  # e^-97 = 7e-43
+def test_a_gradient_too_small_for_its_digits_is_no_reason_for_the_slow_way(
+    dtype: torch.dtype, logit: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a model that has learned its examples leaves them."""
+    model = nn.Linear(1, 2).to(dtype)
+    layout, _ = layout_of(model)
+    theta, x, y = torch.tensor([-0.5, 0.5, 0.0, 0.0], dtype=dtype), torch.tensor([[logit], [1.0]]), torch.tensor([1, 1])
+    shares = ExampleGradients(
+        lambda m, x, y: nn.functional.cross_entropy(m(x), y, reduction="none"), model, layout, dtype
+    )
+    rows = shares.rows(theta, (x.to(dtype), y))
+    assert 0 < rows[0, 2] < torch.finfo(dtype).smallest_normal  # the bias's, without digits
+    direction = torch.randn(1, 4, dtype=torch.float64)
+    products = shares.contract(theta, (x.to(dtype), y), direction)[1].sum(-1)
+    np.testing.assert_allclose(
+        products, direction @ rows.double().T, rtol=1e-5, atol=torch.finfo(dtype).smallest_normal
+    )
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("build", [nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d])
 def test_running_statistics_in_train_mode_are_refused_by_name(build: Callable[..., nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(3, 3), build(3, track_running_stats=True)).double()

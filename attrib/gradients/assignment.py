@@ -259,8 +259,10 @@ def _contracted(
     def flow() -> float:
         return sum(jvp_flow(site, name, delta, direction) for site, _, delta in reached)
 
-    eps = torch.finfo(gradient.dtype).eps / torch.finfo(products.dtype).eps
-    return _Contracted(products, float(each.sum()), float(each.abs().sum()) * eps**0.5, lambda: flow() * eps**0.5)
+    kind = torch.finfo(gradient.dtype)
+    eps = kind.eps / torch.finfo(products.dtype).eps
+    summed = float(each.abs().sum()) + kind.smallest_normal  # numbers below it have few digits, or one
+    return _Contracted(products, float(each.sum()), summed * eps**0.5, lambda: flow() * eps**0.5)
 
 
 def direction_like(like: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _folders(files: Files, others: list[Files], rng: Random) -> Files:
         rest = {key: content for key, content in files.items() if not key.startswith(name + "/")}
         return {**rest, **{key: content for key, content in other.items() if key.startswith(name + "/")}}
     names = {a: b, b: a}
-    return {names.get(key.split("/c/")[0].removesuffix("/" + ROOT), "") and _renamed(key, names) or key: content
+    return {(names.get(key.split("/c/")[0].removesuffix("/" + ROOT), "") and _renamed(key, names)) or key: content
             for key, content in files.items()}  # fmt: skip
 
 
