@@ -199,10 +199,23 @@ def test_zarr_and_xarray_alone_read_everything(tmp_path: Path) -> None:
     places = [str(tmp_path / name) for name in ("run", "result", "read.npz")]
     script = textwrap.dedent(PLAIN).format(places=places)
     subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
+    os.rename(tmp_path / "run", tmp_path / "run.zarr")
+    os.rename(tmp_path / "result", tmp_path / "result.zarr")
+    block = (
+        (Path(__file__).parent.parent / "README.md").read_text().split("import json, xarray, zarr")[1].split("```")[0]
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import json, xarray, zarr{block}print(json.dumps(facts))"],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert json.loads(done.stdout)["loss"] == attrib.open_run(tmp_path / "run.zarr").log("loss")[0]
     read = np.load(tmp_path / "read.npz")
     np.testing.assert_array_equal(read["by"], result.by("step", "example", "group"))
-    for name in trained.run.reader.names():
-        np.testing.assert_array_equal(read[name.replace("/", "|")], trained.run.reader.read(name), err_msg=name)
+    run = attrib.open_run(tmp_path / "run.zarr")
+    for name in run.reader.names():
+        np.testing.assert_array_equal(read[name.replace("/", "|")], run.reader.read(name), err_msg=name)
 
 
 def test_digest_tells_names_and_bytes_apart() -> None:
