@@ -267,6 +267,38 @@ def test_recorder_that_is_gone_lets_go_of_its_store(tmp_path: Path, caplog: pyte
     assert attrib.open_run(tmp_path / "run").steps == 1
 
 
+@pytest.mark.slow  # forks a process that has threads
+@pytest.mark.parametrize("ends", ["closed", "killed"])
+def test_forked_worker_keeps_no_store_locked(ends: str, tmp_path: Path) -> None:
+    """A loader's workers live on for a while where the process that forked them was killed."""
+    script = f"""
+        import os, signal, sys, time
+        sys.path[:0] = {[str(Path(__file__).parent)]!r}
+        from test_store import Recording
+        recording = Recording({str(tmp_path / "run")!r})
+        for _ in range(3):
+            recording.step()
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        {"recording.recorder.close()" if ends == "closed" else "os.kill(os.getpid(), signal.SIGKILL)"}
+        print("closed", flush=True)
+        time.sleep(20)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        if ends == "closed":
+            assert process.stdout.readline() == "closed\n"
+        else:
+            process.wait(timeout=60)
+        try:
+            recorded(tmp_path / "run", overwrite=True)
+        finally:
+            process.kill()
+
+
 def test_overwritten_run_in_another_kind_of_store(tmp_path: Path) -> None:
     for store in (MemoryStore(), LocalStore(tmp_path / "run")):
         recorded(store)

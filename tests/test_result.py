@@ -225,3 +225,13 @@ def test_marginals_that_do_not_agree_are_found(tmp_path: Path) -> None:
         dataset[name].values[1, -1] *= 1 + 1e-9
         with pytest.raises(errors.CompletenessError, match=rf"do not agree.*`{name}`.*query 1"):
             attrib.Result(dataset).check(1e-6)
+
+
+def test_result_that_is_replaced_while_it_is_open_is_not_mixed_with_the_new_one(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
+    trained.attribute().save(tmp_path / "res")
+    lazy = attrib.open_result(tmp_path / "res")
+    trained.attribute(steps=slice(1, 5)).save(tmp_path / "res", overwrite=True)
+    with pytest.raises(errors.StoreError, match="res"):
+        lazy.check()
+    attrib.open_result(tmp_path / "res").check(1e-10)

@@ -133,7 +133,7 @@ class CheckedStore(WrapperStore[Store]):
         if again:
             content = await fetch_async(self._store, HEADER)
             newer = facts if content is None else opened(content.to_bytes(), self.where)["attrib"]
-            facts = newer if newer.get("id") == facts.get("id") else facts
+            facts = newer if newer.get("id") == facts["id"] else facts
         lists = facts["sealed"]
         words = await self._closed(int(lists["closed"]), str(lists["chain"]))
         recent = [word for text in lists["recent"].values() for word in words_of(text)]

@@ -4,6 +4,7 @@ Written backwards, as the sweep goes, in chunks of several steps; `index` (step,
 is none. Of ids that are strings it holds numbers, with a table beside it: see `ids`.
 """
 
+import uuid
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class CubeWriter:
         self._group = zarr.create_group(self._sealing, zarr_format=3)
         create_digests(self._group)
         facts = {"groups": list(groups), "first_step": start, "complete": False}
-        self._facts: dict[str, Any] = {"kind": "cube", "format": FORMAT, **facts}
+        self._facts: dict[str, Any] = {"kind": "cube", "id": uuid.uuid4().hex, "format": FORMAT, **facts}
         self._sealing.begin(self._facts)
         self._shape = (queries, steps, len(groups))
         self._waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}

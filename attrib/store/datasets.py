@@ -1,5 +1,6 @@
 """Labelled datasets on disk, whole or not at all: written beside their place, and put there when they are complete."""
 
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def save_dataset(dataset: xr.Dataset, target: Any, facts: dict[str, Any], overwr
     check_target(target, overwrite, "result")
     place = locate(target)
     made = beside(place) if isinstance(place, Path) else place
-    header = {"kind": "result", "format": FORMAT, **facts}
+    header = {"kind": "result", "id": uuid.uuid4().hex, "format": FORMAT, **facts}
     try:
         if not isinstance(place, Path):
             dataset = dataset.load()  # it may be what is there

@@ -38,8 +38,24 @@ class Lease:
             os.close(file)
             return
         self._file = file
+        _held.add(file)
 
     def release(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        if self._file in _held:  # not in a child, where it is gone
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            _let_go(self._file)
+        self._file = None
+
+
+_held: set[int] = set()  # files that hold a lock in this process
+
+
+def _let_go(*files: int) -> None:
+    for file in files:
+        os.close(file)
+        _held.discard(file)
+
+
+# a worker that is forked is no writer, and must not keep the lock of one that died
+if fcntl is not None:
+    os.register_at_fork(after_in_child=lambda: _let_go(*_held))
