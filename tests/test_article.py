@@ -20,7 +20,6 @@ from attrib import errors
 from attrib.report import article, panels
 from attrib.report.article import Article, Claim
 
-CHROMIUM = Path("/usr/bin/chromium")
 EVIL = '<script>alert("1")</script>&amp;'
 STEPS = np.arange(0, 100, 10)
 
@@ -494,15 +493,10 @@ def test_labels_are_not_read_as_mathematics() -> None:
     assert said == (r"\$y\$", r"\$x\$", r"\$z\$")
 
 
-@pytest.mark.slow  # a browser of its own for each width
+@pytest.mark.slow  # a browser
 @pytest.mark.parametrize("width", [1280, 800])
-def test_page_opens_without_a_word_and_does_not_scroll_sideways(tmp_path: Path, width: int) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser: expected {CHROMIUM}")
+def test_page_opens_without_a_word_and_does_not_scroll_sideways(tmp_path: Path, width: int, browser: Any) -> None:
     path = everything("A title " + "x" * 200).write(tmp_path / "page.html")
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": width, "height": 900})
         wrong: list[str] = []
         page.on("console", lambda m: wrong.append(m.text))
@@ -516,8 +510,7 @@ def test_page_opens_without_a_word_and_does_not_scroll_sideways(tmp_path: Path, 
         assert all(b["height"] > 100 for b in boxes)
         page.click("nav a >> nth=1")
         assert page.evaluate("document.querySelector(':target').textContent") == "Setup"
-        browser.close()
-    assert wrong == []
+        assert wrong == []
 
 
 def test_ratios_are_coloured_by_their_logarithm() -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from html import escape
@@ -429,19 +428,6 @@ def test_an_article_shows_large_whole_numbers_as_they_are() -> None:
 
 
 # read in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from test_page import CHROMIUM, FLAGS
-
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser: expected {CHROMIUM}")
-    with sync_api.sync_playwright() as play:
-        found = play.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield found
-        found.close()
 
 
 ROWS = """() => [...document.querySelectorAll('#top tbody tr, #bottom tbody tr')].map(

@@ -21,9 +21,6 @@ import attrib
 from attrib import errors
 from attrib.report import payload, shown, write
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 # a second or two of the browser each: the fast tier opens the page twice, to see it whole and that text stays text
 browsed = pytest.mark.slow
 SETUP = full()
@@ -40,17 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture(scope="module")
 def result(trained: Trained) -> attrib.Result:
     return trained.attribute(SETUP.measurement["log_prob"].select([0, 1, 2]), groups=SETUP.groups)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser: expected {CHROMIUM}")
-    with sync_api.sync_playwright() as play:
-        found = play.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield found
-        found.close()
 
 
 class Opened:
