@@ -497,20 +497,20 @@ def test_labels_are_not_read_as_mathematics() -> None:
 @pytest.mark.parametrize("width", [1280, 800])
 def test_page_opens_without_a_word_and_does_not_scroll_sideways(tmp_path: Path, width: int, browser: Any) -> None:
     path = everything("A title " + "x" * 200).write(tmp_path / "page.html")
-        page = browser.new_page(viewport={"width": width, "height": 900})
-        wrong: list[str] = []
-        page.on("console", lambda m: wrong.append(m.text))
-        page.on("pageerror", lambda e: wrong.append(str(e)))
-        page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
-        page.goto(path.as_uri())
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        read = "[...document.querySelectorAll('figure svg, figure img')].map((f) => f.getBoundingClientRect().toJSON())"
-        boxes = page.evaluate(read)
-        assert [round(b["width"]) for b in boxes] == [min(864, width - 32), 576, 480]
-        assert all(b["height"] > 100 for b in boxes)
-        page.click("nav a >> nth=1")
-        assert page.evaluate("document.querySelector(':target').textContent") == "Setup"
-        assert wrong == []
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    wrong: list[str] = []
+    page.on("console", lambda m: wrong.append(m.text))
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+    page.goto(path.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    read = "[...document.querySelectorAll('figure svg, figure img')].map((f) => f.getBoundingClientRect().toJSON())"
+    boxes = page.evaluate(read)
+    assert [round(b["width"]) for b in boxes] == [min(864, width - 32), 576, 480]
+    assert all(b["height"] > 100 for b in boxes)
+    page.click("nav a >> nth=1")
+    assert page.evaluate("document.querySelector(':target').textContent") == "Setup"
+    assert wrong == []
 
 
 def test_ratios_are_coloured_by_their_logarithm() -> None:
