@@ -857,7 +857,7 @@ def no_space(*_: Any, **__: Any) -> None:
 
 
 def without_a_group(bench: Bench, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("attrib.store.creation.zarr.create_group", no_space)
+    patch.setattr("attrib.store.disk.Disk._write", no_space)
 
 
 def without_some_arrays(bench: Bench, patch: pytest.MonkeyPatch) -> None:
