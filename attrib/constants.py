@@ -64,5 +64,5 @@ def constant_of(t: Tensor) -> Constant:
     """Raises TypeError as `to_array` does."""
     dtype, shape, array = str(t.dtype).removeprefix("torch."), tuple(t.shape), to_array(t)
     digest = xxhash.xxh3_128(f"{dtype} {shape}".encode())
-    digest.update(array.reshape(-1).view(np.uint8))
+    digest.update(array.reshape(-1).view(np.uint8).data)
     return Constant(dtype, shape, digest.hexdigest())

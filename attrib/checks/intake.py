@@ -15,9 +15,9 @@ CONSTANTS = ("values", "digest")  # what is stored of them
 
 
 def check_options(capture: str, constants: str = "values", **counts: int | None) -> None:
-    for name, value, known in (("capture", capture, CAPTURES), ("constants", constants, CONSTANTS)):
-        if value not in known:
-            raise ValueError(f"unknown {name}: got {value!r}, expected one of {', '.join(map(repr, known))}.")
+    for name, choice, known in (("capture", capture, CAPTURES), ("constants", constants, CONSTANTS)):
+        if choice not in known:
+            raise ValueError(f"unknown {name}: got {choice!r}, expected one of {', '.join(map(repr, known))}.")
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is not a count: got {value!r}, expected an integer of at least 1.")

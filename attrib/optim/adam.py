@@ -20,7 +20,7 @@ from .rule import Options, Rule, State, realised
 
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
     sign, fused = -1.0 if o["maximize"] else 1.0, bool(o["fused"])
-    lr, decay, beta1, beta2 = (o["lr"], o["weight_decay"], *o["betas"])
+    lr, decay, (beta1, beta2) = o["lr"], o["weight_decay"], o["betas"]
     if fused:  # whose kernels take numbers
         lr, decay, beta1, beta2 = map(float, (lr, decay, beta1, beta2))
     t, rounded = o["age"] + 1, partial(realised, dtype=theta.dtype)

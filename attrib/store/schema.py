@@ -17,7 +17,8 @@
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
     random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it;
                                                of Python's and numpy's global ones behind it, where it uses those
-    constants/*                                buffers and frozen parameters
+    constants/*                                buffers and frozen parameters; of a type that numpy lacks as integers of its
+                                               width, the header naming it under "digests"
     log/*        [step]                        mean loss and the identities, NaN where not checked; seconds of training
 
 Everything about one step can be rebuilt from these: the coefficients of the update follow from the gradients and the last
