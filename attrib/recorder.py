@@ -191,7 +191,8 @@ class Recorder(Wrapper):
 
         Raises:
             BatchError, LossError, BatchIdentityError, SplitIdentityError, ChangedOutsideError: the step was refused;
-                parameters, optimizer and store are as they were.
+                parameters, optimizer and store are as they were. UnsupportedOptimizerError: likewise, an option cannot be
+                replayed.
             StoreError, StoreExistsError: the store cannot be made, or was not written; they are as they were, too.
             StepIdentityError: the optimizer did something else than its rule; recording ends before this step.
             What the optimizer's own step raises: the step is not recorded.

@@ -239,6 +239,18 @@ class Looked(nn.Module):
         return self.table((x.abs() * 3).long() % 5)
 
 
+class Tempered(nn.Module):
+    """A parameter of no dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.heat = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.heat.exp()
+
+
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -265,6 +277,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "group norm": (lambda: nn.GroupNorm(2, 4), (4, 5)),
     "batch norm in eval mode": (normed, (4, 5)),
     "bare parameters": (Scaled, (3, 5)),
+    "a number": (Tempered, (6,)),
     "one layer used twice": (Reused, (5,)),
     "attention, batch second": (TimeFirst, (3, 6)),
     "attention, batch first": (lambda: nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True), (3, 6)),

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import LossError
 from ..functional import Functional
 from ..generators import generators, set_generators
+from ..kernels.factors.base import flat_rows
 from ..layout import Layout
 from .checks import check_losses, first_line
 from .sites import load_forward_mode
@@ -155,7 +156,7 @@ class LossVector:
         self, theta: Tensor, batch: Batch, directions: Named, groups: Sequence[Sequence[str]], start: Tensor
     ) -> tuple[Tensor, Tensor]:
         names = [name for group in groups for name in group]
-        flat = {name: directions[name].flatten(1) for name in names}
+        flat = {name: flat_rows(directions[name]) for name in names}
         nothing = torch.zeros(len(next(iter(directions.values()))), dtype=torch.float64, device=theta.device)
         columns = []
         for row in self.rows(theta, batch, names):

@@ -117,7 +117,8 @@ def _forward(
 def _through_maker(weight: Weight, name: str, factor: Factor) -> Dense:
     """The gradient of a weight -> of the parameter that it was made of, through a graph of its own: that of the user's pass
     may be gone."""
-    rows = factor.rows().unflatten(1, weight.tensor.shape)
+    rows = factor.rows()
+    rows = rows.reshape(len(rows), *weight.tensor.shape)
     leaf = _source(weight, name).detach().requires_grad_()
     with torch.enable_grad():
         again = remade(weight, {name: leaf})

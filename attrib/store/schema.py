@@ -22,7 +22,8 @@
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
     random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it;
                                                of Python's and numpy's global ones behind it, where it uses those
-    constants/*                                buffers and frozen parameters, by number; their names are in the header
+    constants/*                                buffers and frozen parameters, by number, in the order of "constants" in the header;
+                                               of a type that numpy lacks as integers of its width (see "digests" there)
     digests      [chunk]                       of all chunks of full blocks, see `seal`
 
 In the header, with the counts of what is committed, stands the state of all generators after the last step, `generators`.

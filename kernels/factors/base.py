@@ -65,6 +65,11 @@ def by_rows(directions: Tensor, rows: Callable[[slice], Tensor], count: int) -> 
     return torch.cat([(flat @ rows(some).T).double() for some in slices(count, at_once)], 1)
 
 
+def flat_rows(t: Tensor) -> Tensor:
+    """(B, *weight) -> (B, entries); a weight may have no dimension."""
+    return t.flatten(1) if t.dim() > 1 else t[:, None]
+
+
 def dots(first: Tensor, second: Tensor) -> Tensor:
     """(m, k), (m, k) -> (m,) float64."""
     if first.device.type == "cpu":

@@ -22,10 +22,10 @@ class Dense(NamedTuple):
         return self.values[0].numel()
 
     def contract(self, directions: Tensor) -> Tensor:
-        return directions.flatten(1).double() @ self.values.flatten(1).double().T
+        return base.flat_rows(directions).double() @ base.flat_rows(self.values).double().T
 
     def rows(self) -> Tensor:
-        return self.values.flatten(1)
+        return base.flat_rows(self.values)
 
     def total(self) -> Tensor:
         return self.values.sum(0).flatten()
