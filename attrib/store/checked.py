@@ -12,7 +12,7 @@ from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
 from ..errors import StoreError
-from .metadata import HEADER, Document, canonical, check_array, check_packed, chunk_bytes, parse
+from .metadata import HEADER, Document, bounded, canonical, check_array, check_packed, chunk_bytes, parse
 from .schema import DIGESTS
 from .seal import Attributes, digest, fetch_async, metadata_digest, opened, sealed, words_of
 
@@ -109,8 +109,15 @@ class CheckedStore(WrapperStore[Store]):
                     f"a metadata file is damaged: its digest is another one, expected it as it was written, at file {key} "
                     f"in {self.where}. Restore it from a copy."
                 )
-            self._documents[name] = document
+            self._documents[name] = bounded(document, self._most()) if self._growing else document
         return self._documents[name]
+
+    def _most(self) -> int:
+        """Entries along any dimension that grows, as the header counts them."""
+        facts = self.facts
+        return max(
+            int(facts["written_steps"]) + 1, facts["slots"], facts["sealed"]["closed"], *facts["rows"], *facts["ids"]
+        )
 
     async def _check(self, key: str, content: Any) -> None:
         """Raise StoreError where a chunk is not in the set, as it is now: a run may go on while it is read."""
@@ -141,8 +148,16 @@ class CheckedStore(WrapperStore[Store]):
     async def _closed(self, count: int, chain: str) -> np.ndarray:
         if not count:
             return np.zeros(0, np.uint64)
-        array = await zarr.api.asynchronous.open_array(store=self, path=DIGESTS, mode="r", zarr_format=3)
-        words = np.asarray(await array.getitem(slice(0, count))).astype(np.uint64)
+        try:
+            array = await zarr.api.asynchronous.open_array(store=self, path=DIGESTS, mode="r", zarr_format=3)
+            words = np.asarray(await array.getitem(slice(0, count))).astype(np.uint64)
+        except StoreError:
+            raise
+        except Exception as error:
+            raise StoreError(
+                f"the digests are damaged: got {str(error)[:200]!r}, expected what was written, at array {DIGESTS!r} in "
+                f"{self.where}. Restore it from a copy."
+            ) from error
         if xxhash.xxh3_64_hexdigest(words.tobytes()) != chain:
             raise StoreError(
                 f"the digests are damaged: theirs is another one, expected it as it was written, at array {DIGESTS!r} in "
