@@ -12,7 +12,7 @@ from zarr.core.sync import sync
 
 from ..kernels.hashing import combine, hash_rows
 from ..kernels.keys import KeyTable
-from .schema import CHUNK_BYTES, create, writable_array
+from .schema import CHUNK_BYTES, continued, create
 
 Signature = tuple[tuple[str, tuple[int, ...]], ...]  # of each tensor of a batch the type and the shape of a row
 
@@ -36,7 +36,7 @@ class ExampleTables:
             ids = np.zeros(count, np.int64)
             filled = row[at == number] >= 0
             ids[row[at == number][filled]] = index[at == number][filled]
-            arrays = [writable_array(group.store, f"examples/{number}/{j}") for j in range(arity)]
+            arrays = [continued(reader.array(f"examples/{number}/{j}"), group.store) for j in range(arity)]
             table = ExampleTable(arrays, count)
             known = np.unique(row[at == number][filled])
             table.know(known, ids[known], reader.batch(number, known))

@@ -36,6 +36,7 @@ from typing import Any
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import StorePath
 
 from .codec import StepDelta
 
@@ -100,6 +101,12 @@ def create(
 def writable_array(store: Store, name: str) -> zarr.Array:
     """One that was created before, to be written to."""
     return zarr.open_array(store, path=name, mode="r+", zarr_format=3).with_config(_EVERY_CHUNK)
+
+
+def continued(array: zarr.Array, store: Store) -> zarr.Array:
+    """One that is read through a store that checks it, to be written to in another."""
+    path = StorePath(store, array.path)
+    return zarr.Array(zarr.AsyncArray(array.metadata, path)).with_config(_EVERY_CHUNK)
 
 
 def compressors() -> tuple[Any, ...]:
