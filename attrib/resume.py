@@ -9,7 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,8 +67,9 @@ def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
         _check(reader, loop, header_of(loop, options))
         steps = int(reader.header["written_steps"])
         trajectory = Trajectory(reader, rule_by_name(reader.header["rule"]), loop.layout)
-        after = _moved(trajectory, loop, steps)
-        reopened = reopen(reader, held, after.cpu().numpy())
+        reopened, settled, passes = reopen(reader, held), _settled(reader), _passes(reader, loop, steps)
+        looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
+        after = _moved(trajectory, loop, steps)  # last: until now nothing was changed
     except BaseException:
         if held is not None:
             held.release()
@@ -76,10 +77,9 @@ def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
     log.info("going on with the run at %s from step %d", reader.target, steps)
     set_generators(torch.from_numpy(reopened.generators.copy()))
     loop.guard.resumed(reader.header["training"], after, loop.optimizer)
-    looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
     inspected = int(looked[-1]) if len(looked) else 0
     ids = np.dtype(object if "ids/span" in reader else np.int64)
-    return Resumed(reopened, _settled(reader), inspected, after, _passes(reader, loop, steps), ids)
+    return Resumed(replace(reopened, after=after.cpu().numpy()), settled, inspected, after, passes, ids)
 
 
 def _check(reader: Reader, loop: Loop, here: dict[str, Any]) -> None:

@@ -1,9 +1,12 @@
 """Attempts to prove the store wrong, a few of each kind that `scripts/fuzz_store.py` makes; and what these have found."""
 
+import json
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +19,10 @@ from attrib.store.seal import sealed
 from attrib.store.sealing import SealingStore
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from fuzz.changes import files_in, lay
 from fuzz.kills import by_time
-from fuzz.reading import read_steps
-from fuzz.trainings import STEPS, TRAININGS, Training
+from fuzz.reading import read_result, read_run, read_steps
+from fuzz.trainings import STEPS, TRAININGS, Training, loss, momentum, penalty
 
 BARE = {"kind": "run", "format": FORMAT, "sealed": {"arrays": {}, "closed": 0, "chain": "", "recent": {}}}
 
@@ -128,3 +132,73 @@ def test_what_was_drawn_after_the_last_step_is_drawn_again(tmp_path: Path) -> No
     recorder.__exit__(ValueError, ValueError("ended early"), None)
     training.record(tmp_path / "run", 99, resume=True)
     assert read_steps(tmp_path / "run").of_steps() == read_steps(tmp_path / "whole").of_steps()
+
+
+EARLY = TRAININGS["ended early"]
+
+
+def edited(folder: Path, name: str, edit: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads((folder / name).read_text())
+    edit(document)
+    (folder / name).write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("length", [10**6, 2**63, 10**30])
+def test_length_that_grows_is_believed_no_further_than_the_header_says(length: int, tmp_path: Path) -> None:
+    """The digest of an array's metadata leaves it out. Neither is memory asked for it, nor are its chunks counted."""
+    EARLY.record(tmp_path / "run", 0)
+    replace(EARLY, early=False).record(tmp_path / "whole", 0, STEPS + 2)
+    truth = read_run(tmp_path / "run", EARLY, True)
+    for name in ("theta", "index", "ids/text", "examples/0/0", "digests"):
+        edited(tmp_path / "run", f"{name}/zarr.json", lambda document: document["shape"].__setitem__(0, length))
+    edited(tmp_path / "run", "row/zarr.json", lambda document: document["shape"].__setitem__(1, length))
+    assert read_run(tmp_path / "run", EARLY, True) == truth
+    replace(EARLY, early=False).record(tmp_path / "run", 99, STEPS + 2, resume=True)
+    assert read_steps(tmp_path / "run").of_steps() == read_steps(tmp_path / "whole").of_steps()
+
+
+def test_damaged_digests_are_named(tmp_path: Path) -> None:
+    training = TRAININGS["gradients"]
+    training.record(tmp_path / "run", 0)
+    training.attribute(attrib.open_run(tmp_path / "run")).save(tmp_path / "result")
+    for place in (tmp_path / "run", tmp_path / "result"):
+        file = place / "digests" / "c" / "0"
+        whole = file.read_bytes()
+        for spoiled in (
+            b"",
+            whole[:-1],
+            bytes(len(whole)),
+            whole[: len(whole) // 2] + b"x" + whole[len(whole) // 2 + 1 :],
+        ):
+            file.write_bytes(spoiled)
+            read = read_run(place, training, True) if place.name == "run" else read_result(place, True)
+            assert not read.strays
+            assert read.refusals
+            assert all("'digests'" in message or "digests/c/0" in message for message in read.refusals)
+
+
+@pytest.mark.parametrize("name", ["gradients", "random", "ids/span", "penalty"])
+def test_damage_is_found_before_a_run_is_gone_on_with(name: str, tmp_path: Path) -> None:
+    """Also in what nothing is read of where the run ended with a whole block: writing to it would make it count."""
+    training = replace(EARLY, options={"block": 2}, penalty=penalty, optimizer=momentum)
+    training.record(tmp_path / "run", 0, 4)
+    files = files_in(tmp_path / "run")
+    edited(tmp_path / "run", f"{name}/zarr.json", lambda document: document.update(fill_value=7))
+    with pytest.raises(StoreError, match=f"damaged.*{name}/zarr.json"):
+        training.begin(tmp_path / "run", 99, resume=True)
+    lay(tmp_path / "run", files_in(tmp_path / "run"), files)
+    training.record(tmp_path / "run", 99, resume=True)
+
+
+def test_model_is_left_alone_where_the_run_is_damaged(tmp_path: Path) -> None:
+    EARLY.record(tmp_path / "run", 0)
+    (tmp_path / "run" / "gradients" / "c" / "0" / "0" / "0").write_bytes(b"")
+    torch.manual_seed(5)
+    model = EARLY.model()
+    before = [p.clone() for p in model.parameters()]
+    optimizer, state = EARLY.optimizer([p for p in model.parameters() if p.requires_grad]), torch.get_rng_state()
+    with pytest.raises(StoreError, match="gradients/c/0/0/0"):
+        attrib.record(optimizer, model, loss, tmp_path / "run", "gradients", resume=True)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not optimizer.state
+    assert torch.equal(state, torch.get_rng_state())

@@ -13,7 +13,8 @@ from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
 from ..errors import StoreError
-from .metadata import HEADER, Document, canonical, check_array, check_packed, chunk_bytes, parse
+from .disk import Disk
+from .metadata import HEADER, Document, bounded, canonical, check_array, check_packed, chunk_bytes, parse
 from .schema import DIGESTS
 from .seal import Attributes, digest, fetch_async, metadata_digest, opened, sealed, words_of
 
@@ -53,6 +54,14 @@ class CheckedStore(WrapperStore[Store]):
 
     async def getsize(self, key: str) -> int:
         return await self._store.getsize(key)
+
+    def size(self, key: str) -> int:
+        """Of a file, in bytes; on a disk of this machine forty times as fast as by way of zarr.
+
+        Raises:
+            FileNotFoundError.
+        """
+        return self._store.size(key) if isinstance(self._store, Disk) else sync(self._store.getsize(key))
 
     def with_read_only(self, read_only: bool = False) -> "CheckedStore":
         return self
@@ -110,8 +119,15 @@ class CheckedStore(WrapperStore[Store]):
                     f"a metadata file is damaged: its digest is another one, expected it as it was written, at file {key} "
                     f"in {self.where}. Restore it from a copy."
                 )
-            self._documents[name] = document
+            self._documents[name] = bounded(document, self._most()) if self._growing else document
         return self._documents[name]
+
+    def _most(self) -> int:
+        """Entries along any dimension that grows, as the header counts them."""
+        facts = self.facts
+        return max(
+            int(facts["written_steps"]) + 1, facts["slots"], facts["sealed"]["closed"], *facts["rows"], *facts["ids"]
+        )
 
     async def _check(self, key: str, content: Any) -> None:
         """Raise StoreError where a chunk is not in the set, as it is now: a run may go on while it is read."""
@@ -142,8 +158,16 @@ class CheckedStore(WrapperStore[Store]):
     async def _closed(self, count: int, chain: str) -> np.ndarray:
         if not count:
             return np.zeros(0, np.uint64)
-        array = await zarr.api.asynchronous.open_array(store=self, path=DIGESTS, mode="r", zarr_format=3)
-        words = np.asarray(await array.getitem(slice(0, count))).astype(np.uint64)
+        try:
+            array = await zarr.api.asynchronous.open_array(store=self, path=DIGESTS, mode="r", zarr_format=3)
+            words = np.asarray(await array.getitem(slice(0, count))).astype(np.uint64)
+        except StoreError:
+            raise
+        except Exception as error:
+            raise StoreError(
+                f"the digests are damaged: got {str(error)[:200]!r}, expected what was written, at array {DIGESTS!r} in "
+                f"{self.where}. Restore it from a copy."
+            ) from error
         if xxhash.xxh3_64_hexdigest(words.tobytes()) != chain:
             raise StoreError(
                 f"the digests are damaged: theirs is another one, expected it as it was written, at array {DIGESTS!r} in "
@@ -170,12 +194,12 @@ def missing(key: str, where: Any) -> StoreError:
     )
 
 
-def check_present(array: zarr.Array, keys: Iterable[str], where: Any) -> None:
+def check_present(store: CheckedStore, array: zarr.Array, keys: Iterable[str]) -> None:
     """Raise StoreError at the first chunk of an array that is not there, or too short for what it should hold."""
     decoded = prod(array.chunks) * array.dtype.itemsize
     for key in keys:
         try:
-            size = sync(array.store.getsize(key))
+            size = store.size(key)
         except FileNotFoundError:
-            raise missing(key, where) from None
-        check_packed(size, decoded, key, where)
+            raise missing(key, store.where) from None
+        check_packed(size, decoded, key, store.where)

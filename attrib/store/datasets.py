@@ -68,7 +68,7 @@ def open_dataset(target: Any) -> tuple[xr.Dataset, dict[str, Any], Any]:
         array = open_array(store, name)
         grid = [range(-(-n // c)) for n, c in zip(array.shape, array.chunks, strict=True)]
         if all(grid):
-            check_present(array, chunk_keys(array, grid), where)
+            check_present(store, array, chunk_keys(array, grid))
     try:
         dataset = xr.open_zarr(store, chunks=None, consolidated=False, zarr_format=3)
     except StoreError:

@@ -37,6 +37,10 @@ class Disk(LocalStore):
         self._inside(key)
         return await super().getsize(key)
 
+    def size(self, key: str) -> int:
+        """Of a file, in bytes, whatever it is."""
+        return os.lstat(self.root / key).st_size
+
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
         await self._ensure_open()

@@ -12,7 +12,9 @@ from zarr.core.sync import sync
 
 from ..kernels.hashing import combine, hash_rows
 from ..kernels.keys import KeyTable
-from .schema import CHUNK_BYTES, create, writable_array
+from .schema import CHUNK_BYTES, continued, create
+
+FILE_BYTES = 64 << 10
 
 Signature = tuple[tuple[str, tuple[int, ...]], ...]  # of each tensor of a batch the type and the shape of a row
 
@@ -36,7 +38,7 @@ class ExampleTables:
             ids = np.zeros(count, np.int64)
             filled = row[at == number] >= 0
             ids[row[at == number][filled]] = index[at == number][filled]
-            arrays = [writable_array(group.store, f"examples/{number}/{j}") for j in range(arity)]
+            arrays = [continued(reader.array(f"examples/{number}/{j}"), group.store) for j in range(arity)]
             table = ExampleTable(arrays, count)
             known = np.unique(row[at == number][filled])
             table.know(known, ids[known], reader.batch(number, known))
@@ -88,8 +90,9 @@ class ExampleTable:
         """An empty one, for inputs like those of a batch. What a killed run never committed of it is taken away."""
         sync(group.store.delete_dir(path))
         bytes_per_row = max(1, *(a.nbytes // max(1, len(a)) for a in batch))
-        # no longer than four first batches: a table of few rows should not be padded to many
-        chunk = int(min(max(1, CHUNK_BYTES // bytes_per_row), max(1, 4 * len(batch[0]))))
+        # no longer than four first batches: a table of few rows should not be padded to many; but no file of a few bytes
+        few = max(4 * len(batch[0]), FILE_BYTES // bytes_per_row)
+        chunk = int(min(max(1, CHUNK_BYTES // bytes_per_row), max(1, few)))
         arrays = [
             create(
                 group,

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 
 from .reader import Reader
-from .schema import CHUNK_BYTES, create, writable_array
+from .schema import CHUNK_BYTES, continued, create
 
 FEWEST, SHORTEST = 1 << 10, 16 << 10  # ids and bytes of a chunk, at least
 
@@ -50,7 +50,8 @@ class IdTable:
         """That of a run that is read, to go on with."""
         if "ids/span" not in reader:
             return cls(())
-        table = cls(tuple(writable_array(group.store, name) for name in ("ids/span", "ids/text")), reader.header["ids"])
+        arrays = tuple(continued(reader.array(name), group.store) for name in ("ids/span", "ids/text"))
+        table = cls(arrays, reader.header["ids"])
         table._numbers = Ids(reader).numbers
         return table
 

@@ -101,6 +101,13 @@ def _wrong(document: Document) -> str | None:
     return None
 
 
+def bounded(document: Document, most: int) -> Document:
+    """The document with no length that recording changes beyond `most`: the digest leaves those out."""
+    names = document.get("dimension_names") or ()
+    shape = [min(n, most) if name in GROWING else n for name, n in zip(names, document["shape"], strict=True)]
+    return {**document, "shape": shape}
+
+
 def chunk_bytes(document: Document) -> int:
     """Of one chunk, decoded."""
     return prod(document["chunk_grid"]["configuration"]["chunk_shape"]) * np.dtype(document["data_type"]).itemsize

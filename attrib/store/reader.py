@@ -126,7 +126,7 @@ class Reader:
                 f"{self.target}."
             )
         slots = self._slots(name, array)
-        check_present(array, self._keys(array, chosen), self.target)
+        check_present(self.store, array, self._keys(array, chosen))
         values = read_array(array, (chosen, *slots) if array.ndim else ..., self.target)
         return values[0] if isinstance(rows, int) else values
 
@@ -191,17 +191,17 @@ class Reader:
 
     def _inputs(self, kind: int, j: int, rows: np.ndarray) -> np.ndarray:
         name = f"examples/{kind}/{j}"
-        array = self.array(name)
-        if len(rows) and int(rows.max()) >= self._committed(name):
+        table = self._tables.get(name)
+        count = self._committed(name) if table is None else len(table)
+        if len(rows) and int(rows.max()) >= count:
             raise StoreError(
-                f"inputs are missing: got row {int(rows.max())}, expected at most {self._committed(name) - 1}, at {name!r} "
-                f"in {self.target}."
+                f"inputs are missing: got row {int(rows.max())}, expected at most {count - 1}, at {name!r} in {self.target}."
             )
-        if array.nbytes <= CACHED_BYTES:
-            if name not in self._tables:
-                self._tables[name] = self.read(name, slice(0, self._committed(name)))
-            return self._tables[name][rows]
-        return read_array(array.oindex, rows, self.target)
+        if table is None and self.array(name).nbytes > CACHED_BYTES:
+            return read_array(self.array(name).oindex, rows, self.target)
+        if table is None:
+            table = self._tables[name] = self.read(name, slice(0, count))
+        return table[rows]
 
     def _slots(self, name: str, array: zarr.Array) -> tuple[slice, ...]:
         """Of arrays (step, slot, ...), the slots that are filled."""

@@ -3,7 +3,7 @@
 The block that was growing is read back whole: its chunks are written again as it grows on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,22 @@ from .ids import IdTable
 from .lease import Lease
 from .place import locate, writable
 from .reader import Reader
-from .schema import DIGESTS, LOGS, writable_array
+from .schema import DIGESTS, LOGS, continued
 from .sealing import SealingStore
 
 
 @dataclass(frozen=True)
 class Reopened:
-    """start: first step of the block that grows; records, placed: its steps so far. after, generators: the parameters (P,)
-    and the generators' state (octets,) then."""
+    """start: first step of the block that grows; records, placed: its steps so far. generators: their state (octets,) then;
+    after: the parameters (P,), once they are known."""
 
     store: OpenStore
     header: dict[str, Any]
     start: int
     records: list[StepRecord]
     placed: list[Placed]
-    after: np.ndarray
     generators: np.ndarray
+    after: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
     def steps(self) -> int:
@@ -48,20 +48,22 @@ def lease(target: Any) -> Lease | None:
     return Lease(place.resolve()) if isinstance(place, Path) and place.is_dir() else None
 
 
-def reopen(reader: Reader, held: Lease | None, after: np.ndarray) -> Reopened:
-    """The store of a run that is being read, which nobody else writes to. after: the parameters (P,) it goes on from.
+def reopen(reader: Reader, held: Lease | None) -> Reopened:
+    """The store of a run that is being read, which nobody else writes to.
 
     Raises:
         StoreError: something that is needed is damaged.
     """
     place, header = locate(reader.target), {k: v for k, v in reader.header.items() if k not in ("sealed", "seal")}
     sealing = SealingStore(writable(place), growing=True, attributes=reader.store.attributes)
-    sealing.resume(reader.store.closed())
+    words = reader.store.closed()
+    sealing.resume(words)
+    continued(reader.array(DIGESTS), sealing).resize((len(words),))
     group = zarr.open_group(sealing, mode="r+", zarr_format=3)
     stepwise = [
         n for n in reader.store.arrays if n != DIGESTS and n.split("/")[0] not in ("constants", "examples", "ids")
     ]
-    arrays = {name: writable_array(sealing, name) for name in stepwise}
+    arrays = {name: continued(reader.array(name), sealing) for name in stepwise}
     shares = tuple(name for name in stepwise if name.split("/")[0] in ("gradients", "factors"))
     lengths = Lengths(*(int(header[name]) for name in Lengths._fields))
     written = int(header["written_steps"])
@@ -70,7 +72,7 @@ def reopen(reader: Reader, held: Lease | None, after: np.ndarray) -> Reopened:
     store = OpenStore(place, sealing, arrays, shares, tables, ids, lengths, int(header["slots"]), held)
     start = written - written % lengths.block
     records, placed = _growing(reader, lengths, range(start, written), shares) if written > start else ([], [])
-    return Reopened(store, header, start, records, placed, after, reader.generators)
+    return Reopened(store, header, start, records, placed, reader.generators)
 
 
 def _growing(

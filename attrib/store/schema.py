@@ -22,8 +22,8 @@
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
     random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it;
                                                of Python's and numpy's global ones behind it, where it uses those
-    constants/*                                buffers and frozen parameters, by number, in the order of "constants" in the header;
-                                               of a type that numpy lacks as integers of its width (see "digests" there)
+    constants/*                                buffers and frozen parameters, by their number in the header's "constants"; of
+                                               a type that numpy lacks as integers of its width (its "digests" say which)
     digests      [chunk]                       of all chunks of full blocks, see `seal`
 
 In the header, with the counts of what is committed, stands the state of all generators after the last step, `generators`.
@@ -37,6 +37,7 @@ from typing import Any
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
+from zarr.storage import StorePath
 
 FORMAT = 3
 BLOCK_BYTES = 64 << 20  # of what a block's steps hold: one block is written while the next fills up
@@ -99,6 +100,12 @@ def create(
 def writable_array(store: Store, name: str) -> zarr.Array:
     """One that was created before, to be written to."""
     return zarr.open_array(store, path=name, mode="r+", zarr_format=3).with_config(_EVERY_CHUNK)
+
+
+def continued(array: zarr.Array, store: Store) -> zarr.Array:
+    """One that is read through a store that checks it, to be written to in another."""
+    checked: Any = array.metadata
+    return zarr.Array(zarr.AsyncArray(checked, StorePath(store, array.path))).with_config(_EVERY_CHUNK)
 
 
 def compressors() -> tuple[Any, ...]:

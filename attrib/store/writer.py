@@ -256,9 +256,8 @@ class Writer:
             self._put("theta", -(-piece.stop // every), piece.after[None])
         committed = piece.stop - (every == 1 and not follows)
         counts = {"committed_steps": committed, "written_steps": piece.stop}
-        drawn = {
-            "generators": b64encode(piece.generators.tobytes()).decode()
-        }  # not in a chunk, which two headers share
+        # in no chunk: one that is replaced is there for this header and for the one before
+        drawn = {"generators": b64encode(piece.generators.tobytes()).decode()}
         held = {"rows": self._store.examples.rows, "ids": self._store.ids.written, "slots": self._store.width}
         self._store.sealing.commit({**piece.facts, **counts, **held, **drawn}, piece.full)
         self._due = time.monotonic() + max(COMMIT_SECONDS, (time.monotonic() - began) / COMMIT_SHARE)
