@@ -38,7 +38,8 @@ class Disk(LocalStore):
         return await super().getsize(key)
 
     def size(self, key: str) -> int:
-        """Of a file, in bytes, whatever it is."""
+        """Of a file, in bytes."""
+        self._inside(key)
         return os.lstat(self.root / key).st_size
 
     async def set(self, key: str, value: Buffer) -> None:
