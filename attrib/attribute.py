@@ -64,7 +64,9 @@ def attribute(
 
     Args:
         run: from `attrib.open_run`.
-        model: of the recorded architecture. Used on its device, in its mode for the measurement; given back as it was.
+        model: of the recorded architecture, compiled or not. Used on its device, in its mode for the measurement; given back
+            as it was. The states of the run are explained, whatever its parameters are; where these are others, a warning
+            says so.
         measurement: `model -> (Q,)`, or one of `attrib.measure`.
         loss: as given to `attrib.record`; needed where the run was captured by "replay".
         path: `Secant()` (default), `GaussLegendre(nodes)` or `Midpoint(nodes)`.

@@ -54,7 +54,7 @@ def record(
 
     Args:
         optimizer: torch.optim.SGD, Adam or AdamW over parameters of `model`, in one dtype (float32 or float64).
-        model: the model under training; left as it is.
+        model: the model under training, as the loop calls it: compiled, if that is; left as it is.
         loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         store: path or zarr Store.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" stores the

@@ -38,7 +38,9 @@ def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _refusal(group: Mapping[str, Any], name: str, value: Any) -> Refusal | None:
-    double = any(p.dtype == torch.float64 for p in group["params"]) and not group.get("fused")
+    double = any(p.dtype == torch.float64 for p in group["params"][:1]) and not group.get(
+        "fused"
+    )  # all are of one type
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dtype not in TYPES:
             return "a number or a floating-point tensor of one element", "Pass a number."

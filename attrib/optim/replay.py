@@ -38,9 +38,9 @@ def read_hyper(rule: Rule, optimizer: torch.optim.Optimizer) -> np.ndarray:
     """(K, H + 1) float64: the rule's numbers for each parameter tensor before the step, and whether it takes part."""
     rows = []
     for group in optimizer.param_groups:
+        values = rule.values(group)
         for p in group["params"]:
-            state: dict[str, Any] = optimizer.state.get(p, {})
-            rows.append((*rule.read(group, state), float(p.grad is not None)))
+            rows.append((*values, rule.age(optimizer.state.get(p, {})), float(p.grad is not None)))
     return np.array(rows, dtype=np.float64)
 
 

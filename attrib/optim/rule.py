@@ -58,8 +58,15 @@ class Rule:
 
     def read(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, ...]:
         """Param group, torch's state of one parameter -> values of `hyper` before the step."""
-        age = float(state.get(self.momentum) is not None if self.clock is None else state.get(self.clock, 0.0))
-        return (*(value for numbers in self.numbers for value in numbers.of(group)), age)
+        return (*self.values(group), self.age(state))
+
+    def values(self, group: Mapping[str, Any]) -> tuple[float, ...]:
+        """Those of a param group, which all of its parameters share."""
+        return tuple(value for numbers in self.numbers for value in numbers.of(group))
+
+    def age(self, state: Mapping[str, Any]) -> float:
+        """That of one parameter, from torch's state of it."""
+        return float(state.get(self.momentum) is not None if self.clock is None else state.get(self.clock, 0.0))
 
     def options(self, hyper: Hyper) -> dict[str, Any]:
         """The options of the param group that `hyper` was read from."""
