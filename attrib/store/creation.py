@@ -16,6 +16,7 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 
 from ..errors import StoreError, StoreExistsError
+from .disk import Disk
 from .examples import ExampleTables
 from .ids import IdTable
 from .lease import Lease
@@ -117,8 +118,9 @@ def create_store(
     made = beside(place) if isinstance(place, Path) and occupied(place) else place
     try:
         existed = isinstance(made, Path) and made.exists()
-        lease = _occupy(made)
-        sealing = SealingStore(writable(made), growing=True)
+        store = writable(made)
+        lease = _occupy(made, store)
+        sealing = SealingStore(store, growing=True)
         try:
             sealing.begin(header)  # first: what a killed process leaves is a run's then
             arrays = _arrays(sealing, constants, first, lengths)
@@ -145,12 +147,12 @@ def create_store(
     return OpenStore(place, sealing, arrays, shares, ExampleTables(group), ids, lengths, width, lease, replaced)
 
 
-def _occupy(place: Place) -> Lease | None:
+def _occupy(place: Place, store: Store) -> Lease | None:
     """A folder that is ours and empty; of another store, what attrib wrote there before is taken out."""
-    if not isinstance(place, Path):
+    if not isinstance(place, Path) or not isinstance(store, Disk):
         clear(place)
         return None
-    place.mkdir(parents=True, exist_ok=True)
+    store.make()
     lease = Lease(place)
     if occupied(place):
         lease.release()

@@ -24,8 +24,8 @@ class Disk(LocalStore):
 
     def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
         super().__init__(root, read_only=read_only)
-        self._files: set[Path] = set()  # written since the last flush, and their folders
-        self._folders: set[Path] = set()
+        self._files: set[Path] = set()  # written since the last flush
+        self._folders: set[Path] = set()  # in which there are other names since
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -47,17 +47,30 @@ class Disk(LocalStore):
         await self._ensure_open()
         await asyncio.to_thread(self._write, self.root / key, value.as_buffer_like())
 
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        if not (self.root / key).exists():
+            await self.set(key, value)
+
+    async def _open(self, *, mode: str | None = None) -> None:
+        if not self.read_only:
+            self.make()
+        await super()._open()
+
+    def make(self) -> None:
+        """Make the folder, and those above it."""
+        self._make(self.root)
+
     def flush(self) -> None:
         """Return when all that was written, and the names that it was written under, are on the disk."""
         for path in self._files:
-            _sync(path)
+            sync_path(path)
         for folder in sorted(self._folders, key=lambda folder: len(folder.parts), reverse=True):
-            _sync(folder)
+            sync_path(folder)
         self._files.clear()
         self._folders.clear()
 
     def _write(self, path: Path, content: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._make(path.parent)
         replaces = path.exists()
         beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
         try:
@@ -72,10 +85,13 @@ class Disk(LocalStore):
             raise
         if not replaces:
             self._files.add(path)
-        for folder in (path.parent, *path.parent.parents):
-            self._folders.add(folder)
-            if folder == self.root.parent:
-                break
+        self._folders.add(path.parent)
+
+    def _make(self, folder: Path) -> None:
+        if not folder.is_dir():
+            self._make(folder.parent)
+            folder.mkdir(exist_ok=True)
+            self._folders.add(folder.parent)
 
     def _inside(self, key: str) -> None:
         """Raise StoreError where a link, or something that is no file, stands on the way to a key."""
@@ -96,7 +112,8 @@ class Disk(LocalStore):
         return os.path.realpath(self.root)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Return when a file's contents, or a folder's names, are on the disk."""
     try:
         file = os.open(path, os.O_RDONLY)
     except (FileNotFoundError, PermissionError):  # taken away meanwhile; a folder where folders cannot be opened

@@ -18,7 +18,7 @@ from zarr.core.sync import sync
 from zarr.storage import FsspecStore, ZipStore
 
 from ..errors import StoreError, StoreExistsError
-from .disk import Disk
+from .disk import Disk, sync_path
 from .metadata import HEADER
 
 Place = Path | str | Store
@@ -107,13 +107,14 @@ def is_part(name: str, whole: str) -> bool:
 
 
 def settle(made: Path, path: Path, overwrite: bool) -> Path | None:
-    """Put the folder `made` to `path`, whole; what stood there has its name then, which is returned.
+    """Put the folder `made` to `path`, whole and for good; what stood there has its name then, which is returned.
 
     Raises:
         StoreExistsError: something came to be there meanwhile, and must not be overwritten.
     """
     if overwrite and occupied(path):
         exchange(made, path)
+        sync_path(path.parent)  # before anybody discards what stood there
         return made
     try:
         os.rename(made, path)  # an empty folder gives way
@@ -123,6 +124,7 @@ def settle(made: Path, path: Path, overwrite: bool) -> Path | None:
         raise StoreExistsError(
             f"something came to be there meanwhile: got {path}, expected an empty place. Choose another path."
         ) from None
+    sync_path(path.parent)
     return None
 
 

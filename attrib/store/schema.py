@@ -104,8 +104,8 @@ def writable_array(store: Store, name: str) -> zarr.Array:
 
 def continued(array: zarr.Array, store: Store) -> zarr.Array:
     """One that is read through a store that checks it, to be written to in another."""
-    checked: Any = array.metadata
-    return zarr.Array(zarr.AsyncArray(checked, StorePath(store, array.path))).with_config(_EVERY_CHUNK)
+    metadata: Any = array.metadata
+    return zarr.Array(zarr.AsyncArray(metadata, StorePath(store, array.path))).with_config(_EVERY_CHUNK)
 
 
 def compressors() -> tuple[Any, ...]:

@@ -81,10 +81,11 @@ class SealingStore(WrapperStore[Store]):
             assert self._attributes is not None
             both = {key: (*self.recent[key], *now[key]) for key in self._waiting}
             self.flush()
-            self._put_header(self._attributes["attrib"], {**now, **both})
+            before = self._attributes["attrib"]
+            self._put_header(before, {**now, **both}, before["sealed"]["arrays"])  # new ones do not count yet
             for key, value in self._waiting.items():
                 sync(self._store.set(key, value))
-        before = self._closed, self._chain
+        lengths = self._closed, self._chain
         if full:
             self._append(np.array([word for words in now.values() for word in words], dtype=np.uint64))
             now = {}
@@ -92,7 +93,7 @@ class SealingStore(WrapperStore[Store]):
         try:
             self._put_header(facts, now)
         except BaseException:
-            self._closed, self._chain = before
+            self._closed, self._chain = lengths
             raise
         self.recent = now
         self._new.clear()
@@ -118,9 +119,9 @@ class SealingStore(WrapperStore[Store]):
         self._closed, self._chain = self._closed + len(words), self._chain.copy()
         self._chain.update(words.tobytes())
 
-    def _put_header(self, facts: Attributes, recent: dict[str, Words]) -> None:
+    def _put_header(self, facts: Attributes, recent: dict[str, Words], arrays: dict[str, str] | None = None) -> None:
         lists = {
-            "arrays": dict(self.arrays),
+            "arrays": dict(self.arrays if arrays is None else arrays),
             "closed": self._closed,
             "chain": self._chain.hexdigest(),
             "recent": {key: " ".join(f"{word:016x}" for word in words) for key, words in recent.items()},

@@ -269,7 +269,8 @@ def _spoiled(files: Files, others: list[Files], rng: Random) -> Files:
     content, at = files[name], rng.randrange(len(files[name]))
     document = json.loads(content)
     return {**files, name: rng.choice((
-        b"", content[:at], content[:at] + b"}" + content[at:], content + b"]", content[:at] + rng.randbytes(1) + content[at:],
+        b"", content[:at], content[:at] + b"}" + content[at:], content[:at] + rng.randbytes(1) + content[at:],
+        content + b"]",
         b"\xef\xbb\xbf" + content, content.decode().encode("utf-16"), b"null", b"[]", b"7", b'"x"', b"{}", b"\xff" * 9,
         content.replace(b"{", b'{"zarr_format": 2, ', 1), b" " * 5000 + content, json.dumps(document, indent=1).encode(),
         json.dumps(document, sort_keys=True).encode(), content.replace(b'"', b"'"), content.replace(b"attrib", b"Attrib"),

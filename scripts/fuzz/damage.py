@@ -8,38 +8,23 @@ unnamed     an error that names no file or array that was changed
 unverified  an error from reading, but none from `attrib.verify`
 """
 
-import sys
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import attrib
 
 from . import changes
 from .changes import Files, files_in, lay
-from .reading import Answers, Refused, names_one, read_result, read_run
-from .trainings import TRAININGS, Training
+from .reading import Answers, Refused, names_one, read_result, read_run, read_steps
+from .tally import Maker, Outcome
+from .trainings import STEPS, TRAININGS, Training
 
-GOOD = ("detected", "harmless")
 KEPT = [["step", "example"], ["example", "group"], ["step", "group"]]
-
-
-@dataclass
-class Tally:
-    """How often what came of what. faults: descriptions of all that should not be."""
-
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-
-    def note(self, kind: str, verdict: str, fault: str = "") -> None:
-        self.counts[kind, verdict] += 1
-        if fault:
-            self.faults.append(f"{verdict}: {kind}: {fault}")
-
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(self.counts + other.counts, self.faults + other.faults)
+COMMANDS = 0.25  # of the trials in which the command line is asked too, though there were errors
 
 
 @dataclass(frozen=True)
@@ -53,17 +38,18 @@ class Subject:
     others: list[Files]
     read: Callable[[Path, bool], Answers]
     truth: Answers
+    metadata: bool
 
-    def try_change(self, tally: Tally, rng: Random, only_metadata: bool) -> None:
-        kind, after = changes.drawn(self.files, self.others, rng, only_metadata)
+    def __call__(self, rng: Random) -> Outcome:
+        kind, after = changes.drawn(self.files, self.others, rng, self.metadata)
         lay(self.folder, self.files, after)
         try:
-            answers = self.read(self.folder, rng.random() < 0.25)
+            answers = self.read(self.folder, rng.random() < COMMANDS)
         finally:
-            lay(self.folder, after, self.files)
+            lay(self.folder, files_in(self.folder), self.files)
         names = changes.touched(self.files, after)
         verdict, why = judged(answers, self.truth, names, self.folder)
-        tally.note(kind, verdict, f"{self.name}: {sorted(names)[:4]}: {why}" if why else "")
+        return Outcome(kind, verdict, f"{self.name}, {sorted(names)[:4]}: {why}")
 
 
 def judged(answers: Answers, truth: Answers, names: set[str], folder: Path) -> tuple[str, str]:
@@ -82,44 +68,48 @@ def judged(answers: Answers, truth: Answers, names: set[str], folder: Path) -> t
     return "detected", ""
 
 
-def run_subjects(folder: Path) -> list[Subject]:
-    return [_run_subject(folder / f"run {n}", name, t) for n, (name, t) in enumerate(TRAININGS.items())]
-
-
-def _run_subject(folder: Path, name: str, training: Training) -> Subject:
-    training.record(folder / "run", 0)
+def run_subject(name: str, metadata: bool, folder: Path) -> Subject:
+    """A run; one that ended early is also gone on with, each time."""
+    training, place = TRAININGS[name], folder / "run"
+    training.record(place, 0)
     training.record(folder / "other seed", 1)
     training.record(folder / "fewer steps", 0, steps=3)
     others = [files_in(folder / other) for other in ("other seed", "fewer steps")]
 
-    def read(place: Path, commands: bool) -> Answers:
-        return read_run(place, training, commands)
+    def read(at: Path, commands: bool) -> Answers:
+        answers = read_run(at, training, commands)
+        if training.early:
+            answers.ask("gone on with", None, _gone_on, training, at)
+        return answers
 
-    place = folder / "run"
-    return Subject(name, place, files_in(place), others, read, read(place, True))
-
-
-def result_subjects(folder: Path) -> list[Subject]:
-    subjects = []
-    for n, name in enumerate(("gradients", "replay, few states")):
-        training, place = TRAININGS[name], folder / f"result {n}"
-        for seed, store in enumerate(("result", "other")):
-            training.record(place / f"run {seed}", seed)
-            training.attribute(attrib.open_run(place / f"run {seed}"), keep=KEPT).save(place / store)
-        files, others = files_in(place / "result"), [files_in(place / "other")]
-        subjects.append(
-            Subject(
-                f"result of {name}", place / "result", files, others, read_result, read_result(place / "result", True)
-            )
-        )
-    return subjects
+    files = files_in(place)
+    truth = read(place, True)
+    lay(place, files_in(place), files)
+    return Subject(name, place, files, others, read, truth, metadata)
 
 
-def campaign(subjects: list[Subject], count: int, seed: int, only_metadata: bool = False) -> Tally:
-    """So many changes, of each subject in turn."""
-    tally, rng = Tally(), Random(seed)
-    for n in range(count):
-        subjects[n % len(subjects)].try_change(tally, rng, only_metadata)
-        if sys.stderr.isatty() and n % 100 == 0:
-            print(f"\r{n} of {count}", end="", file=sys.stderr)
-    return tally
+def _gone_on(training: Training, place: Path) -> Any:
+    """What its steps say once there are two more."""
+    replace(training, early=False).record(place, 99, STEPS + 2, resume=True)
+    answers = read_steps(place)
+    if answers.refusals:
+        raise attrib.errors.StoreError(answers.refusals[0])
+    return list(answers.of_steps().items())
+
+
+def result_subject(name: str, metadata: bool, folder: Path) -> Subject:
+    training = TRAININGS[name]
+    for seed, store in enumerate(("result", "other")):
+        training.record(folder / f"run {seed}", seed)
+        training.attribute(attrib.open_run(folder / f"run {seed}"), keep=KEPT).save(folder / store)
+    place = folder / "result"
+    files, others = files_in(place), [files_in(folder / "other")]
+    return Subject(f"result of {name}", place, files, others, read_result, read_result(place, True), metadata)
+
+
+RUNS: list[Maker] = [partial(run_subject, name, False) for name in TRAININGS]
+RESULTS: list[Maker] = [partial(result_subject, name, False) for name in ("gradients", "replay, few states")]
+METADATA: list[Maker] = [
+    *(partial(run_subject, name, True) for name in TRAININGS),
+    partial(result_subject, "gradients", True),
+]

@@ -13,12 +13,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
-from shutil import copytree, rmtree
+from shutil import copytree
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -29,8 +31,9 @@ import attrib
 from attrib.store import schema, writer
 from attrib.store.sealing import SealingStore
 
-from .damage import KEPT, Tally
+from .damage import KEPT
 from .reading import Answers, Refused, Stray, bits, read_result, read_steps
+from .tally import Maker, Outcome
 from .taps import Counter, tapped
 from .trainings import TRAININGS, Training, adamw, momentum
 
@@ -161,6 +164,11 @@ def _attributed(run: Path) -> attrib.Result:
     return TRAININGS["gradients"].attribute(attrib.open_run(run), keep=KEPT)
 
 
+def death(rng: Random, operations: int) -> Counter:
+    """At one of so many file operations, with a part of what it wrote."""
+    return Counter(rng.randrange(1, operations + 1), rng.choice((0.0, 1.0, rng.random())))
+
+
 # what is left
 
 
@@ -177,68 +185,45 @@ def fault_of(left: Answers, truth: Answers, done: int, begun: int) -> str:
     return f"{differing[:5]} differ" if differing else ""
 
 
-# one trial each: what was done, and what is wrong, empty where nothing is
+# trials
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What trials start from. truths: of each training's whole run, what its steps say; operations: how many it took, in how
-    many seconds. old, new: results and runs that replace each other, with what they say."""
+class Recording:
+    """A recorder is killed, and what it left read; every other time another goes on, which may be killed as well.
 
-    folder: Path
-    truths: dict[str, Answers]
-    operations: dict[str, int]
-    seconds: dict[str, float]
-    read: dict[str, Answers]
+    truth: what the steps of the whole run say, which took so many operations and seconds.
+    """
 
-    @classmethod
-    def made(cls, folder: Path) -> "Scene":
-        truths, operations, seconds = {}, {}, {}
-        for n, (name, training) in enumerate(RECORDED.items()):
-            began = time.monotonic()
-            store = folder / f"whole {n}" / "run"
-            operations[name] = done(record, training, store, Log(folder / f"log {n}"), Counter(), 0)
-            seconds[name] = time.monotonic() - began
-            truths[name] = done(read_steps, store)
-        read = {}
-        for seed, name in enumerate(("old", "new")):
-            done(TRAININGS["gradients"].record, folder / f"{name} run", seed)
-            operations[f"save {name}"] = done(save, folder / f"{name} run", folder / name / "result", Counter())
-            read[f"{name} run"] = done(read_steps, folder / f"{name} run")
-            read[name] = done(read_result, folder / name / "result", True)
-        return cls(folder, truths, operations, seconds, read)
+    def __init__(self, name: str, folder: Path) -> None:
+        self._training, self._folder, self._kind = RECORDED[name], folder, f"recording {name}, killed"
+        began = time.monotonic()
+        self._operations = done(record, self._training, folder / "whole" / "run", Log(folder / "log"), Counter(), 0)
+        self._seconds = time.monotonic() - began
+        self._truth = done(read_steps, folder / "whole" / "run")
 
-    def death(self, rng: Random, name: str) -> tuple[Counter, float | None, str]:
-        """At a file operation, with a part of what it wrote; or after a time."""
-        if rng.random() < 0.85:
-            number = rng.randrange(1, self.operations[name] + 1)
-            return Counter(number, rng.choice((0.0, 1.0, rng.random()))), None, "at an operation"
-        return Counter(), rng.random() * self.seconds.get(name, 1.0), "after a time"
+    def __call__(self, rng: Random) -> Outcome:
+        with TemporaryDirectory(dir=self._folder) as folder:
+            return self._tried(rng, Path(folder), Log(Path(folder) / "log"))
 
-
-def recording(scene: Scene, rng: Random, place: Path) -> tuple[str, str]:
-    """A recorder is killed, and what it left read; every other time another goes on, which may be killed as well."""
-    name = rng.choice(sorted(RECORDED))
-    training, truth, log = RECORDED[name], scene.truths[name], Log(place / "log")
-    counter, until, when = scene.death(rng, name)
-    ended = forked(record, training, place / "run", log, counter, 0, until=until)
-    kind = f"recorder killed {when}" if ended.status else "recorder not killed"
-    goes_on = rng.random() < 0.5
-    for again in range(4):
-        if fault := _wrong(ended):
-            return kind, f"{name}: {fault}"
-        left = done(read_steps, place / "run")
-        if fault := fault_of(left, truth, *log.steps):
-            return kind, f"{name}: {fault}"
-        if left.get(("complete", None)) == bits(True):
-            return kind, "" if left.of_steps() == truth.of_steps() else f"{name}: the whole run is another"
-        if not goes_on:
-            return kind, ""
-        kind, until = f"{kind.removesuffix(', gone on')}, gone on", None
-        counter = Counter() if again == 2 else scene.death(rng, name)[0]
-        seed = 99 if log.steps[0] else 0  # a run without a step is begun again
-        ended = forked(record, training, place / "run", log, counter, seed, "resume", until=until)
-    return kind, f"{name}: not complete"
+    def _tried(self, rng: Random, folder: Path, log: Log) -> Outcome:
+        counter, until, goes_on, kind = death(rng, self._operations), None, rng.random() < 0.5, self._kind
+        if rng.random() < 0.15:
+            counter, until = Counter(), rng.random() * self._seconds
+        ended = forked(record, self._training, folder / "run", log, counter, 0, until=until)
+        for lives in range(4):
+            left = done(read_steps, folder / "run")
+            if fault := _wrong(ended) or fault_of(left, self._truth, *log.steps):
+                return Outcome(kind, "wrong", fault)
+            if ("complete", None) in left and left["complete", None] == bits(True):
+                whole = left.of_steps() == self._truth.of_steps()
+                return Outcome(kind, "right") if whole else Outcome(kind, "wrong", "the whole run is another")
+            if not goes_on:
+                return Outcome(kind, "right")
+            kind = f"{self._kind}, gone on with"
+            counter = death(rng, self._operations) if lives < 2 else Counter()
+            seed = 99 if log.steps[0] else 0  # a run without a step is begun again
+            ended = forked(record, self._training, folder / "run", log, counter, seed, "resume")
+        return Outcome(kind, "wrong", "not complete")
 
 
 def _wrong(ended: Ended) -> str:
@@ -248,40 +233,59 @@ def _wrong(ended: Ended) -> str:
     return "" if ended.status in (0, -signal.SIGKILL) else f"status {ended.status}"
 
 
-def saving(scene: Scene, rng: Random, place: Path) -> tuple[str, str]:
-    """A process is killed in `Result.save(overwrite=True)`."""
-    copytree(scene.folder / "old" / "result", place / "result")
-    counter = scene.death(rng, "save new")[0]
-    ended = forked(save, scene.folder / "new run", place / "result", counter)
-    left = done(read_result, place / "result", True)
-    for name in ("old", "new"):
-        if left == scene.read[name]:
-            return f"saving killed: the {name} result", _wrong(ended)
-    return "saving killed", f"{ended}: neither old nor new: {(left.refusals + left.strays)[:1]}"
+class Saving:
+    """A process is killed in `Result.save(overwrite=True)`, mostly when what it saved takes its place."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read = {}
+        for seed, name in enumerate(("old", "new")):
+            done(TRAININGS["gradients"].record, folder / f"run {name}", seed)
+            done(save, folder / f"run {name}", folder / name, Counter())
+            self._read[name] = done(read_result, folder / name, True)
+        copytree(folder / "old", folder / "replaced" / "result")
+        self._operations = done(save, folder / "run new", folder / "replaced" / "result", Counter())
+        self._removals = sum(1 for _ in (folder / "old").rglob("*"))
+
+    def __call__(self, rng: Random) -> Outcome:
+        with TemporaryDirectory(dir=self._folder) as folder:
+            place = Path(folder) / "result"
+            copytree(self._folder / "old", place)
+            counter = death(rng, self._operations)
+            if rng.random() < 0.7:
+                counter = Counter(rng.randrange(self._operations - self._removals - 5, self._operations + 1))
+            ended = forked(save, self._folder / "run new", place, counter)
+            left = done(read_result, place, True)
+        for name, read in self._read.items():
+            if left == read and not (fault := _wrong(ended)):
+                return Outcome(f"replacing a result, killed: the {name} one", "right")
+        return Outcome("replacing a result, killed", "wrong", fault or f"neither old nor new: {left.refusals[:1]}")
 
 
-def replacing(scene: Scene, rng: Random, place: Path) -> tuple[str, str]:
-    """A recorder is killed that replaces a run, mostly before its first step is made."""
-    name = "gradients"
-    copytree(scene.folder / "old run", place / "run")
-    counter = Counter(rng.randrange(1, scene.operations[name] // rng.choice((1, 2, 4))))
-    log = Log(place / "log")
-    ended = forked(record, RECORDED[name], place / "run", log, counter, 0, "overwrite")
-    left = done(read_steps, place / "run")
-    if left == scene.read["old run"]:
-        return "replacing killed: the old run", _wrong(ended)
-    return "replacing killed: the new run", _wrong(ended) or fault_of(left, scene.truths[name], *log.steps)
+class Replacing:
+    """A recorder is killed that replaces a run, mostly before the new one has steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._training = folder, RECORDED["gradients"]
+        done(self._training.record, folder / "old", 1)
+        self._old = done(read_steps, folder / "old")
+        copytree(folder / "old", folder / "replaced" / "run")
+        new = folder / "replaced" / "run"
+        self._operations = done(record, self._training, new, Log(folder / "log"), Counter(), 0, "overwrite")
+        self._truth = done(read_steps, new)
+
+    def __call__(self, rng: Random) -> Outcome:
+        with TemporaryDirectory(dir=self._folder) as folder:
+            place, log = Path(folder) / "run", Log(Path(folder) / "log")
+            copytree(self._folder / "old", place)
+            counter = death(rng, self._operations // rng.choice((1, 2, 4)))
+            ended = forked(record, self._training, place, log, counter, 0, "overwrite")
+            left, said = done(read_steps, place), log.steps
+        if left == self._old:
+            fault = _wrong(ended) or ("the new one had steps" if said[0] else "")
+            return Outcome("replacing a run, killed: the old one", "wrong" if fault else "right", fault)
+        fault = _wrong(ended) or fault_of(left, self._truth, *said)
+        return Outcome("replacing a run, killed: the new one", "wrong" if fault else "right", fault)
 
 
-def campaign(count: int, seed: int, folder: Path) -> Tally:
-    """So many processes killed, in a folder that is empty."""
-    prepare()
-    scene, tally, rng = Scene.made(folder), Tally(), Random(seed)
-    for n in range(count):
-        place = folder / f"trial {n}"
-        place.mkdir()
-        trial = rng.choices((recording, saving, replacing), (4, 1, 1))[0]
-        kind, fault = trial(scene, rng, place)
-        tally.note(kind, "wrong" if fault else "right", fault)
-        rmtree(place)
-    return tally
+KILLS: list[Maker] = [*(partial(Recording, name) for name in RECORDED), Saving, Replacing]

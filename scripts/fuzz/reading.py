@@ -5,6 +5,7 @@ purpose.
 """
 
 import io
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -46,7 +47,9 @@ class Answers(dict[Label, Any]):
         except attrib.errors.AttribError as error:
             self[question, step] = Refused(str(error))
         except Exception as error:  # whatever it is, it is what is looked for here
-            self[question, step] = Stray(f"{question}, {step}: {error!r}"[:600])
+            frames = traceback.extract_tb(error.__traceback__)[-3:]
+            where = ", ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+            self[question, step] = Stray(f"{question}, {step}: {error!r}"[:600] + f" at {where}")
         return None
 
     @property
