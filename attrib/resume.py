@@ -90,7 +90,7 @@ def _check(reader: Reader, loop: Loop, here: dict[str, Any]) -> None:
             f"the run is complete: got one of {reader.steps} steps that was closed, expected one that ended early, at "
             f"{reader.target}. Record a new run from its last state (run.load), or replay it with attrib.replay."
         )
-    if there["layout"] != here["layout"] or list(there["digests"]) != list(here["digests"]):
+    if there["layout"] != here["layout"] or set(there["digests"]) != set(here["digests"]):
         raise ModelMismatchError(
             f"the model is not the one that was recorded: got {_different(there, here)}, at {reader.target}. Build model "
             f"and optimizer as they were."

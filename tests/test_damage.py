@@ -29,7 +29,7 @@ from fuzz.tally import Maker, campaign
 from fuzz.trainings import STEPS, TRAININGS, Training, loss, momentum, penalty
 from fuzz_store import PARTS, shared
 
-BARE = {"kind": "run", "format": FORMAT, "sealed": {"arrays": {}, "closed": 0, "chain": "", "recent": {}}}
+BARE = {"kind": "run", "id": "x", "format": FORMAT, "sealed": {"arrays": {}, "closed": 0, "chain": "", "recent": {}}}
 
 
 def full(*_: object, **options: object) -> None:

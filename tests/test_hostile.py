@@ -34,7 +34,7 @@ def reworked(store: Path, array: str, change: Callable[[Document], None]) -> Non
     attributes = json.loads((store / "zarr.json").read_text())["attributes"]
     header = attributes["attrib"]
     growing = header["kind"] == "run"
-    header["sealed"]["arrays"][array] = metadata_digest(f"{array}/zarr.json", document, growing)
+    header["sealed"]["arrays"][array] = metadata_digest(header["id"], f"{array}/zarr.json", document, growing)
     (store / "zarr.json").write_bytes(sealed(attributes))
 
 
@@ -219,7 +219,8 @@ def test_zarr_and_xarray_alone_read_everything(tmp_path: Path) -> None:
 
 
 def test_digest_tells_names_and_bytes_apart() -> None:
-    assert len({digest(name, content) for name in ("a", "b", "ab") for content in (b"", b"a", b"b", b"ab")}) == 12
+    names, contents = ("a", "b", "ab"), (b"", b"a", b"b", b"ab")
+    assert len({digest(of, name, content) for of in ("x", "y") for name in names for content in contents}) == 24
     assert canonical({"b": 1, "a": [1.5]}) == canonical({"a": [1.5], "b": 1})
 
 

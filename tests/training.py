@@ -88,7 +88,7 @@ def train(
 def rewritten(store: Path, name: str) -> Iterator[zarr.Array]:
     """An array of a stored run, to be written to as if it had been recorded so."""
     checked, _ = open_checked(store, "run")
-    sealing = SealingStore(Disk(store), growing=True, attributes=checked.attributes)
+    sealing = SealingStore(Disk(store), checked.facts["id"], growing=True, attributes=checked.attributes)
     sealing.resume(checked.closed())
     yield writable_array(sealing, name)
     sealing.commit({key: value for key, value in checked.facts.items() if key not in ("sealed", "seal")}, full=True)

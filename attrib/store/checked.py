@@ -114,7 +114,7 @@ class CheckedStore(WrapperStore[Store]):
                 )
             document = parse(content.to_bytes(), key, self.where)
             check_array(document, key, self.where)
-            if metadata_digest(key, document, self._growing) != self.arrays[name]:
+            if metadata_digest(self.facts["id"], key, document, self._growing) != self.arrays[name]:
                 raise StoreError(
                     f"a metadata file is damaged: its digest is another one, expected it as it was written, at file {key} "
                     f"in {self.where}. Restore it from a copy."
@@ -131,7 +131,7 @@ class CheckedStore(WrapperStore[Store]):
 
     async def _check(self, key: str, content: Any) -> None:
         """Raise StoreError where a chunk is not in the set, as it is now: a run may go on while it is read."""
-        word = np.uint64(digest(key, content))
+        word = np.uint64(digest(self.facts["id"], key, content))
         for again in (False, True):
             if self._known is None or again:
                 self._known = await self._digests(again)

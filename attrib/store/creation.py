@@ -120,7 +120,7 @@ def create_store(
         existed = isinstance(made, Path) and made.exists()
         store = writable(made)
         lease = _occupy(made, store)
-        sealing = SealingStore(store, growing=True)
+        sealing = SealingStore(store, header["id"], growing=True)
         try:
             sealing.begin(header)  # first: what a killed process leaves is a run's then
             arrays = _arrays(sealing, constants, first, lengths)

@@ -30,11 +30,11 @@ class CubeWriter:
             raise StoreExistsError(
                 f"a store exists already: got cube={target}, expected an empty place. Choose another path."
             ) from None
-        self._sealing = SealingStore(writable(locate(target)), growing=True)
-        self._group = zarr.create_group(self._sealing, zarr_format=3)
-        create_digests(self._group)
         facts = {"groups": list(groups), "first_step": start, "complete": False}
         self._facts: dict[str, Any] = {"kind": "cube", "id": uuid.uuid4().hex, "format": FORMAT, **facts}
+        self._sealing = SealingStore(writable(locate(target)), self._facts["id"], growing=True)
+        self._group = zarr.create_group(self._sealing, zarr_format=3)
+        create_digests(self._group)
         self._sealing.begin(self._facts)
         self._shape = (queries, steps, len(groups))
         self._waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -48,7 +48,7 @@ def save_dataset(dataset: xr.Dataset, target: Any, facts: dict[str, Any], overwr
 
 
 def _write(dataset: xr.Dataset, store: Any, header: dict[str, Any]) -> None:
-    sealing = SealingStore(store, growing=False)
+    sealing = SealingStore(store, header["id"], growing=False)
     encoding = {name: {"compressors": compressors()} for name in dataset.variables}
     dataset.drop_encoding().to_zarr(
         sealing, mode="w", zarr_format=3, consolidated=False, encoding=encoding, write_empty_chunks=True

@@ -159,7 +159,8 @@ class Reader:
         return sorted(name for name in self.store.arrays if name != DIGESTS)
 
     def check_groups(self) -> None:
-        """Raise StoreError where the document of a group that arrays stand in is missing or damaged."""
+        """Raise StoreError where the document of a group that arrays stand in, or the digests, are missing or damaged."""
+        open_array(self.store, DIGESTS)
         for name in sorted(self.store.groups):
             sync(self.store.get(f"{name}/{HEADER}", default_buffer_prototype()))
 
@@ -187,7 +188,7 @@ class Reader:
             "frame": -(-self.steps // frame),
             **dict(zip(("id", "utf8"), self.header["ids"], strict=True)),
         }
-        return min(known.get(first, array.shape[0]), array.shape[0]) if array.ndim and first else 0
+        return known.get(first, array.shape[0]) if array.ndim and first else 0
 
     def _inputs(self, kind: int, j: int, rows: np.ndarray) -> np.ndarray:
         name = f"examples/{kind}/{j}"

@@ -55,7 +55,7 @@ def reopen(reader: Reader, held: Lease | None) -> Reopened:
         StoreError: something that is needed is damaged.
     """
     place, header = locate(reader.target), {k: v for k, v in reader.header.items() if k not in ("sealed", "seal")}
-    sealing = SealingStore(writable(place), growing=True, attributes=reader.store.attributes)
+    sealing = SealingStore(writable(place), header["id"], growing=True, attributes=reader.store.attributes)
     words = reader.store.closed()
     sealing.resume(words)
     continued(reader.array(DIGESTS), sealing).resize((len(words),))

@@ -1,8 +1,8 @@
 """Digests over all that a store holds, so that what is read is what was written, where it was written.
 
-Every chunk has a digest over its name and its bytes; a store is the set of them. Those of full blocks stand one after
-another in the array `digests [chunk]`, those of the block that is still growing in the header, with the digest of the
-array's so far (`chain`) and one of each array's metadata. The header has a digest of itself (`seal`). Two chunks exchanged,
+Every chunk has a digest over the store's id, its name and its bytes; a store is the set of them. Those of full blocks stand
+one after another in the array `digests [chunk]`, those of the block that is still growing in the header, with the digest of
+the array's so far (`chain`) and one of each array's metadata. The header has a digest of itself (`seal`). Two chunks exchanged,
 one of another run, an edited count, a swapped name: none is in the set.
 
 XXH3 (Collet 2019), 64 bits: damage passes with a chance of 2^-64 a chunk. It is no signature: who means to deceive can.
@@ -25,9 +25,9 @@ Attributes = dict[str, Any]
 Words = tuple[int, ...]  # digests of a chunk: two while it is being replaced
 
 
-def digest(name: str, content: Any) -> int:
-    """Of some bytes under their name."""
-    return xxhash.xxh3_64_intdigest(content, seed=xxhash.xxh3_64_intdigest(name.encode()))
+def digest(store: str, name: str, content: Any) -> int:
+    """Of some bytes under their name, in the store of an id."""
+    return xxhash.xxh3_64_intdigest(content, seed=xxhash.xxh3_64_intdigest(f"{store}/{name}".encode()))
 
 
 def sealed(attributes: Attributes) -> bytes:
@@ -38,7 +38,8 @@ def sealed(attributes: Attributes) -> bytes:
 
 def _seal(attributes: Attributes) -> str:
     facts = {key: value for key, value in attributes["attrib"].items() if key != "seal"}
-    return f"{digest(HEADER, canonical({**attributes, 'attrib': facts})):016x}"
+    content = json.dumps({**attributes, "attrib": facts}).encode()  # in their order: names are numbered by it
+    return f"{digest('', HEADER, content):016x}"
 
 
 def opened(content: bytes, where: Any) -> Attributes:
@@ -49,8 +50,9 @@ def opened(content: bytes, where: Any) -> Attributes:
     """
     found = parse(content, HEADER, where).get("attributes")
     attributes: Attributes = found if isinstance(found, dict) else {}
-    facts = attributes.get("attrib")
-    if not isinstance(facts, dict) or "seal" not in facts or not _are_lists(facts.get("sealed")):
+    facts: Any = attributes.get("attrib")
+    named = isinstance(facts, dict) and "seal" in facts and isinstance(facts.get("id"), str)
+    if not named or not _are_lists(facts.get("sealed")):
         raise Unsealed(attributes)
     if _seal(attributes) != facts["seal"]:
         if isinstance(facts.get("format"), int) and facts["format"] > FORMAT:  # a newer one may be sealed otherwise
@@ -103,8 +105,8 @@ async def fetch_async(store: Store, key: str, prototype: BufferPrototype | None 
         raise StoreError(f"a file cannot be read: got {error!r}, at {key} in {store}. Look at the disk.") from error
 
 
-def metadata_digest(key: str, document: Document, growing: bool) -> str:
-    return f"{digest(key, canonical(document, growing)):016x}"
+def metadata_digest(store: str, key: str, document: Document, growing: bool) -> str:
+    return f"{digest(store, key, canonical(document, growing)):016x}"
 
 
 def words_of(text: str) -> Words:

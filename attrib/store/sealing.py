@@ -25,11 +25,13 @@ from .seal import Attributes, Words, digest, metadata_digest, sealed, words_of
 class SealingStore(WrapperStore[Store]):
     """A store being written: notes the digest of all that goes in. What replaces a committed chunk waits for `commit`.
 
-    arrays: digest of each array's metadata. recent: chunk -> digests, in the block that grows, as committed.
+    name: the store's id. arrays: digest of each array's metadata. recent: chunk -> digests, in the block that grows, as
+    committed.
     """
 
-    def __init__(self, store: Store, growing: bool, attributes: Attributes | None = None) -> None:
+    def __init__(self, store: Store, name: str, growing: bool, attributes: Attributes | None = None) -> None:
         super().__init__(store)
+        self._id = name
         facts = (attributes or {}).get("attrib", {}).get("sealed")
         self._growing = growing
         self._attributes = attributes
@@ -54,7 +56,7 @@ class SealingStore(WrapperStore[Store]):
         if key.endswith(HEADER):
             self._note(key, value.to_bytes())
         elif not key.startswith(DIGESTS + "/"):
-            self._new[key] = (digest(key, value.as_buffer_like()),)
+            self._new[key] = (digest(self._id, key, value.as_buffer_like()),)
             if key in self.recent:
                 self._waiting[key] = value
                 return
@@ -65,7 +67,7 @@ class SealingStore(WrapperStore[Store]):
         if key == HEADER:
             self.root = document["attributes"]
         elif document["node_type"] == "array":
-            self.arrays[key.removesuffix("/" + HEADER)] = metadata_digest(key, document, self._growing)
+            self.arrays[key.removesuffix("/" + HEADER)] = metadata_digest(self._id, key, document, self._growing)
 
     def begin(self, facts: Attributes) -> None:
         """Write a header with no chunk yet; the arrays are there."""
