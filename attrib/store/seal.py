@@ -2,8 +2,8 @@
 
 Every chunk has a digest over the store's id, its name and its bytes; a store is the set of them. Those of full blocks stand
 one after another in the array `digests [chunk]`, those of the block that is still growing in the header, with the digest of
-the array's so far (`chain`) and one of each array's metadata. The header has a digest of itself (`seal`). Two chunks exchanged,
-one of another run, an edited count, a swapped name: none is in the set.
+the array's so far (`chain`) and one of each array's metadata. The header has a digest of itself (`seal`). Two chunks
+exchanged, one of another run, an edited count, a swapped name: none is in the set.
 
 XXH3 (Collet 2019), 64 bits: damage passes with a chance of 2^-64 a chunk. It is no signature: who means to deceive can.
 """
