@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,10 +21,10 @@ from attrib.store.seal import sealed
 from attrib.store.sealing import SealingStore
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from fuzz import power as cut
+from fuzz import kills, power
 from fuzz.changes import files_in, lay
 from fuzz.damage import result_subject, run_subject
-from fuzz.kills import Recording, by_time
+from fuzz.kills import RECORDED, Recording, by_time
 from fuzz.reading import read_result, read_run, read_steps
 from fuzz.tally import Maker, campaign
 from fuzz.trainings import STEPS, TRAININGS, Training, loss, momentum, penalty
@@ -40,8 +41,8 @@ FEW: dict[str, tuple[Maker, int]] = {
     "run": (partial(run_subject, "ended early", False), 6),
     "result": (partial(result_subject, "gradients", False), 6),
     "metadata": (partial(run_subject, "gradients", True), 6),
-    "power, recording": (partial(cut.recording, "replay, by time"), 5),
-    "power, replacing": (partial(cut.saving, True), 5),
+    "power, recording": (partial(power.recording, "replay, by time"), 5),
+    "power, replacing": (partial(power.saving, True), 5),
 }
 
 
@@ -236,3 +237,53 @@ def test_model_is_left_alone_where_the_run_is_damaged(tmp_path: Path) -> None:
     assert all(map(torch.equal, before, model.parameters()))
     assert not optimizer.state
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_verify_finds_arrays_that_are_shorter_than_the_run(tmp_path: Path) -> None:
+    training = replace(EARLY, early=False)
+    training.record(tmp_path / "run", 0)
+    for name in ("theta", "random", "gradients", "ids/text", "ids/span", "examples/0/0"):
+        whole = (tmp_path / "run" / name / "zarr.json").read_bytes()
+        length = json.loads(whole)["shape"][0]
+        edited(
+            tmp_path / "run", f"{name}/zarr.json", lambda document, n=length: document["shape"].__setitem__(0, n - 1)
+        )
+        failure = attrib.verify(attrib.open_run(tmp_path / "run"), progress=False).failure
+        assert failure is not None
+        assert re.search(f"too short: got {length - 1} rows, expected {length}.*'{name}'", failure)
+        (tmp_path / "run" / name / "zarr.json").write_bytes(whole)
+
+
+def test_verify_reads_the_digests_though_there_are_none_yet(tmp_path: Path) -> None:
+    EARLY.record(tmp_path / "run", 0)
+    (tmp_path / "run" / "digests" / "zarr.json").unlink()
+    failure = attrib.verify(attrib.open_run(tmp_path / "run"), progress=False).failure
+    assert failure is not None
+    assert "'digests'" in failure
+
+
+def test_order_of_the_header_is_sealed(tmp_path: Path) -> None:
+    """Constants and tensors are numbered by it."""
+    EARLY.record(tmp_path / "run", 0)
+    file = tmp_path / "run" / "zarr.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document, indent=1))
+    attrib.open_run(tmp_path / "run")
+    file.write_text(json.dumps(document, sort_keys=True))
+    with pytest.raises(StoreError, match="header is damaged"):
+        attrib.open_run(tmp_path / "run")
+
+
+def test_run_that_lost_power_before_its_first_commit_is_begun_again(tmp_path: Path) -> None:
+    """Whatever became of what was not fsynced yet: nothing, all, half of each file."""
+    training = RECORDED["gradients"]
+    scene = power.recording("gradients", tmp_path)
+    first = next(n for n, said in enumerate(scene.journal.said) if said != (0, 0))
+    truth = read_steps(tmp_path / "disk" / "new" / "folders" / "run")
+    rng = random.Random(0)
+    for number in (*range(4, 12), *rng.sample(range(12, first), 4)):
+        disk = tmp_path / f"after {number}"
+        lay(disk, {}, scene.journal.left(number, rng))
+        run = disk / "new" / "folders" / "run"
+        training.record(run, 0, kills.STEPS, resume=True)
+        assert read_steps(run).of_steps() == truth.of_steps()

@@ -1,7 +1,7 @@
 """A folder as a zarr Store: no link is followed out of it, and what was written can be made to outlast a loss of power.
 
-Zarr writes every file under a name of its own and renames it. What is replaced is on the disk before it takes the old one's
-place (an empty file under the right name is what a machine that loses power may leave otherwise); what is new need not be
+Every file is written under a name of its own and renamed. What replaces another is on the disk before it takes its place (an
+empty file under the right name is what a machine that loses power may leave otherwise); what is new need not be
 before `flush`, which is what a commit waits for.
 """
 
@@ -17,6 +17,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
 from ..errors import StoreError
+from .metadata import HEADER
 
 
 class Disk(LocalStore):
@@ -71,19 +72,20 @@ class Disk(LocalStore):
 
     def _write(self, path: Path, content: Any) -> None:
         self._make(path.parent)
-        replaces = path.exists()
+        # never empty under its name: what replaces another file, and the header, before which there is nothing
+        at_once = path.exists() or path == self.root / HEADER
         beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
         try:
             with open(beside, "wb") as file:
                 file.write(content)
-                if replaces:
+                if at_once:
                     file.flush()
                     os.fsync(file.fileno())
             os.replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
-        if not replaces:
+        if not at_once:
             self._files.add(path)
         self._folders.add(path.parent)
 

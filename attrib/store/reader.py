@@ -158,7 +158,7 @@ class Reader:
         """Every array of the run."""
         return sorted(name for name in self.store.arrays if name != DIGESTS)
 
-    def check_groups(self) -> None:
+    def check_documents(self) -> None:
         """Raise StoreError where the document of a group that arrays stand in, or the digests, are missing or damaged."""
         open_array(self.store, DIGESTS)
         for name in sorted(self.store.groups):

@@ -1,6 +1,6 @@
 """What can happen to the files of a store: functions of all files, of other stores like it and of a generator.
 
-A change returns the files as they are afterwards; it changes nothing. A quarter of `CHANGES` exchanges valid chunks.
+A change returns the files as they are afterwards; what it is given stays as it is. A quarter exchanges valid chunks.
 """
 
 import json
@@ -16,7 +16,7 @@ ROOT = "zarr.json"
 
 
 class Change(NamedTuple):
-    """apply: files, other stores like it, a generator -> files. about: the name of the file that it is about, or none."""
+    """apply: files, those of other stores like it, a generator -> files."""
 
     kind: str
     apply: Callable[[Files, list[Files], Random], Files]
@@ -163,20 +163,18 @@ def _arrays(files: Files) -> list[str]:
 
 def _folders(files: Files, others: list[Files], rng: Random) -> Files:
     """Two whole arrays exchanged, metadata and all, or another run's put there."""
-    a, b = rng.sample(_arrays(files), 2)
     if rng.random() < 0.3:
         other = rng.choice(others)
         name = rng.choice(sorted(set(_arrays(files)) & set(_arrays(other))))
         rest = {key: content for key, content in files.items() if not key.startswith(name + "/")}
         return {**rest, **{key: content for key, content in other.items() if key.startswith(name + "/")}}
-    names = {a: b, b: a}
-    return {(names.get(key.split("/c/")[0].removesuffix("/" + ROOT), "") and _renamed(key, names)) or key: content
-            for key, content in files.items()}  # fmt: skip
+    a, b = rng.sample(_arrays(files), 2)
+    return {_renamed(key, {a: b, b: a}): content for key, content in files.items()}
 
 
 def _renamed(key: str, names: dict[str, str]) -> str:
     array = key.split("/c/")[0].removesuffix("/" + ROOT)
-    return names[array] + key[len(array) :]
+    return names.get(array, array) + key[len(array) :]
 
 
 def _numbers(files: Files, others: list[Files], rng: Random) -> Files:

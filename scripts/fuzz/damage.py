@@ -56,7 +56,12 @@ def judged(answers: Answers, truth: Answers, names: set[str], folder: Path) -> t
     """The verdict, and where it is a bad one why."""
     if answers.strays:
         return "stray", answers.strays[0]
-    if differing := answers.differing(truth):
+    differing = answers.differing(truth)
+    if changes.ROOT in names and any(isinstance(answer, Refused) for answer in answers.values()):
+        differing = [
+            label for label in differing if label != ("header", None)
+        ]  # another's is whole until chunks are read
+    if differing:
         return "silent", f"{differing[:5]} differ"
     if not answers.refusals:
         return "harmless", ""

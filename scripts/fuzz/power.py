@@ -162,8 +162,11 @@ class Journal:
     def cut(self, rng: Random) -> tuple[Files, tuple[int, int]]:
         """The files after a loss of power somewhere, and the steps of the commits that had returned and begun by then."""
         number = rng.choice((rng.randrange(len(self.operations) + 1), len(self.operations)))
-        left = _left(self.after(number).folder, rng.choice((0.0, 1.0, 0.5, rng.random())), rng)
-        return dict(left), self.said[number]
+        return self.left(number, rng), self.said[number]
+
+    def left(self, number: int, rng: Random) -> Files:
+        """The files after so many operations and a loss of power: all that is in memory lost, none of it, or any part."""
+        return dict(_left(self.after(number).folder, rng.choice((0.0, 1.0, 0.5, rng.random())), rng))
 
 
 def _copied(folder: Folder) -> Folder:
