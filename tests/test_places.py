@@ -327,7 +327,7 @@ ENDS = {
     "exit": ("sys.exit(3)", 3),
     "sigterm": ("time.sleep(60)", -signal.SIGTERM),
     "sigterm in a step": (
-        "recording.recorder.optimizer.step = lambda: time.sleep(1.5); recording.step()",
+        "o = recording.recorder.optimizer; s = o.step; o.step = lambda: [time.sleep(1.5), s()]; recording.step()",
         -signal.SIGTERM,
     ),
     "worker": ("import os; os.fork() or sys.exit(0); os.wait()", 0),
