@@ -6,7 +6,7 @@ precision also say how far a pass through them can be trusted.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ class Constant(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     digest: str
+
+
+def is_type(name: Any) -> bool:
+    """Whether it is torch's name of a type, such as "bfloat16"."""
+    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
 
 
 def is_low(dtype: torch.dtype) -> bool:

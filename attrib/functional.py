@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from .constants import is_low, precision
 from .errors import ChangedOutsideError
@@ -151,8 +152,11 @@ class Functional:
 
     def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Floating tensors in the compute type; where that is the model's own, what is low comes as it does in training."""
-        low = [self._as_trained and isinstance(a, Tensor) and is_low(a.dtype) for a in args]
-        return tuple(a if kept else cast(a, self.dtype) for a, kept in zip(args, low, strict=True))
+
+        def one(t: Tensor) -> Tensor:
+            return t if self._as_trained and is_low(t.dtype) else cast(t, self.dtype)
+
+        return tree_map_only(Tensor, one, args)
 
     def run(self, *args: Any) -> Any:
         """The function with the model as it is: within `bound`."""

@@ -75,5 +75,11 @@ def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
 
 def settled_facts(settled: Settled) -> dict[str, Any]:
     """What stands in the header of what the steps so far have shown."""
-    draws = settled.draws
-    return {"reduction": settled.reduction.kind, "stochastic": draws.stochastic, "beyond": draws.beyond}
+    draws, reduction = settled.draws, settled.reduction
+    return {
+        "reduction": [list(reduction.kinds), reduction.common],
+        "stochastic": draws.stochastic,
+        "beyond": draws.beyond,
+        "forwards": settled.forwards,
+        "late": settled.late,
+    }

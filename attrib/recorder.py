@@ -9,25 +9,28 @@ replay of its update; a first step that fails there leaves no store either.
 import logging
 import time
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, Captured, CaptureOptions, Settled, Step
-from .checks import Guard, check_batch, check_gradient, check_options, names_of, same_bits, step_identity
+from .batch import Batch
+from .capture import Announced, Capture, Captured, CaptureOptions, Settled, Step
+from .checks import Guard, check_batch, check_gradient, check_options, hold, names_of, same_bits, step_identity
 from .constants import to_array
-from .errors import AttribError, ChangedOutsideError, StepIdentityError
-from .functional import ordinary, uncompiled
+from .errors import AttribError, BatchError, ChangedOutsideError, StepIdentityError
+from .functional import uncompiled
+from .generators import generators
+from .inputs import Inputs
 from .interrupt import shielded
 from .layout import Layout
 from .loop import Loop, RecordOptions, header_of, settled_facts
 from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rule_of
 from .resume import Resumed
 from .resume import resume as resume_run
-from .store import StepRecord, Writer, close_dropped
+from .store import PassRecord, StepRecord, Writer, close_dropped
 from .wrapper import Wrapper
 
 log = logging.getLogger("attrib")
@@ -95,6 +98,15 @@ def record(
     return Recorder(optimizer, model, loss, store, options)
 
 
+class AnnouncedBatch(NamedTuple):
+    """ids (B,), the batch, as it is stored, and the generators' state when it was announced, None after the pass."""
+
+    ids: np.ndarray
+    batch: Batch
+    inputs: Inputs
+    random: Tensor | None
+
+
 class Recorder(Wrapper):
     """An optimizer that records. Parameter groups, state and defaults are the wrapped optimizer's own."""
 
@@ -117,7 +129,8 @@ class Recorder(Wrapper):
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
         self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
-        self._batch: list[np.ndarray] = []
+        self._announced: list[AnnouncedBatch] = []  # of the step to come
+        self._held: tuple[Batch, Inputs] | None = None  # of the last batch
         self._ids: np.dtype[Any] | None = None  # of the steps so far: int64, or object for strings
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
@@ -160,7 +173,8 @@ class Recorder(Wrapper):
         super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._capture.clear()
+        if self._capture.pulled or not self._announced:  # else they are of passes that are still to come
+            self._forget()
         super().zero_grad(set_to_none)
 
     def __enter__(self) -> "Recorder":
@@ -181,13 +195,40 @@ class Recorder(Wrapper):
 
     # the journey of one step
 
-    def step(self, index: Any, *batch: Tensor) -> None:  # type: ignore[override]
-        """Check, step the wrapped optimizer, check again, append.
+    def batch(self, index: Any, *batch: Any) -> None:
+        """Announce a batch, before its forward pass: any number of them a step, then `step()`.
 
         Args:
             index: (B,) ids of the training examples: integers of 0 or more, or strings without NUL; one kind throughout
                 a run.
-            batch: what `loss` takes after the model: tensors with B rows each.
+            batch: what `loss` takes after the model: tensors with B rows each, what all examples share (`attrib.shared`),
+                numbers, texts and None, in dicts, lists and tuples.
+
+        Raises:
+            BatchError: it cannot be stored, or a backward pass came before it.
+        """
+        if self._capture.pulled and all(p.grad is None or not p.grad.any() for p in self._parameters):
+            self._forget()  # of a step that was never made
+        if self._capture.pulled and not self._announced:
+            raise BatchError(
+                f"a batch was not announced: got a backward pass before the first of step {self._writer.steps}, expected "
+                f"recorder.batch(index, *batch) before the forward pass of each. Call recorder.zero_grad() and begin the "
+                f"step anew."
+            )
+        with torch.inference_mode(False):
+            self._announce(index, batch)
+        self._capture.announce()
+
+    def step(self, index: Any = None, *batch: Any, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Check, step the wrapped optimizer, check again, append.
+
+        Args:
+            index, batch: as `batch` takes them, where the step is made of one batch that was not announced.
+            closure: called first, with gradients on; it announces batches and runs the backward pass. May stand in the place
+                of the index.
+
+        Returns:
+            What the closure returned.
 
         Raises:
             BatchError, LossError, BatchIdentityError, SplitIdentityError, ChangedOutsideError: the step was refused;
@@ -197,19 +238,22 @@ class Recorder(Wrapper):
             StepIdentityError: the optimizer did something else than its rule; recording ends before this step.
             What the optimizer's own step raises: the step is not recorded.
         """
+        if callable(index) and not batch and not isinstance(index, Tensor):
+            index, closure = None, index
         with torch.inference_mode(False), torch.enable_grad():  # however it is called
+            returned = None if closure is None else closure()
             self._step(index, batch)
+        return returned
 
-    def _step(self, index: Any, batch: tuple[Tensor, ...]) -> None:
+    def _step(self, index: Any, batch: tuple[Any, ...]) -> None:
         began = time.perf_counter()
-        batch = tuple(ordinary(b) for b in batch)
-        ids, rows = check_batch(index, batch, self._ids)
-        step = self._checked(batch)
+        announced = self._announced_batches(index, batch)
+        step = self._checked(tuple(Announced(a.batch, a.random) for a in announced))
         captured = self._capture.take(step)
-        record = self._recorded(step, captured, ids, rows)
+        record = self._recorded(step, captured, announced)
         if step.number == 0:
             settled = captured.settled
-            facts = {"factors": settled.described, "reduction": settled.reduction.kind}
+            facts = {"factors": settled.described, "reduction": settled_facts(settled)["reduction"]}
             self._writer.update_header(training=self._guard.training(), **facts)
         with self._writer.ready(record), shielded():  # from Ctrl-C: a step that is made is recorded
             moved = time.perf_counter()
@@ -218,14 +262,46 @@ class Recorder(Wrapper):
             seconds = (began - self._left) + (time.perf_counter() - moved)
             after = self._layout.flatten(self._parameters)
             self._guard.stepped(after, self.optimizer)
-            self._settled, self._ids = captured.settled, ids.dtype
+            self._settled, self._ids = captured.settled, record.ids.dtype
             self._writer.update_header(settled=settled_facts(self._settled))
-            self._capture.clear()
+            self._forget()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
             self._writer.append(record._replace(log=log), _array(after))
         self._left = time.perf_counter()
 
-    def _checked(self, batch: tuple[Tensor, ...]) -> Step:
+    def _announce(self, index: Any, args: tuple[Any, ...], before: bool = True) -> None:
+        """before: whether the forward pass is still to come."""
+        ids, batch = check_batch(index, args, self._announced[-1].ids.dtype if self._announced else self._ids)
+        self._held = hold(batch, self._held)
+        self._announced.append(AnnouncedBatch(ids, *self._held, generators() if before else None))
+
+    def _announced_batches(self, index: Any, batch: tuple[Any, ...]) -> list[AnnouncedBatch]:
+        """Those of the step. Raises BatchError where there are none, or both kinds."""
+        if index is None and not batch:
+            if not self._announced:
+                raise BatchError(
+                    f"the batch is missing: got step() and no batch announced, expected recorder.batch(index, *batch) "
+                    f"before the forward pass of each batch, or recorder.step(index, *batch), at step {self._writer.steps}. "
+                    f"The step was refused."
+                )
+            return self._announced
+        if self._announced:
+            raise BatchError(
+                f"the batch is there twice: got {len(self._announced)} announced and one with the step, expected either, at "
+                f"step {self._writer.steps}. Call recorder.step() without it. The step was refused."
+            )
+        try:
+            self._announce(index, batch, before=False)
+            return list(self._announced)
+        finally:
+            self._announced = []
+
+    def _forget(self) -> None:
+        """The passes that were heard, and the batches that were announced."""
+        self._capture.clear()
+        self._announced = []
+
+    def _checked(self, passes: tuple[Announced, ...]) -> Step:
         """The step that is asked for, the run being as the last one left it."""
         if not self._open:
             raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
@@ -238,20 +314,19 @@ class Recorder(Wrapper):
         gradient = check_gradient(self._layout, self._parameters, number)
         named = zip(self._layout.names, self._parameters, strict=True)
         active = frozenset(name for name, p in named if p.grad is not None)
-        return Step(number, theta, gradient, active, batch, self._settled)
+        return Step(number, theta, gradient, active, passes, self._settled)
 
-    def _recorded(self, step: Step, captured: Captured, ids: np.ndarray, rows: list[np.ndarray]) -> StepRecord:
+    def _recorded(self, step: Step, captured: Captured, announced: Sequence[AnnouncedBatch]) -> StepRecord:
         """The record of a step before it is made."""
         states = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else {}
+        each = zip(announced, captured.scales.tolist(), captured.random, strict=True)
         return StepRecord(
             theta=_array(step.theta),
             gradient=_array(step.gradient),
             hyper=read_hyper(self._rule, self.optimizer),
-            ids=ids,
-            batch=self._held(rows),
-            scale=captured.scale,
+            ids=np.concatenate([a.ids for a in announced]),
+            passes=tuple(PassRecord(len(a.ids), a.inputs, scale, random) for a, scale, random in each),
             state={key: _array(value) for key, value in states.items()} or None,
-            random=captured.random,
             log=captured.log,
             shares=captured.shares,
             penalty=None if captured.penalty is None else _array(captured.penalty),
@@ -265,13 +340,6 @@ class Recorder(Wrapper):
             StoreError: what is left could not be written; it is kept, and may be closed again.
         """
         self._finish(complete=True)
-
-    def _held(self, rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Copies, since the caller may fill the same tensors again; of a batch that comes again, those made before."""
-        known = len(rows) == len(self._batch) and all(map(np.array_equal, rows, self._batch))
-        if not known or any(a.dtype != b.dtype for a, b in zip(rows, self._batch, strict=True)):
-            self._batch = [a.copy() for a in rows]
-        return self._batch
 
     def _finish(self, complete: bool) -> None:
         if self._writer.closed:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .capture import Settled
 from .checks import Draws, Reduction
 from .errors import ModelMismatchError, ResumeError, StoreError
@@ -46,7 +47,7 @@ class Resumed:
     settled: Settled
     inspected: int
     after: Tensor
-    passes: list[tuple[frozenset[str], tuple[Tensor, ...]]]
+    passes: list[tuple[frozenset[str], Batch]]
     ids: np.dtype[Any]
 
 
@@ -193,15 +194,18 @@ def _rerun(trajectory: Trajectory, loop: Loop, steps: range, hyper: np.ndarray) 
     return theta
 
 
-def _passes(reader: Reader, loop: Loop, steps: int) -> list[tuple[frozenset[str], tuple[Tensor, ...]]]:
-    rows, kinds = reader.read("row", slice(0, steps)), reader.fact("kind", slice(0, steps)).astype(np.int64)
+def _passes(reader: Reader, loop: Loop, steps: int) -> list[tuple[frozenset[str], Batch]]:
+    rows, passes = reader.read("row", slice(0, steps)), reader.passes(slice(0, steps))
     device = loop.parameters[0].device
+    each = np.stack([passes.numbers("kind"), passes.numbers("size")]).reshape(2, -1)
     found = []
-    for first in np.unique(np.stack([kinds, (rows >= 0).sum(1)]), axis=1, return_index=True)[1]:
-        inputs = reader.batch(int(kinds[first]), rows[first][rows[first] >= 0])
-        on = reader.read("hyper", int(first))[:, -1]
-        active = frozenset(name for name, moves in zip(loop.layout.names, on, strict=True) if moves)
-        found.append((active, tuple(torch.from_numpy(a).to(device) for a in inputs)))
+    for first in np.unique(each, axis=1, return_index=True)[1]:
+        step, number = divmod(int(first), passes.values.shape[1])
+        for p in list(passes.of_step(step))[number : number + 1]:  # none where the step had fewer
+            on = reader.read("hyper", step)[:, -1]
+            active = frozenset(name for name, moves in zip(loop.layout.names, on, strict=True) if moves)
+            batch = reader.batch(p.kind, rows[step][p.slots], p.shared)
+            found.append((active, batch.map(lambda t: t.to(device))))
     return found
 
 
@@ -229,8 +233,10 @@ def _settled(reader: Reader) -> Settled:
     facts, described = reader.header["settled"], reader.header.get("factors")
     names = [name for name in reader.names() if name.startswith("factors/")]
     return Settled(
-        reduction=Reduction(facts["reduction"]),
+        reduction=Reduction(tuple(facts["reduction"][0]), facts["reduction"][1]),
         draws=Draws(facts["stochastic"], facts["beyond"]),
+        forwards=facts["forwards"],
+        late=facts["late"],
         described=described,
         shapes={name: tuple(reader.array(name).shape[2:]) for name in names},
     )

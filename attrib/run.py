@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch
 from .constants import Constant, constant_of, precision, to_tensor
 from .errors import ModelMismatchError, StoreError
 from .functional import constants_of, uncompiled
@@ -16,8 +17,8 @@ from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
 from .optim import KIND_NAMES, RULE_NAMES, Rule, describe_options, rule_by_name
-from .steps import Blocks, Rows, Steps
-from .store import FACTS, Ids, Reader, local_path
+from .steps import Blocks, RecordedPass, Rows, Steps, passes_of
+from .store import Ids, Passes, Reader, local_path
 from .trajectory import Trajectory
 
 _UNFINISHED = "not closed, or interrupted: read up to its last committed block"
@@ -105,18 +106,38 @@ class Run:
         numbers = self._at("index", step)
         return self.ids.of(numbers[numbers >= 0])
 
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        """The inputs of a step, as they were given to `recorder.step` after the index."""
+    def batch(self, step: int) -> tuple[Any, ...]:
+        """The inputs of a step of one pass, as they were given to `recorder.step` or `recorder.batch` after the index.
+
+        Raises:
+            ValueError: it was made of several: see `batches`.
+        """
+        passes = self.passes(step)
+        if len(passes) > 1:
+            raise ValueError(
+                f"step {step} was made of {len(passes)} batches: run.batches({step}) has them, one by one."
+            )
+        return self.inputs(passes[0]).args
+
+    def batches(self, step: int) -> list[tuple[Any, ...]]:
+        """The inputs of each pass of a step, as they were given to `recorder.batch` after the index; `index` has the ids of
+        all of them, one behind the other."""
+        return [self.inputs(p).args for p in self.passes(step)]
+
+    def passes(self, step: int) -> tuple[RecordedPass, ...]:
+        """The passes that the gradient of a step was made of."""
         rows = self._at("row", step)
-        return self.inputs(int(self._fact("kind", step)), rows[rows >= 0])
+        random = self._at("random", step)[None] if "random" in self.reader else None
+        return passes_of(Passes(self._at("passes", step)[None]), 0, rows[rows >= 0], random)
 
-    def inputs(self, kind: int, rows: np.ndarray) -> tuple[Tensor, ...]:
-        """The inputs that stand in the given rows (B,) of a table of the store, one tensor per argument of the batch."""
-        return tuple(torch.from_numpy(a) for a in self.reader.batch(kind, rows))
+    def inputs(self, recorded: RecordedPass) -> Batch:
+        """What the loss of a pass was given."""
+        return self.reader.batch(recorded.kind, recorded.rows, recorded.shared)
 
-    def scale(self, step: int) -> float:
-        """The common factor between an example's gradient and its share; NaN where it is fitted when attributing."""
-        return self._fact("scale", step)
+    def scales(self, step: int) -> np.ndarray:
+        """(B,): of each example the factor between the gradient of its loss and its share; NaN where it is fitted when
+        attributing."""
+        return np.repeat([p.scale for p in self.passes(step)], [p.size for p in self.passes(step)])
 
     def vector(self, step: int) -> Tensor:
         """(P,): all parameters of a step, 0 .. T, bit for bit."""
@@ -134,15 +155,13 @@ class Run:
 
     def factors(self, step: int, names: Sequence[str] | None = None) -> dict[str, list[Factor]]:
         """With capture="factors": of each parameter (or of those in `names`) the factors of a step's batch, which times
-        `scale(step)` are its shares; see `attrib.kernels.factors`."""
+        `scales(step)` are its shares; see `attrib.kernels.factors`."""
         size = self._size(step)
         return from_tensors(self.header["factors"], lambda name: torch.from_numpy(self._at(name, step))[:size], names)
 
     def random_state(self, step: int) -> Tensor | None:
-        """State of the generators before the forward pass of a step (`generators`); None where the loss drew no numbers."""
-        if "random" not in self.reader:
-            return None
-        return torch.from_numpy(self._at("random", step))
+        """State of the generators before the first pass of a step (`generators`); None where the loss drew no numbers."""
+        return self.passes(step)[0].random
 
     def log(self, name: str) -> np.ndarray:
         """(T,) of "loss", "batch_identity", "step_identity" or, with stored shares, "split_identity", NaN where it was not
@@ -216,9 +235,6 @@ class Run:
     @cached_property
     def _rows(self) -> Rows:
         return Rows(self.reader)
-
-    def _fact(self, name: str, step: int) -> float:
-        return float(self._at("facts", step)[FACTS.index(name)])
 
     def _at(self, name: str, step: int) -> np.ndarray:
         """The row of a step in an array of the store."""

@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import gradients
-from .checks import fit_scale, split_bound, split_gaps
+from .batch import Batch
+from .checks import KINDS, Reduction, Totals, fit_scale, split_bound, split_gaps, weights_of
 from .constants import is_low
 from .errors import LossError
 from .functional import training_modes
@@ -28,11 +30,11 @@ log = logging.getLogger("attrib")
 
 
 class Contributions(NamedTuple):
-    """values (Q, B, K) float64; scale: the common factor in them between an example's gradient and its share, None where the
-    store has the shares themselves."""
+    """values (Q, B, K) float64; scales: the factors in them between an example's gradient and its share, of each pass, None
+    where the store has the shares themselves."""
 
     values: np.ndarray
-    scale: float | None
+    scales: np.ndarray | None
 
 
 class Split(NamedTuple):
@@ -108,14 +110,15 @@ class Shares:
         return self._contract(step, sensitivity, gradient)
 
     def hvp(self, step: RecordedStep, sensitivity: Tensor) -> Tensor:
-        """H U (Q, P): the Hessian of the step's reduced loss, sum_i scale loss_i, times U (Q, P), in float64."""
+        """H U (Q, P): the Hessian of the step's reduced loss, sum_i scale_i loss_i, times U (Q, P), in float64."""
         if self._gradients is None:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
-        theta = self._theta(step)
-        with self._step(step) as (shares, batch):
-            product = shares.hvp(theta, batch, sensitivity) / self._factor(step)
-        scale = self._fitted(step) if np.isnan(step.scale) else step.scale
-        return product.double() * (1.0 if scale is None else scale)
+        theta, scales = self._theta(step), self._known(step)
+        product = torch.zeros_like(sensitivity, dtype=torch.float64)
+        for n, scale in enumerate(scales):
+            with self._pass(step, n) as (shares, batch, factor):
+                product += shares.hvp(theta, batch, sensitivity).double() * (scale / factor)
+        return product
 
     def split(
         self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray | float
@@ -125,24 +128,20 @@ class Shares:
         (Q,). Without a loss, None."""
         if self._gradients is None:
             return None
-        theta = self._theta(step)
         mine = found.values @ self._member
-        weights = random_weights(mine.shape[1], step.number, theta, self._gradients.coarse)
-        with self._step(step) as (shares, batch):
-            pulled = shares.gradient(theta, batch, weights)[1].double() / self._factor(step)
-        parts = [sensitivity[:, part] @ pulled[part].to(sensitivity) for _, part in self.run.layout.slices()]
-        truth = torch.stack(parts, 1).cpu().numpy() @ self._member
-        combined = np.einsum("b,qbg->qg", weights.double().cpu().numpy(), mine)
-        scale = found.scale
-        if scale is None:  # stored shares have theirs in them: of so many numbers one is fitted
-            scale = fit_scale(torch.from_numpy(combined), torch.from_numpy(truth)) if truth.size > 1 else None
-            scale = scale or self._fitted(step) or 1.0
-        truth, pulled = truth * scale, pulled * scale
+        weights = random_weights(mine.shape[1], step.number, self._theta(step), self._gradients.coarse)
+        combined, truth, flow = (np.zeros((len(mine), mine.shape[2])) for _ in range(3))
+        for n, recorded in enumerate(step.passes):
+            here = weights[recorded.slots]
+            sums = np.einsum("b,qbg->qg", here.double().cpu().numpy(), mine[:, recorded.slots])
+            direct, size = self._weighted(step, n, here, sensitivity)
+            if found.scales is not None:
+                scale = float(found.scales[n])
+            else:  # stored shares have theirs in them: of so many numbers one is fitted
+                fit = fit_scale(torch.from_numpy(sums), torch.from_numpy(direct)) if direct.size > 1 else None
+                scale = fit or float(self._known(step, fresh=True)[n])
+            combined, truth, flow = combined + sums, truth + direct * scale, flow + size * abs(scale)
         off = np.abs(combined - truth)
-        flows = [
-            sensitivity[:, part].abs() @ pulled[part].abs().to(sensitivity) for _, part in self.run.layout.slices()
-        ]
-        flow = torch.stack(flows, 1).cpu().numpy() @ self._member  # what the products cancelled from
         bound = split_bound(self._precision)
         gaps = split_gaps(
             off, np.sqrt(np.square(mine).sum(1)), self._precision, bound * (64 * flow + np.reshape(seen, (-1, 1)))
@@ -150,18 +149,31 @@ class Shares:
         q, g = np.unravel_index(int(gaps.argmax()), gaps.shape)
         if gaps[q, g] <= bound:
             return Split(float(gaps[q, g]))
-        along = self._along(step, sensitivity[q], int(g)) * scale
+        scales = np.ones(len(step.passes)) if found.scales is None else found.scales
+        along = self._along(step, sensitivity[q], int(g), scales)
         slot = int(np.abs(along - mine[q, :, g]).argmax())
         return Split(float(gaps[q, g]), self.run.ids.of(step.ids[slot : slot + 1]).tolist()[0], int(g), bound)
 
-    def _along(self, step: RecordedStep, sensitivity: Tensor, group: int) -> np.ndarray:
+    def _weighted(
+        self, step: RecordedStep, n: int, weights: Tensor, sensitivity: Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """<d (v . losses) / d theta, U> of the n-th pass, (Q, G), and what these products cancelled from."""
+        with self._pass(step, n) as (shares, batch, factor):
+            pulled = shares.gradient(self._theta(step), batch, weights)[1].double() / factor
+        parts = [(sensitivity[:, part], pulled[part].to(sensitivity)) for _, part in self.run.layout.slices()]
+        direct, size = torch.stack([u @ g for u, g in parts], 1), torch.stack([u.abs() @ g.abs() for u, g in parts], 1)
+        return direct.cpu().numpy() @ self._member, size.cpu().numpy() @ self._member
+
+    def _along(self, step: RecordedStep, sensitivity: Tensor, group: int, scales: np.ndarray) -> np.ndarray:
         """(B,): the truth example by example, along one query's U over one group."""
-        assert self._gradients is not None
         named = self.run.layout.unflatten(sensitivity[None].to(self._dtype))
         names = [name for name, g in zip(self.run.layout.names, self._groups, strict=True) if g == group]
-        with self._step(step) as (shares, batch):
-            found = shares.vector.along(self._theta(step), batch, named, [names])[1][0, :, 0]
-        return found.cpu().numpy() / self._factor(step)
+        found = []
+        for n, scale in enumerate(scales.tolist()):
+            with self._pass(step, n) as (shares, batch, factor):
+                along = shares.vector.along(self._theta(step), batch, named, [names])[1][0, :, 0]
+            found.append(along.cpu().numpy() * (scale / factor))
+        return np.concatenate(found)
 
     # by capture
 
@@ -174,65 +186,96 @@ class Shares:
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
         parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
-        return Contributions((torch.stack(parts, 2) * step.scale).cpu().numpy(), None)
+        return Contributions(torch.stack(parts, 2).cpu().numpy() * step.scales[:, None], None)
 
     def _replayed(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
-        assert self._gradients is not None
-        with self._step(step) as (shares, batch):
-            found = shares.contract(self._theta(step), batch, sensitivity, self._groups)[1].cpu().numpy()
-        found /= self._factor(step)
-        scale = self._scale(step, found, gradient)
-        found *= scale
-        return Contributions(found, scale)
+        passes = []
+        for n in range(len(step.passes)):
+            with self._pass(step, n) as (shares, batch, factor):
+                products = shares.contract(self._theta(step), batch, sensitivity, self._groups)[1].cpu().numpy()
+            products /= factor
+            passes.append(products)
+        found = passes[0] if len(passes) == 1 else np.concatenate(passes, 1)
+        scales = self._scales(step, found, gradient)
+        found *= np.repeat(scales, [p.size for p in step.passes])[:, None]
+        return Contributions(found, scales)
 
     @contextmanager
-    def _step(self, step: RecordedStep) -> Iterator[tuple[gradients.ExampleGradients, tuple[Tensor, ...]]]:
-        """The gradients of the parameters that moved and the batch of a step, the world being as it was then."""
+    def _pass(self, step: RecordedStep, n: int) -> Iterator[tuple[gradients.ExampleGradients, Batch, float]]:
+        """The gradients of the parameters that moved, and the batch of the n-th pass of a step, the world being as it was
+        then; and of which multiple of the loss they are: the loop's own where a pass rounds to few bits, as there."""
         assert self._gradients is not None
-        batch = tuple(b.to(self._device) for b in self.run.inputs(step.kind, step.rows))
-        with training_modes(self._model, self.run.header["training"]), random_state(step.random):
-            yield self._gradients.at(step.active, self._factor(step)), batch
+        recorded, factor = step.passes[n], self._factors(step)[n]
+        batch = self.run.inputs(recorded).map(lambda t: t.to(self._device))
+        with training_modes(self._model, self.run.header["training"]), random_state(recorded.random):
+            yield self._gradients.at(step.active, factor), batch, factor
 
-    def _factor(self, step: RecordedStep) -> float:
-        """Of the loss that is differentiated: the loop's own multiple where a pass rounds to few bits, as there."""
+    def _factors(self, step: RecordedStep) -> list[float]:
+        count = len(step.passes)
         if self._gradients is None or not self._gradients.coarse:
-            return 1.0
-        kind, size = self.run.header.get("reduction"), len(step.ids)
-        if kind == "other" and not np.isnan(step.scale):
-            return step.scale
-        return 1.0 if kind == "sum" else 1 / size
+            return [1.0] * count
+        recorded, sizes = np.array([p.scale for p in step.passes]), [p.size for p in step.passes]
+        known: list[float] = weights_of((self._reduction.kinds or KINDS)[0], sizes).tolist()
+        if (self._reduction.kinds and not self._reduction.common) or np.isnan(recorded).any():
+            return known
+        return recorded.tolist()
 
-    # the common factor of a step
+    @cached_property
+    def _reduction(self) -> Reduction:
+        kinds, common = self.run.header["reduction"]
+        return Reduction(tuple(kinds), common)
 
-    def _scale(self, step: RecordedStep, found: np.ndarray, gradient: np.ndarray) -> float:
-        """The recorded one where the shares then sum to p.grad, as far as U sees it; else what takes them there. What was
+    # the common factors of a step
+
+    def _scales(self, step: RecordedStep, found: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+        """The recorded ones where the shares then sum to p.grad, as far as U sees it; else what takes them there. What was
         recorded of steps that were not checked was assumed."""
-        recorded = step.scale
-        sums, wanted = found.sum(1) @ self._member, gradient @ self._member
-        size = np.abs(found).sum((1, 2))[:, None]
+        recorded, sums = np.array([p.scale for p in step.passes]), [found[:, p.slots].sum(1) for p in step.passes]
+        seen = [s @ self._member for s in sums]
+        wanted = gradient @ self._member
+        sizes = [np.abs(found[:, p.slots]).sum((1, 2))[:, None] for p in step.passes]
 
-        def fits(scale: float | None) -> bool:
-            bound = split_bound(self._dtype) * abs(scale or 0.0) * size
-            return scale is not None and bool((np.abs(scale * sums - wanted) <= bound).all())
+        def fits(scales: np.ndarray | None) -> bool:
+            if scales is None or np.isnan(scales).any():
+                return False
+            each = scales.tolist()
+            total = sum(scale * s for scale, s in zip(each, seen, strict=True))
+            size = sum(abs(scale) * s for scale, s in zip(each, sizes, strict=True))
+            return bool((np.abs(total - wanted) <= split_bound(self._dtype) * size).all())
 
         if fits(recorded):
             return recorded
-        fitted = fit_scale(torch.from_numpy(wanted), torch.from_numpy(sums)) if sums.size > 1 else None
+        fitted = self._seen(seen, wanted) if len(seen) == 1 else None
         if not fits(fitted):
-            fitted = self._fitted(step)
-        if fitted is not None and (np.isnan(recorded) or fits(fitted)):
-            if not np.isnan(recorded) and not self._said:
+            fitted = self._refitted(step)
+        if fitted is not None and (np.isnan(recorded).any() or fits(fitted)):
+            if not np.isnan(recorded).any() and not self._said:
                 self._said = True
-                log.info("the scale of step %d is %.6g, not %.6g as was assumed", step.number, fitted, recorded)
+                log.info("the scales of step %d are %s, not %s as was assumed", step.number, fitted, recorded)
             return fitted
-        return 1.0 if np.isnan(recorded) else recorded
+        return np.where(np.isnan(recorded), 1.0, recorded)
 
-    def _fitted(self, step: RecordedStep) -> float | None:
-        """From p.grad and the sum of the gradients, over all parameters."""
-        assert self._gradients is not None
-        with self._step(step) as (shares, batch):
-            total = shares.total(self._theta(step), batch)[1] / self._factor(step)
-        return fit_scale(step.examples.to(total), total)
+    def _seen(self, seen: list[np.ndarray], wanted: np.ndarray) -> np.ndarray | None:
+        """From the contributions of a single pass."""
+        scale = fit_scale(torch.from_numpy(wanted), torch.from_numpy(seen[0])) if wanted.size > 1 else None
+        return None if scale is None else np.array([scale])
+
+    def _refitted(self, step: RecordedStep) -> np.ndarray | None:
+        """From p.grad and the sums of the gradients, over all parameters."""
+
+        def each() -> Iterator[Tensor]:
+            for n in range(len(step.passes)):
+                with self._pass(step, n) as (shares, batch, factor):
+                    yield shares.total(self._theta(step), batch)[1] / factor
+
+        totals = Totals.of([p.size for p in step.passes], each)
+        return self._reduction.refit(step.examples.to(totals.summed), totals)
+
+    def _known(self, step: RecordedStep, fresh: bool = False) -> np.ndarray:
+        """The recorded scales, or those that are fitted. fresh: fitted in any case."""
+        recorded = np.array([p.scale for p in step.passes])
+        fitted = self._refitted(step) if fresh or np.isnan(recorded).any() else recorded
+        return np.ones(len(recorded)) if fitted is None else fitted
 
     def _theta(self, step: RecordedStep) -> Tensor:
         return step.theta.to(self._device, self._dtype)

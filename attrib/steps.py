@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .optim import Replay, Segments
-from .store import Reader
+from .store import Passes, Reader
 from .trajectory import Trajectory
 
 ROWS_BYTES = (
@@ -66,10 +66,13 @@ class Block:
 
     @cached_property
     def facts(self) -> dict[str, np.ndarray]:
-        """What is small: where the inputs stand, the scale, the generators' states."""
+        """What is small: where the inputs stand, the generators' states."""
         drawn = ("random",) if "random" in self.trajectory.reader else ()
-        numbers = self.trajectory.reader.facts(slice(self.first, self.stop))
-        return {**numbers, **{name: self.read(name) for name in ("index", "row", *drawn)}}
+        return {name: self.read(name) for name in ("index", "row", *drawn)}
+
+    @cached_property
+    def passes(self) -> Passes:
+        return self.trajectory.reader.passes(slice(self.first, self.stop))
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -92,21 +95,41 @@ class Block:
         return Replay(self.trajectory.rule, self.trajectory.layout, self.state)
 
 
+class RecordedPass(NamedTuple):
+    """One of the passes of a step. slots: which of the step's examples are its own; kind, rows (b,), shared: where its
+    inputs stand; scale: from an example's gradient to its share, NaN where it has to be fitted; random: the generators'
+    state before the pass, or None."""
+
+    slots: slice
+    kind: int
+    rows: np.ndarray
+    shared: int
+    scale: float
+    random: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    def same_inputs(self, other: "RecordedPass") -> bool:
+        return (self.kind, self.shared) == (other.kind, other.shared) and np.array_equal(self.rows, other.rows)
+
+
 class RecordedStep(NamedTuple):
-    """One of them. theta, examples (P,): before it, and what of its gradient is the examples'; ids (B,), as
-    the store has them (`Run.numbers`); rows (B,) of the table `kind`: where its inputs stand; scale: from an example's
-    gradient to its share, NaN where it has to be fitted; random: the generators' state before its forward pass, or None;
-    active: the parameters that had a gradient."""
+    """One of them. theta, examples (P,): before it, and what of its gradient is the examples'; ids (B,), as the store has
+    them (`Run.numbers`); active: the parameters that had a gradient."""
 
     number: int
     theta: Tensor
     examples: Tensor
     ids: np.ndarray
-    rows: np.ndarray
-    kind: int
-    scale: float
-    random: Tensor | None
+    passes: tuple[RecordedPass, ...]
     active: frozenset[str]
+
+    @property
+    def scales(self) -> np.ndarray:
+        """(B,): of each example that of its pass."""
+        return np.repeat([p.scale for p in self.passes], [p.size for p in self.passes])
 
 
 @dataclass(frozen=True)
@@ -135,10 +158,7 @@ class Steps:
             theta=self.block.theta[at],
             examples=self.block.examples[at],
             ids=ids[ids >= 0],
-            rows=rows[rows >= 0],
-            kind=int(facts["kind"][at]),
-            scale=float(facts["scale"][at]),
-            random=torch.from_numpy(facts["random"][at]) if "random" in facts else None,
+            passes=passes_of(self.block.passes, at, rows, facts.get("random")),
             active=frozenset(n for n, moves in zip(self.block.trajectory.layout.names, on, strict=True) if moves),
         )
 
@@ -189,6 +209,15 @@ class Steps:
     @property
     def _at(self) -> slice:
         return slice(self.range.start - self.block.first, self.range.stop - self.block.first)
+
+
+def passes_of(passes: Passes, n: int, rows: np.ndarray, random: np.ndarray | None) -> tuple[RecordedPass, ...]:
+    """Those of the n-th of some steps. rows (B,): where its inputs stand; random: of these steps (n, M, bytes)."""
+    states = [None] * passes.values.shape[1] if random is None else list(torch.from_numpy(random[n]))
+    return tuple(
+        RecordedPass(p.slots, p.kind, rows[p.slots], p.shared, p.scale, state)
+        for p, state in zip(passes.of_step(n), states, strict=False)
+    )
 
 
 class Blocks:

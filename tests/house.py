@@ -13,10 +13,11 @@ class Floor(NamedTuple):
 FLOORS = (
     Floor("arrays", ("kernels",)),
     Floor(
-        "words and numbers", ("budget", "constants", "ending", "errors", "generators", "interrupt", "layout", "ledger")
+        "words and numbers",
+        ("budget", "constants", "ending", "errors", "generators", "interrupt", "layout", "ledger"),
     ),
-    Floor("nouns", ("functional", "marginals", "measure", "program", "wrapper")),
-    Floor("sums", ("parts", "setup", "tally")),
+    Floor("nouns", ("batch", "functional", "marginals", "measure", "program", "wrapper")),
+    Floor("sums", ("inputs", "parts", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
     Floor("steps and results", ("capture", "result", "trajectory")),
     Floor("steps as they are read, the loop", ("loop", "steps")),

@@ -18,6 +18,7 @@ from zarr.storage import MemoryStore
 
 import attrib
 from attrib import errors
+from attrib.batch import Batch
 from attrib.functional import Functional
 from attrib.generators import generators, random_state, set_generators
 from attrib.gradients import ExampleGradients, LossVector
@@ -388,7 +389,7 @@ def test_every_way_along_a_direction_is_the_same_or_found_out(name: str, way: st
     if works:
         set_generators(start)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            losses, found = getattr(vector, f"_{way}")(theta, batch, named, halves, start)
+            losses, found = getattr(vector, f"_{way}")(theta, Batch.of(batch), named, halves, start)
         set_generators(start)
         want = oracles.losses_one_by_one(model, theta.numpy(), case.loss, batch)
         flat = layout.flatten(named[n][0] for n in layout.names), layout.flatten(named[n][1] for n in layout.names)

@@ -16,6 +16,6 @@ goes in, a record of what was captured comes out, and nothing is settled until t
 """
 
 from .capture import Capture
-from .records import Captured, CaptureOptions, Settled, Step
+from .records import Announced, Captured, CaptureOptions, Settled, Step
 
-__all__ = ["Capture", "CaptureOptions", "Captured", "Settled", "Step"]
+__all__ = ["Announced", "Capture", "CaptureOptions", "Captured", "Settled", "Step"]

@@ -2,26 +2,28 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import split_bound
+from ..batch import Batch
+from ..checks import check_forwards, split_bound
+from ..errors import BatchIdentityError
 from ..functional import uncompiled
 from ..generators import generators, random_state
 from ..gradients import ExampleGradients
 from ..layout import Layout
-from .identities import Fit, Trial, check_split, check_sum, fitted, of_the_loop
+from .identities import Fit, PassTrial, Trial, check_split, check_sum, fitted, of_the_loop
 from .listen import Listeners
 from .penalty import penalty_gradients
-from .records import Arrays, Captured, CaptureOptions, Factors, Settled, Step
-from .stored import factor_arrays, gradient_arrays
+from .records import Arrays, Captured, CaptureOptions, Factors, Step
+from .stored import factor_arrays, gradient_arrays, joined
 
 log = logging.getLogger("attrib")
 
 CHECK_FIRST = 2
-
-Batch = tuple[Tensor, ...]
 
 
 class Capture:
@@ -52,6 +54,15 @@ class Capture:
         """Take off all hooks."""
         self._listeners.remove()
 
+    @property
+    def pulled(self) -> bool:
+        """Whether a backward pass was heard since `clear`."""
+        return self._listeners.pulled
+
+    def announce(self) -> None:
+        """The passes that follow are of another batch."""
+        self._listeners.announce()
+
     def prime(self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]]) -> None:
         """Learn from steps of before, active parameters and batch of each, which rows are whose: as the run had, when a
         batch of that size came first. theta (P,): the parameters now."""
@@ -69,30 +80,39 @@ class Capture:
         """
         with self._listeners.deaf(), torch.enable_grad():
             trial = self._trial(step)
-            factors = self._watched(trial)
+            watched = self._watched(trial)
             due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
-            fits = due or (self._stores and factors is None)
-            trial = of_the_loop(trial) if fits and trial.shares.coarse else trial
-            fit = fitted(trial) if fits else _assumed(trial)
+            trial, fit = _fitted(trial) if due or (self._stores and watched is None) else (trial, _assumed(trial))
             self._note(trial, fit)
             if not self._stores:
                 return _captured(trial, fit, {})
-            # the reduction is in the gradients that came back, clipping is not
-            scale = fit.scale / trial.factor if factors is None else trial.heard.clip
-            if factors is None:
-                with random_state(trial.heard.start):
-                    factors = trial.shares.factors(step.theta, step.batch)
-            log = fit.log
-            if due:
-                check_sum(trial, factors, scale)
-                log = {**log, "split_identity": check_split(trial, factors, scale, fit.scale)}
-            arrays, settled = self._arrays(trial, factors, scale, fit.settled)
-            return _captured(trial, Fit(scale, log, settled), arrays)
+            return self._stored(trial, fit, watched, due)
 
     @property
     def _stores(self) -> bool:
         """Whether shares are stored at all."""
         return self._options.kind != "replay"
+
+    def _stored(self, trial: Trial, fit: Fit, watched: Factors | None, due: bool) -> Captured:
+        if watched is not None:  # the reduction is in the gradients that came back, clipping is not
+            factors, scales = [watched], np.array([trial.heard.clip])
+        else:
+            factors, scales = [], fit.scales / [each.factor for each in trial.passes]
+            for each in trial.passes:
+                with random_state(each.start):
+                    factors.append(each.shares.factors(trial.step.theta, each.batch))
+        log = fit.log
+        if due:
+            check_sum(trial, factors, scales)
+            log = {**log, "split_identity": check_split(trial, factors, scales, fit.scales)}
+        settled, arrays = fit.settled, []
+        for each, found, scale in zip(trial.passes, factors, scales.tolist(), strict=True):
+            if self._options.kind == "gradients":
+                arrays.append(gradient_arrays(self._layout, found, scale, each.batch))
+            else:
+                here, settled = factor_arrays(found, each.batch, settled, trial.step.number)
+                arrays.append(here)
+        return _captured(trial, Fit(scales, log, settled), joined(arrays))
 
     def _note(self, trial: Trial, fit: Fit) -> None:
         """Once, where the shares sum to p.grad as far as a coarse pass lets see, and no further."""
@@ -106,43 +126,82 @@ class Capture:
             )
 
     def _trial(self, step: Step) -> Trial:
-        heard = self._listeners.heard(len(step.batch[0]))
+        heard = self._listeners.heard(step.sizes[0], len(step.passes))
+        settled = step.settled
         if step.number and heard.before is not None and heard.behind is not None:
-            step.settled.draws.settled(step.number, heard.before, heard.behind)
-        factor = 1 / len(step.batch[0]) if self._shares.coarse else 1.0
-        shares, penalty = self._shares.at(step.active, factor), self._options.penalty
+            settled.draws.settled(step.number, heard.before, heard.behind)
+        forwards = check_forwards(heard.forwards, settled.forwards, step.number)
+        step = replace(step, settled=replace(settled, forwards=forwards))
+        passes = []
+        for announced in step.passes:
+            factor = 1 / announced.batch.size / len(step.passes) if self._shares.coarse else 1.0
+            start = heard.start if announced.random is None else announced.random
+            passes.append(PassTrial(announced.batch, start, self._shares.at(step.active, factor), factor))
+        trial = Trial(step, heard, tuple(passes), step.gradient, None)
+        trial = late(trial) or trial if settled.late else trial
+        penalty = self._options.penalty
         if penalty is None:
-            return Trial(step, heard, shares, step.gradient, None, factor)
+            return trial
         gradients = penalty_gradients(penalty, self._model, self._parameters)
         clipped = self._layout.flatten(gradients) * heard.clip  # as p.grad was
-        return Trial(step, heard, shares, step.gradient - clipped, clipped, factor)
+        return replace(trial, examples=step.gradient - clipped, penalty=clipped)
 
     def _watched(self, trial: Trial) -> Factors | None:
         """Of the user's own pass; None where it does not say it all."""
         if trial.heard.sites is None:
             return None
-        with random_state(trial.heard.start):
-            return trial.shares.watched(trial.step.theta, trial.step.batch, *trial.heard.sites)
+        (each,) = trial.passes
+        with random_state(each.start):
+            return each.shares.watched(trial.step.theta, each.batch, *trial.heard.sites)
 
-    def _arrays(self, trial: Trial, factors: Factors, scale: float, settled: Settled) -> tuple[Arrays, Settled]:
-        if self._options.kind == "gradients":
-            return gradient_arrays(self._layout, factors, scale, trial.step), settled
-        return factor_arrays(factors, trial.step, settled)
+
+def late(trial: Trial) -> Trial | None:
+    """The trial with random numbers drawn from the states before the first forward pass of each batch, where those are
+    others than when they were announced."""
+    firsts = trial.heard.firsts
+    if not firsts or all(f is None or torch.equal(f, p.start) for f, p in zip(firsts, trial.passes, strict=True)):
+        return None
+    passes = (p if f is None else replace(p, start=f) for f, p in zip(firsts, trial.passes, strict=True))
+    return replace(trial, passes=tuple(passes))
+
+
+def _fitted(trial: Trial) -> tuple[Trial, Fit]:
+    """Where the loop drew numbers between the announcement of a batch and the loss, those that the loss drew after them."""
+
+    def fit(trial: Trial) -> tuple[Trial, Fit]:
+        trial = of_the_loop(trial) if trial.shares.coarse else trial
+        return trial, fitted(trial)
+
+    try:
+        return fit(trial)
+    except BatchIdentityError:
+        later = late(trial) if trial.step.number == 0 else None
+        if later is None:
+            raise
+        try:
+            later, found = fit(later)
+        except BatchIdentityError:
+            later = None
+        if later is None:
+            raise
+        return later, found._replace(settled=replace(found.settled, late=True))
 
 
 def _assumed(trial: Trial) -> Fit:
     """Of a step that is not checked."""
     settled = trial.step.settled
-    return Fit(settled.reduction.expected(trial.size, trial.heard.clip), {}, settled)
+    return Fit(settled.reduction.expected(trial.step.sizes, trial.heard.clip), {}, settled)
 
 
 def _captured(trial: Trial, fit: Fit, arrays: Arrays) -> Captured:
-    random = fit.settled.draws.stored(trial.heard.before)
+    draws, heard = fit.settled.draws, trial.heard
+    starts = [None if heard.passes == 0 and not heard.forwards else each.start for each in trial.passes]
+    random = [draws.stored(start) for start in starts]
     return Captured(
-        scale=fit.scale,
+        scales=fit.scales,
         shares=arrays,
         penalty=trial.penalty,
-        random=None if random is None else random.numpy(),
+        random=[None if state is None else state.numpy() for state in random],
         log=fit.log,
         settled=fit.settled,
     )

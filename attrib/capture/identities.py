@@ -1,6 +1,6 @@
 """The batch and the split identity of a step, held against passes of the recorder's own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import ShareBound, batch_identity, fit_scale, split_bound, split_gaps
+from ..batch import Batch
+from ..checks import ShareBound, Totals, batch_identity, split_bound, split_gaps
 from ..errors import BatchIdentityError, SplitIdentityError
 from ..generators import generators, random_state
 from ..gradients import ExampleGradients, random_weights
@@ -19,26 +20,45 @@ TRIES = 5
 
 
 @dataclass(frozen=True)
+class PassTrial:
+    """One pass of a step on trial. start: the generators' state before it. shares: at the active parameters of the step, of
+    `factor` times the loss."""
+
+    batch: Batch
+    start: Tensor
+    shares: ExampleGradients
+    factor: float = 1.0
+
+    def total(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (b,), and the gradient of their sum (P,), divided by the factor."""
+        with random_state(self.start):
+            losses, total = self.shares.total(theta, self.batch)
+        return losses / self.factor, total / self.factor
+
+
+@dataclass(frozen=True)
 class Trial:
-    """A step on trial. shares: at its active parameters, of `factor` times the loss; examples, penalty (P,): the parts of
-    its gradient."""
+    """A step on trial. passes: that its gradient was made of; examples, penalty (P,): the parts of its gradient."""
 
     step: Step
     heard: Heard
-    shares: ExampleGradients
+    passes: tuple[PassTrial, ...]
     examples: Tensor
     penalty: Tensor | None
-    factor: float = 1.0
 
     @property
-    def size(self) -> int:
-        return len(self.step.batch[0])
+    def shares(self) -> ExampleGradients:
+        """Of any pass, for what is the same of all."""
+        return self.passes[0].shares
+
+    def totals(self) -> Totals:
+        return Totals.of(self.step.sizes, lambda: (p.total(self.step.theta)[1] for p in self.passes))
 
 
 class Fit(NamedTuple):
-    """The scale of the shares, and what the check that it comes from has shown."""
+    """The scales (M,) of the shares, and what the check that they come from has shown."""
 
-    scale: float
+    scales: np.ndarray
     log: dict[str, float]
     settled: Settled
 
@@ -46,49 +66,65 @@ class Fit(NamedTuple):
 def of_the_loop(trial: Trial) -> Trial:
     """The trial with the multiple of the loss that the loop differentiates: where a pass rounds to few bits, that of another
     multiple rounds otherwise. It is the mean, the sum, or what p.grad says, which comes out nearer with each pass."""
-    step, size = trial.step, trial.size
     for _ in range(TRIES):
-        with random_state(trial.heard.start):
-            total = trial.shares.total(step.theta, step.batch)[1]
-        scale = fit_scale(trial.examples, total)
-        near = 1.0 if scale is None else scale / trial.heard.clip
-        if abs(near - 1) <= torch.finfo(total.dtype).eps ** 0.75:
+        scales = trial.step.settled.reduction.refit(trial.examples, trial.totals())
+        if scales is None:
             break
-        factor = next(
-            (known for known in (1 / size, 1.0) if abs(near * trial.factor / known - 1) < 0.01), near * trial.factor
+        near = scales / trial.heard.clip / [p.factor for p in trial.passes]
+        if (np.abs(near - 1) <= torch.finfo(trial.examples.dtype).eps ** 0.75).all():
+            break
+        trial = replace(
+            trial,
+            passes=tuple(_nearer(p, n, len(trial.passes)) for p, n in zip(trial.passes, near.tolist(), strict=True)),
         )
-        trial = replace(trial, shares=trial.shares.at(step.active, factor), factor=factor)
     return trial
 
 
+def _nearer(each: PassTrial, near: float, passes: int) -> PassTrial:
+    size, factor = each.batch.size, near * each.factor
+    factor = next((known for known in (1 / size / passes, 1 / size, 1.0) if abs(factor / known - 1) < 0.01), factor)
+    return replace(each, shares=each.shares.at(each.shares.active, factor), factor=factor)
+
+
 def fitted(trial: Trial) -> Fit:
-    """The sum of the shares with the loss as it was given; the scale between it and p.grad.
+    """The sum of the shares with the loss as it was given; the scales between it and p.grad.
 
     Raises:
         BatchIdentityError: naming the parameter, and what in the loop may be the reason.
     """
     step, heard, examples = trial.step, trial.heard, trial.examples
-    with random_state(heard.start):
-        losses, total = (found / trial.factor for found in trial.shares.total(step.theta, step.batch))
-        draws = step.settled.draws.settled(step.number, heard.start, generators())
+    losses: list[Tensor] = []
+    draws = step.settled.draws
+
+    def totals() -> Iterator[Tensor]:
+        nonlocal draws
+        for each in trial.passes:
+            with random_state(each.start):
+                found, total = each.shares.total(step.theta, each.batch)
+                draws = draws.settled(step.number, each.start, generators())
+            if len(losses) < len(trial.passes):
+                losses.append(found / each.factor)
+            yield total / each.factor
+
+    known = Totals.of(step.sizes, totals)
     settled = replace(step.settled, draws=draws)
 
     def gross() -> float:
         return heard.clip * _gross(trial, settled)
 
     bound = ShareBound(examples, gross, trial.penalty)
-    scale, reduction = settled.reduction.fit(examples, total, len(losses), heard.clip, bound)
+    scales, reduction = settled.reduction.fit(examples, known, heard.clip, bound)
     if trial.shares.coarse:
         bound = ShareBound(examples, gross, trial.penalty, trial.shares.precision)
     try:
-        gap = batch_identity(trial.shares.layout, examples, scale * total, step.number, bound)
+        gap = batch_identity(trial.shares.layout, examples, known.weighted(scales), step.number, bound)
     except BatchIdentityError as error:
         raise BatchIdentityError(f"{error}{_hint(trial, draws.stochastic, losses)}") from None
-    log = {"loss": float(losses.double().mean()), "batch_identity": gap}
-    return Fit(scale, log, replace(settled, reduction=reduction))
+    log = {"loss": float(torch.cat(losses).double().mean()), "batch_identity": gap}
+    return Fit(scales, log, replace(settled, reduction=reduction))
 
 
-def check_sum(trial: Trial, found: Factors, scale: float) -> None:
+def check_sum(trial: Trial, found: Sequence[Factors], scales: np.ndarray) -> None:
     """What is stored must sum to p.grad as well.
 
     Raises:
@@ -96,92 +132,113 @@ def check_sum(trial: Trial, found: Factors, scale: float) -> None:
     """
     layout, examples = trial.shares.layout, trial.examples
     sums = examples.new_zeros(layout.size)
-    for name, part in layout.slices():
-        for factor in found[name]:
-            sums[part] += factor.total()
+    for factors, scale in zip(found, scales.tolist(), strict=True):
+        for name, part in layout.slices():
+            for factor in factors[name]:
+                sums[part] += scale * factor.total()
 
     def gross() -> float:
-        return scale * sum(float(f.rows().double().norm(dim=1).sum()) for s in found.values() for f in s)
+        each = zip(found, scales.tolist(), strict=True)
+        return sum(
+            abs(scale) * float(f.rows().double().norm(dim=1).sum())
+            for factors, scale in each
+            for s in factors.values()
+            for f in s
+        )
 
     bound = ShareBound(examples, gross, trial.penalty, trial.shares.precision)
-    batch_identity(layout, examples, scale * sums, trial.step.number, bound)
+    batch_identity(layout, examples, sums, trial.step.number, bound)
 
 
-def check_split(trial: Trial, found: Factors, scale: float, whole: float) -> float:
-    """And each be its own example's: for random weights they sum to the gradient of the losses so weighted. `whole`: the
-    factor between the gradient of a loss and its share, of which `scale` is left to be multiplied.
+def check_split(trial: Trial, found: Sequence[Factors], scales: np.ndarray, whole: np.ndarray) -> float:
+    """And each be its own example's: for random weights they sum to the gradient of the losses so weighted. `whole` (M,):
+    the factors between the gradient of a loss and its share, of which `scales` are left to be multiplied.
 
     Raises:
         SplitIdentityError: naming the parameter and the example.
     """
-    step, names = trial.step, trial.shares.layout.names
-    weights, whole = random_weights(trial.size, step.number, step.theta, trial.shares.coarse), whole / trial.factor
-    with random_state(trial.heard.start):
-        truth = trial.shares.vector.gradient(step.theta, step.batch, weights)[1]
+    return max(
+        _check_split(trial, n, factors, float(scales[n]), float(whole[n]) / trial.passes[n].factor)
+        for n, factors in enumerate(found)
+    )
+
+
+def _check_split(trial: Trial, number: int, found: Factors, scale: float, whole: float) -> float:
+    step, each = trial.step, trial.passes[number]
+    names, coarse = each.shares.layout.names, each.shares.coarse
+    weights = random_weights(each.batch.size, step.number + number, step.theta, coarse)
+    with random_state(each.start):
+        truth = each.shares.vector.gradient(step.theta, each.batch, weights)[1]
     sums = {n: sum((f.weighted(weights).total() for f in found[n]), 0.0) for n in names}
     off = np.array([float((scale * sums[n] - whole * truth[n].flatten()).double().norm()) for n in names])
     sizes = np.array([abs(whole) * float(truth[n].double().norm()) for n in names])
-    precision = trial.shares.precision
+    precision = each.shares.precision
     gaps, bound = split_gaps(off, sizes, precision), split_bound(precision)
     worst = int(gaps.argmax())
     if not gaps[worst] <= bound:
         stored = scale * torch.stack([factor.rows() for factor in found[names[worst]]]).sum(0)
+        slot = _worst_slot(step.theta, each, stored, whole, names[worst]) + sum(step.sizes[:number])
         raise SplitIdentityError(
             f"the shares to be stored are other examples': got a gap of {gaps[worst]:.3g} of their size, expected at "
-            f"most {bound:.1g}, at parameter {names[worst]!r}, slot {_worst_slot(trial, stored, whole, names[worst])} of "
-            f'the batch, step {step.number}. Record with capture="replay". The step was refused.'
+            f"most {bound:.1g}, at parameter {names[worst]!r}, slot {slot} of the batch, step {step.number}. Record with "
+            f'capture="replay". The step was refused.'
         )
     return float(gaps[worst])
 
 
-def _worst_slot(trial: Trial, stored: Tensor, whole: float, name: str) -> int:
+def _worst_slot(theta: Tensor, each: PassTrial, stored: Tensor, whole: float, name: str) -> int:
     """Whose stored share of a parameter, (B, p), is furthest from the gradient of its loss."""
-    with random_state(trial.heard.start):
-        rows = trial.shares.vector.rows(trial.step.theta, trial.step.batch, [name])
+    with random_state(each.start):
+        rows = each.shares.vector.rows(theta, each.batch, [name])
         truth = torch.stack([row[name].flatten() for row in rows])
     return int((stored - whole * truth).norm(dim=1).argmax())
 
 
-def _hint(trial: Trial, stochastic: bool, losses: Tensor) -> str:
+def _hint(trial: Trial, stochastic: bool, losses: Sequence[Tensor]) -> str:
     """What in the loop may be why shares and p.grad differ."""
-    passes = trial.heard.passes
-    if stochastic and passes == 0:
+    heard = trial.heard
+    if stochastic and heard.passes == 0:
         return (
             " The loss draws random numbers (dropout), and no forward pass of the model was heard, so that they cannot be "
             "drawn again: pass attrib.record the model that the loop calls, the compiled one where that is."
         )
-    if stochastic and trial.heard.compiled:
+    if stochastic and heard.compiled:
         return (
             " The loss draws random numbers (dropout), and torch.compile's default backend draws other ones than the model "
             "itself: set torch._inductor.config.fallback_random = True before the first call."
         )
-    if stochastic and passes > 1:
+    if stochastic and heard.passes > 1 and not heard.forwards:
         return (
-            f" The step made {passes} forward passes and the loss draws random numbers (dropout), which are drawn again "
-            f"as for one: make one forward pass a step, or put dropout into eval mode."
+            f" The step made {heard.passes} forward passes and the loss draws random numbers (dropout), which are drawn "
+            f"again as for one: announce the batch of each before it, with recorder.batch(index, *batch), and call "
+            f"recorder.step() without a batch; or put dropout into eval mode."
         )
-    with random_state(trial.heard.start):
-        again = trial.shares.vector.values(trial.step.theta, trial.step.batch)
-    if torch.equal(losses, again):
-        return ""
-    return (
-        f" The loss gives other values when it is computed again (up to {float((losses - again).abs().max()):.2g} "
-        f"apart): it draws random numbers from a generator of its own. Draw them with torch's, Python's or numpy's "
-        f"global one."
-    )
+    for n, each in enumerate(trial.passes):
+        with random_state(each.start):
+            again = each.shares.vector.values(trial.step.theta, each.batch) / each.factor
+        if not torch.equal(losses[n], again):
+            apart = float((losses[n] - again).abs().max())
+            return (
+                f" The loss gives other values when it is computed again (up to {apart:.2g} apart): it draws random numbers "
+                f"from a generator of its own. Draw them with torch's, Python's or numpy's global one."
+            )
+    return ""
 
 
 def _gross(trial: Trial, settled: Settled) -> float:
     """sum_i |g_i|, times the reduction: no larger than what the optimizer's gradient may have cancelled from."""
-    norms = [float(rows.double().norm(dim=1).sum()) for rows in _share_rows(trial, settled.draws.stochastic)]
-    return sum(norms) / trial.factor / (trial.size if settled.reduction.kind != "sum" else 1)
+    total = 0.0
+    for each in trial.passes:
+        norms = [float(rows.double().norm(dim=1).sum()) for rows in _share_rows(trial, each, settled.draws.stochastic)]
+        total += sum(norms) / each.factor / (each.batch.size if settled.reduction.kinds != ("sum",) else 1)
+    return total / (len(trial.passes) if settled.reduction.kinds != ("sum",) else 1)
 
 
-def _share_rows(trial: Trial, stochastic: bool) -> Iterator[Tensor]:
+def _share_rows(trial: Trial, each: PassTrial, stochastic: bool) -> Iterator[Tensor]:
     """The gradients of the examples in slices (b, P); where a slice would draw other numbers, or have other losses, all at
     once."""
-    step, size = trial.step, trial.size
-    at_once = size if stochastic or trial.shares.coupled else trial.shares.rows_at_once()
+    size = each.batch.size
+    at_once = size if stochastic or each.shares.coupled else each.shares.rows_at_once()
     for lo in range(0, size, at_once):
-        with random_state(trial.heard.start):
-            yield trial.shares.rows(step.theta, tuple(b[lo : lo + at_once] for b in step.batch))
+        with random_state(each.start):
+            yield each.shares.rows(trial.step.theta, each.batch.take(slice(lo, lo + at_once)))

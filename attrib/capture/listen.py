@@ -15,14 +15,17 @@ from ..gradients.assignment import Trace
 
 @dataclass(frozen=True)
 class Heard:
-    """clip: the factor on all gradients since the backward pass. passes: how many went forward. before, behind: the state of
-    the generators around the last of them, None where none was heard. start: `before`, or the state now. sites: of the one
-    pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is."""
+    """clip: the factor on all gradients since the backward pass. passes: how many went forward, of the loop's own; forwards:
+    of each announced batch. before, behind: the state of the generators around the last of them, None where none was heard.
+    firsts: the state before the first forward pass of each announced batch. start: `before`, or the state now. sites: of the
+    one pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is."""
 
     clip: float
     passes: int
+    forwards: tuple[int, ...]
     before: Tensor | None
     behind: Tensor | None
+    firsts: tuple[Tensor | None, ...]
     start: Tensor
     sites: tuple[Trace, list[Tensor | None]] | None
     compiled: bool
@@ -38,17 +41,27 @@ class Listeners:
         sites = sites and not self._compiled  # what is compiled is not followed call by call
         self._watch = Watch(model, dict(zip(names, parameters, strict=True))) if sites else None
 
-    def heard(self, size: int) -> Heard:
-        """Since `clear`, of a batch of so many examples.
+    @property
+    def pulled(self) -> bool:
+        """Whether a backward pass was heard since `clear`."""
+        return self._norms.heard
+
+    def announce(self) -> None:
+        """The forward passes that follow are of another batch."""
+        self._random.announce()
+
+    def heard(self, size: int, announced: int) -> Heard:
+        """Since `clear`, of so many examples in a batch, and announced batches.
 
         Raises:
             BatchIdentityError: the gradients were changed by different factors.
         """
         random = self._random
         start = random.before if random.before is not None else generators()
-        sites = None if self._watch is None else self._watch.seen(size)
+        sites = None if self._watch is None or announced > 1 else self._watch.seen(size)
         clip, compiled = self._norms.clipping(), self._compiled
-        return Heard(clip, random.passes, random.before, random.behind, start, sites, compiled)
+        forwards, firsts = tuple(random.forwards), tuple(random.firsts)
+        return Heard(clip, random.passes, forwards, random.before, random.behind, firsts, start, sites, compiled)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..checks import Draws, Reduction
 from ..gradients.stored import Described
 from ..kernels.factors import Factor
@@ -25,14 +26,27 @@ class CaptureOptions:
 
 
 @dataclass(frozen=True)
+class Announced:
+    """A pass that the gradient of a step is made of: its batch, and the state of the generators when it was announced; None
+    where that was after the pass."""
+
+    batch: Batch
+    random: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Settled:
     """What the steps so far have shown of the loop; nothing before the first.
 
+    forwards: how many forward passes of the model were heard of each announced batch; None where that differs. late: whether
+    the random numbers of a loss start from the state before its forward pass, not from that when it was announced.
     described, shapes: of stored factors what they are, and of one example each array's shape.
     """
 
     reduction: Reduction = field(default_factory=Reduction)
     draws: Draws = field(default_factory=Draws)
+    forwards: int | None = None
+    late: bool = False
     described: Described | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -46,22 +60,27 @@ class Step:
     theta: Tensor
     gradient: Tensor
     active: frozenset[str]
-    batch: tuple[Tensor, ...]
+    passes: tuple[Announced, ...]
     settled: Settled
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the passes."""
+        return tuple(announced.batch.size for announced in self.passes)
 
 
 @dataclass(frozen=True)
 class Captured:
     """What there is to record of a step.
 
-    scale: share = scale * gradient of the example's loss; NaN where it is not known. shares: the arrays to be stored.
-    penalty: its part of the gradient (P,). random: the generators' state before the forward pass, (bytes,) uint8, where the
+    scales: share = scale * gradient of the example's loss, of each pass; NaN where it is not known. shares: the arrays to be
+    stored. penalty: its part of the gradient (P,). random: the generators' state before each pass, (bytes,) uint8, where the
     loss draws numbers. log: the mean loss and the identities, where they were checked. settled: for the next step.
     """
 
-    scale: float
+    scales: np.ndarray
     shares: Arrays
     penalty: Tensor | None
-    random: np.ndarray | None
+    random: list[np.ndarray | None]
     log: dict[str, float]
     settled: Settled

@@ -6,15 +6,24 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from ..batch import Batch
 from ..errors import BatchError
 from ..gradients import describe, parameter_of, to_tensors
 from ..layout import Layout
-from .records import Arrays, Factors, Settled, Step
+from .records import Arrays, Factors, Settled
 
 
-def gradient_arrays(layout: Layout, found: Factors, scale: float, step: Step) -> Arrays:
+def joined(passes: Sequence[Arrays]) -> Arrays:
+    """Of all passes of a step, one behind the other."""
+    if len(passes) == 1:
+        return passes[0]
+    return {name: np.concatenate([arrays[name] for arrays in passes]) for name in passes[0]}
+
+
+def gradient_arrays(layout: Layout, found: Factors, scale: float, batch: Batch) -> Arrays:
     """The shares themselves, (B, P)."""
-    rows = np.zeros((len(step.batch[0]), layout.size), dtype=_array(step.theta[:0]).dtype)
+    dtype = _array(next(f for factors in found.values() for f in factors).total()[:0]).dtype
+    rows = np.zeros((batch.size, layout.size), dtype=dtype)
     for name, part in layout.slices():
         for factor in found[name]:
             rows[:, part] += _array(factor.rows())
@@ -22,7 +31,7 @@ def gradient_arrays(layout: Layout, found: Factors, scale: float, step: Step) ->
     return {"gradients": rows}
 
 
-def factor_arrays(found: Factors, step: Step, settled: Settled) -> tuple[Arrays, Settled]:
+def factor_arrays(found: Factors, batch: Batch, settled: Settled, step: int) -> tuple[Arrays, Settled]:
     """The factors as named arrays, of one kind and shape over a run: those of the first step.
 
     Raises:
@@ -37,15 +46,15 @@ def factor_arrays(found: Factors, step: Step, settled: Settled) -> tuple[Arrays,
             raise BatchError(
                 f"the factors of an example have another shape than at the first step: got {shape}, expected "
                 f"{first[name]}, at {parameter_of(described, name)!r}, array {name}, step "
-                f"{step.number}. Pad batches to one length, or record with "
+                f"{step}. Pad batches to one length, or record with "
                 f'capture="replay" or "gradients". The step was refused.'
             )
-    return _own(tensors, step.batch), replace(settled, described=described, shapes=first)
+    return _own(tensors, batch), replace(settled, described=described, shapes=first)
 
 
-def _own(tensors: dict[str, Tensor], batch: Sequence[Tensor]) -> Arrays:
+def _own(tensors: dict[str, Tensor], batch: Batch) -> Arrays:
     """As arrays; copies where they share the batch's memory, which the caller may fill again before they are written."""
-    inputs = {b.untyped_storage().data_ptr() for b in batch}
+    inputs = {b.untyped_storage().data_ptr() for b in batch.tensors}
     return {n: _array(t.clone() if t.untyped_storage().data_ptr() in inputs else t) for n, t in tensors.items()}
 
 

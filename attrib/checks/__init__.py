@@ -3,33 +3,39 @@
 - `intake`: the arguments of `attrib.record` and `recorder.step`
 - `guard`: what must not change between steps: parameters, buffers, modes
 - `randomness`: the generators' states before the forward pass
-- `reduction`: the common factor between the examples' gradients and p.grad
+- `reduction`: the factors between the examples' gradients and p.grad
 - `identities`: shares sum to p.grad; the replayed update is the real one
 """
 
 from .guard import Guard
 from .identities import ShareBound, batch_identity, same_bits, same_state, split_bound, split_gaps, step_identity
-from .intake import check_batch, check_gradient, check_ids, check_options, names_of
+from .intake import check_batch, check_forwards, check_gradient, check_ids, check_options, hold, names_of
 from .randomness import Draws, RandomWatch
-from .reduction import NormWatch, Reduction, fit_scale
+from .reduction import KINDS, NormWatch, Reduction, Totals, fit_scale, fit_scales, weights_of
 
 __all__ = [
+    "KINDS",
     "Draws",
     "Guard",
     "NormWatch",
     "RandomWatch",
     "Reduction",
     "ShareBound",
+    "Totals",
     "batch_identity",
     "check_batch",
+    "check_forwards",
     "check_gradient",
     "check_ids",
     "check_options",
     "fit_scale",
+    "fit_scales",
+    "hold",
     "names_of",
     "same_bits",
     "same_state",
     "split_bound",
     "split_gaps",
     "step_identity",
+    "weights_of",
 ]

@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch, Shared, leaves_of, places
 from ..errors import BatchError, BatchIdentityError, LossError
+from ..functional import ordinary
+from ..inputs import Inputs, inputs_of
 from ..layout import Layout
 
 CAPTURES = ("replay", "gradients", "factors")
@@ -44,10 +47,8 @@ def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[str, .
     return tuple(names)
 
 
-def check_batch(
-    index: Any, batch: tuple[Any, ...], before: np.dtype[Any] | None = None
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Ids as `check_ids` has them, of the type of those `before`, and the batch as arrays."""
+def check_batch(index: Any, args: tuple[Any, ...], before: np.dtype[Any] | None = None) -> tuple[np.ndarray, Batch]:
+    """Ids as `check_ids` has them, of the type of those `before`, and the batch."""
     ids = check_ids(index)
     if before is not None and ids.dtype != before:
         now, then = ("strings", "numbers") if ids.dtype == object else ("numbers", "strings")
@@ -55,28 +56,89 @@ def check_batch(
             f"the ids are of another kind: got {now}, expected {then} as in the steps before, at the index. Call every "
             f"example of a run by a number, or every one by a string."
         )
-    if not batch:
-        raise BatchError("the batch is missing: got no tensors, expected step(index, *batch) as given to the loss.")
-    rows = []
-    for j, value in enumerate(batch):
-        if not isinstance(value, Tensor) or value.dim() == 0:
+    if not args:
+        raise BatchError(
+            "the batch is missing: got no tensors, expected step(index, *batch), or batch(index, *batch) before the forward "
+            "pass, as given to the loss."
+        )
+    try:
+        batch = Batch.of(args, len(ids))
+    except TypeError as error:
+        got, where = error.args
+        raise BatchError(
+            f"a part of the batch cannot be stored: got {got}, expected tensors with {len(ids)} rows, numbers, texts or "
+            f"None, in dicts with keys that are texts, lists and tuples, at {where} after the index. Convert it in the "
+            f"training loop, as torch.as_tensor does arrays."
+        ) from None
+    _check_rows(batch, args)
+    return ids, batch.map(ordinary)
+
+
+def _check_rows(batch: Batch, args: tuple[Any, ...]) -> None:
+    """Raise BatchError where a tensor has neither a row per example, nor one for all, nor was said to be shared."""
+    said = [isinstance(leaf, Shared) for leaf in leaves_of(args)]
+    for leaf, rows, known, where in zip(batch.leaves, batch.rows, said, places(batch.tree), strict=True):
+        if isinstance(leaf, Tensor) and not rows and not known and leaf.dim() and len(leaf) != 1:
             raise BatchError(
-                f"a part of the batch is no batched tensor: got {type(value).__name__}, expected a tensor with "
-                f"{len(ids)} rows, at argument {j} after the index."
+                f"index and batch differ in length: got {batch.size} ids and {len(leaf)} rows, expected as many, at {where} "
+                f"after the index. Where all examples share the tensor, say so: attrib.shared(tensor)."
             )
-        if len(value) != len(ids):
-            raise BatchError(
-                f"index and batch differ in length: got {len(ids)} ids and {len(value)} rows, expected as many, at "
-                f"argument {j} after the index."
+    if not any(batch.rows):
+        raise BatchError(
+            f"the batch has no rows: got no tensor with a row for each of the {batch.size} ids, expected one at least. Give "
+            f"the examples, such as their index as a tensor, beside what they share."
+        )
+
+
+def hold(batch: Batch, before: tuple[Batch, Inputs] | None) -> tuple[Batch, Inputs]:
+    """Copies, since the caller may fill the same tensors again; of a batch that comes again, those made `before`.
+
+    Raises:
+        BatchError: a tensor does not hold plain numbers.
+    """
+    if before is not None and _same(batch, before[0]):
+        return before
+    batch = batch.map(lambda t: t.detach().clone())
+    try:
+        return batch, inputs_of(batch)
+    except TypeError as error:
+        got, where = error.args
+        raise BatchError(
+            f"a part of the batch cannot be stored: got {got}, expected plain numbers, at {where} after the index. Convert "
+            f"it in the training loop, e.g. with t.to_dense()."
+        ) from error
+
+
+def _same(a: Batch, b: Batch) -> bool:
+    if a.kind != b.kind or a.size != b.size or a.numbers != b.numbers:
+        return False
+    each = zip(a.tensors, b.tensors, strict=True)
+    return all(s.device == t.device and s.shape == t.shape and torch.equal(s, t) for s, t in each)
+
+
+def check_forwards(heard: Sequence[int], usual: int | None, step: int) -> int | None:
+    """How many forward passes follow each announced batch: as many as `usual`, at the first step as many for each.
+
+    Raises:
+        BatchError: an announcement is missing, or was made twice.
+    """
+    if not heard:
+        return usual
+    if step == 0:
+        return heard[0] if len(set(heard)) == 1 else None
+    if usual is None:
+        return None
+    for n, count in enumerate(heard):
+        if count != usual:
+            what = (
+                "an announcement is missing" if count > usual else "a batch was announced, and no pass of it was made"
             )
-        try:
-            rows.append(value.detach().cpu().numpy())
-        except TypeError:
             raise BatchError(
-                f"a part of the batch cannot be stored: got {value.dtype}, expected a type that numpy has, at argument "
-                f"{j} after the index. Convert it in the training loop, e.g. to float32."
-            ) from None
-    return ids, rows
+                f"{what}: got {count} forward passes of the model after batch {n + 1} of {len(heard)}, expected {usual} as "
+                f"before, at step {step}. Call recorder.batch(index, *batch) once before the forward pass of each batch. "
+                f"The step was refused."
+            )
+    return usual
 
 
 def check_ids(index: Any) -> np.ndarray:

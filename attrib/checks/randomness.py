@@ -19,13 +19,16 @@ class RandomWatch:
     compiled model is heard whether it is called itself or the one within; what is compiled holds no trace of the hooks.
 
     before, behind: the state around the last forward pass with gradients, None before the first: torch's generator, Python's
-    and numpy's global ones. passes: how many there were since `clear`. busy: while the recorder runs the model itself.
+    and numpy's global ones. passes: how many there were since `clear`. forwards, firsts: of each batch that was announced
+    how many followed, and the state before the first of them. busy: while the recorder runs the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.before: Tensor | None = None
         self.behind: Tensor | None = None
         self.passes = 0
+        self.forwards: list[int] = []
+        self.firsts: list[Tensor | None] = []
         self.busy = False
         self._hooks = [
             handle
@@ -36,6 +39,9 @@ class RandomWatch:
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled():
             self.before, self.passes = generators(), self.passes + 1
+            if self.forwards:
+                self.forwards[-1] += 1
+                self.firsts[-1] = self.before if self.firsts[-1] is None else self.firsts[-1]
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         heard = not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled()
@@ -45,11 +51,17 @@ class RandomWatch:
     def __deepcopy__(self, memo: Any) -> "RandomWatch":
         copied = object.__new__(RandomWatch)
         copied.before, copied.behind, copied.passes, copied.busy, copied._hooks = None, None, 0, True, []
+        copied.forwards, copied.firsts = [], []
         return copied
+
+    def announce(self) -> None:
+        """What follows is of another batch."""
+        self.forwards.append(0)
+        self.firsts.append(None)
 
     def clear(self) -> None:
         """The step is over."""
-        self.passes = 0
+        self.passes, self.forwards, self.firsts = 0, [], []
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -27,6 +27,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..batch import Batch
 from ..errors import LossError
 from ..functional import Functional
 from ..generators import generators, set_generators
@@ -38,7 +39,6 @@ from .sites import load_forward_mode
 log = logging.getLogger("attrib")
 
 Named = dict[str, Tensor]
-Batch = tuple[Any, ...]
 
 # what torch raises where an operation lacks a derivative of the asked kind
 LACKING = (NotImplementedError, RuntimeError)
@@ -78,7 +78,7 @@ class LossVector:
     def values(self, theta: Tensor, batch: Batch) -> Tensor:
         """(P,), batch -> (B,)."""
         with torch.enable_grad():  # a loss may differentiate on its way
-            return self._evaluate(self.parameters(theta), batch).detach()
+            return self._evaluate(self.parameters(theta), Batch.of(batch)).detach()
 
     def parameters(self, theta: Tensor) -> Named:
         """Leaves by name, copies of the slices of theta."""
@@ -87,7 +87,7 @@ class LossVector:
 
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Named]:
         """(P,), batch, v (B,) -> losses (B,), G(v) by name; of what the loss does not depend on, zeros."""
-        with self._graph(theta, batch) as (parameters, losses):
+        with self._graph(theta, Batch.of(batch)) as (parameters, losses):
             found = self._pull((losses * weights).sum(), parameters)
         return losses.detach(), found
 
@@ -95,11 +95,11 @@ class LossVector:
         self, theta: Tensor, batch: Batch, directions: Named, groups: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:
         """(P,), batch, U by name (Q, *parameter), names of each group -> losses (B,), (Q, B, G) float64."""
-        start, queries = generators(), len(next(iter(directions.values())))
+        start, queries, batch = generators(), len(next(iter(directions.values()))), Batch.of(batch)
         groups = [[name for name in group if name in self.active] for group in groups]
         passes = queries * len(groups)
         moving = {name: u for name, u in directions.items() if name in self.active}
-        way = "single" if passes > len(batch[0]) else self._way(theta, batch, moving, start)
+        way = "single" if passes > batch.size else self._way(theta, batch, moving, start)
         while True:
             set_generators(start)
             try:
@@ -112,7 +112,7 @@ class LossVector:
 
     def rows(self, theta: Tensor, batch: Batch, names: Sequence[str]) -> Iterator[Named]:
         """(P,), batch -> of each example in turn g_i by name."""
-        with self._graph(theta, batch) as (parameters, losses):
+        with self._graph(theta, Batch.of(batch)) as (parameters, losses):
             chosen = {name: parameters[name] for name in names}
             for loss in losses:
                 yield self._pull(loss, chosen, retain=True)
@@ -199,7 +199,7 @@ class LossVector:
         return abs(float(terms.sum()) - want) <= torch.finfo(theta.dtype).eps ** 0.5 * scale
 
     def _kind(self, batch: Batch) -> Any:
-        return self.active, tuple((a.dim(), a.dtype) if isinstance(a, Tensor) else repr(a) for a in batch)
+        return self.active, batch.kind
 
     # evaluations
 
@@ -208,12 +208,12 @@ class LossVector:
         """The leaves and the losses, to be differentiated within: the model holds the leaves until then."""
         parameters = self.parameters(theta)
         with torch.enable_grad(), self._loss.bound(parameters):
-            losses = check_losses(self._loss.run(*batch), batch)
+            losses = check_losses(self._loss.run(*batch.args), batch)
             self._loss.check_constants()
             yield parameters, losses
 
     def _evaluate(self, parameters: Named, batch: Batch) -> Tensor:
-        losses = self._loss(parameters, *batch)
+        losses = self._loss(parameters, *batch.args)
         self._loss.check_constants()
         return check_losses(losses, batch)
 

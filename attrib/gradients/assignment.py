@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..generators import random_state
 from .along import random_weights
 from .batchwise import Batchwise, find
@@ -63,12 +64,12 @@ class Trace:
     coarse: bool = False
 
 
-Follow = Callable[[tuple[Any, ...]], Trace]  # a batch -> its forward pass, with the values at the sites
+Follow = Callable[[Batch], Trace]  # a batch -> its forward pass, with the values at the sites
 
 
-def few(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+def few(batch: Batch) -> Batch:
     """The first examples of a batch."""
-    return tuple(a[:PROBED] if isinstance(a, Tensor) else a for a in batch)
+    return batch.take(slice(0, PROBED))
 
 
 def kind_of(trace: Trace) -> tuple[Any, ...]:
@@ -82,7 +83,7 @@ def calls_of(trace: Trace) -> tuple[Any, ...]:
     return tuple((site.call.function, *sorted(names_of(site))) for site in trace.sites)
 
 
-def assigned(follow: Follow, batch: tuple[Any, ...], start: Tensor | None) -> tuple[Trace, Assignment]:
+def assigned(follow: Follow, batch: Batch, start: Tensor | None) -> tuple[Trace, Assignment]:
     """From some examples, one backward pass for each of three; `start`: the generators' state for every pass."""
     with random_state(start):
         trace = follow(batch)
@@ -152,9 +153,7 @@ def _kind(site: Site, size: int) -> tuple[Any, ...]:
     return (site.call.function, *sorted(names_of(site)), shape, site.volatile)
 
 
-def _readings(
-    follow: Follow, batch: tuple[Any, ...], trace: Trace, start: Tensor | None
-) -> tuple[list[Batchwise | None], bool]:
+def _readings(follow: Follow, batch: Batch, trace: Trace, start: Tensor | None) -> tuple[list[Batchwise | None], bool]:
     """Replace some examples in turn by their neighbours, the random numbers being the same, and see what changes; and
     whether the loss of another example does."""
     size = len(trace.losses)
@@ -165,9 +164,8 @@ def _readings(
     for i in torch.linspace(0, size - 1, min(size, PROBED)).long().tolist():
         order = torch.arange(size)
         order[i] = (i + 1) % size
-        other = tuple(a[order.to(a.device)] if isinstance(a, Tensor) else a for a in batch)
         with random_state(start):
-            replaced = follow(other)
+            replaced = follow(batch.take(order))
         moved = _differs(replaced.losses.detach(), trace.losses.detach())
         moved[i] = False
         coupled = coupled or bool(moved.any())

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..errors import ChangedOutsideError, LossError
 
 
@@ -26,10 +27,10 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
-def check_losses(losses: Any, batch: tuple[Any, ...]) -> Tensor:
+def check_losses(losses: Any, batch: Batch) -> Tensor:
     """Return the losses if they are (B,) and finite, else raise LossError."""
-    size = next((len(a) for a in batch if isinstance(a, Tensor) and a.dim()), None)
-    if not isinstance(losses, Tensor) or losses.dim() != 1 or (size is not None and len(losses) != size):
+    size = batch.size
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) != size:
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise LossError(
             f"the loss is not one number per example: got {got}, expected shape ({size},). "

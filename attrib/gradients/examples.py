@@ -19,6 +19,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..budget import slice_bytes
 from ..functional import Functional
 from ..generators import generators, random_state
@@ -26,7 +27,7 @@ from ..kernels.factors import Dense, Factor
 from ..layout import Layout
 from ..program import Programs
 from ..program import kind_of as kind_of_inputs
-from .along import Batch, LossVector, random_weights
+from .along import LossVector, random_weights
 from .assignment import Assignment, Trace, calls_of, kind_of, ownership
 from .checks import check_losses, refuse_written_buffers
 from .forms import Form, Forms
@@ -97,15 +98,17 @@ class ExampleGradients:
 
     def total(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(P,), batch -> losses (B,), sum of all shares (P,)."""
-        return self.gradient(theta, batch, torch.ones(len(batch[0]), dtype=theta.dtype, device=theta.device))
+        batch = Batch.of(batch)
+        return self.gradient(theta, batch, torch.ones(batch.size, dtype=theta.dtype, device=theta.device))
 
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(P,), batch, v (B,) -> losses (B,), the gradient of v . losses (P,): by backward passes, not by sites."""
+        batch = Batch.of(batch)
         form = self._forms.of(theta, batch)
         losses: list[Tensor] = []
         sums, done = theta.new_zeros(self.layout.size), 0
         for part, fresh in self._forms.slices(form, batch):
-            here = weights[done - fresh : done - fresh + len(part[0])].clone()
+            here = weights[done - fresh : done - fresh + part.size].clone()
             here[:fresh] = 0.0
             found, pulled = self.vector.gradient(theta, part, here)
             losses.append(found[fresh:])
@@ -115,7 +118,7 @@ class ExampleGradients:
 
     def hvp(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
         """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the sum of the losses, over all parameters."""
-        return torch.stack([*map(self._loss.hessian(theta, *batch), directions)])
+        return torch.stack([*map(self._loss.hessian(theta, *Batch.of(batch).args), directions)])
 
     def contract(
         self, theta: Tensor, batch: Batch, directions: Tensor, groups: Sequence[int] | None = None
@@ -125,10 +128,11 @@ class ExampleGradients:
         groups: of each tensor the number of its group. What goes by the derivative along U is had per group, and stands at
         the first of its tensors; None tells all tensors apart.
         """
+        batch = Batch.of(batch)
         form = self._forms.of(theta, batch)
         named = self.layout.unflatten(directions.to(theta.dtype))
         number = {name: k for k, name in enumerate(self.layout.names)}
-        shape = len(number), len(directions), len(batch[0])
+        shape = len(number), len(directions), batch.size
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
         losses: list[Tensor] = []
         done = 0
@@ -152,14 +156,16 @@ class ExampleGradients:
 
     def rows(self, theta: Tensor, batch: Batch) -> Tensor:
         """(P,), batch -> the gradient of each example, (B, P)."""
+        batch = Batch.of(batch)
         found = self.factors(theta, batch)
-        out = theta.new_zeros(len(batch[0]), self.layout.size)
+        out = theta.new_zeros(batch.size, self.layout.size)
         for name, part in self.layout.slices():
             out[:, part] = rows_of(found[name])
         return out
 
     def factors(self, theta: Tensor, batch: Batch) -> dict[str, list[Factor]]:
         """(P,), batch -> of each parameter the factors that sum to its gradients; written out where there are none."""
+        batch = Batch.of(batch)
         form, start = self._forms.of(theta, batch), generators()
         if form.reason is not None:
             return self._written_out(theta, batch, list(self.layout.names), start)
@@ -213,15 +219,14 @@ class ExampleGradients:
         moving = [n for n in self.layout.names if n in self.active]
         if form.reason is not None:
             return self.vector.values(theta, batch), [], moving
-        count, tensors = len(self.layout.names), [isinstance(a, Tensor) for a in batch]
+        count = len(self.layout.names)
         known: list[Assignment] = []  # from the call that comes before tracing
 
         def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], dict[str, Tensor], list[str]]:
             named = zip(self.layout.names, inputs[:count], strict=True)
             parameters = {n: p.detach().requires_grad_(n in self.active) for n, p in named}
             along = dict(zip(moving, inputs[count : count + len(moving)], strict=True))
-            rest = iter(inputs[count + len(moving) :])
-            given = tuple(next(rest) if t else a for t, a in zip(tensors, batch, strict=True))
+            given = batch.with_tensors(inputs[count + len(moving) :])
             with self._loss.bound(parameters):
                 trace = self._forms.follow(parameters, given, checked=not known)
                 if not known:
@@ -233,10 +238,10 @@ class ExampleGradients:
             return trace.losses.detach(), found, gaps, list(assignment.whole)
 
         parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
-        inputs = [*parameters, *(directions[n] for n in moving), *(a for a in batch if isinstance(a, Tensor))]
-        fixed = tuple(a for a in batch if not isinstance(a, Tensor))
-        kind = kind_of_inputs(inputs), self.active, repr(fixed), self._factor
-        losses, terms, gaps, whole = self._programs(kind, function, inputs)
+        inputs = [*parameters, *(directions[n] for n in moving), *batch.tensors]
+        kind = kind_of_inputs(inputs), self.active, batch.kind, self._factor
+        run = function(inputs) if batch.numbers else self._programs(kind, function, inputs)  # they may anneal
+        losses, terms, gaps, whole = run
         return check_losses(losses, batch), terms, sorted({*whole, *self._forms.misread(gaps)})
 
     # written out
@@ -250,7 +255,7 @@ class ExampleGradients:
             with random_state(start):
                 mapped = rows_by_vmap(self._loss, parameters, batch, moving)
             with random_state(start):
-                weights = random_weights(len(batch[0]), len(batch[0]), theta, self.coarse)
+                weights = random_weights(batch.size, batch.size, theta, self.coarse)
                 pulled = self.vector.gradient(theta, batch, weights)[1] if mapped else {}
             out |= {n: rows for n, rows in mapped.items() if agree(rows, pulled[n], weights)}
         rest = [name for name in moving if name not in out]
@@ -259,7 +264,7 @@ class ExampleGradients:
                 rows = list(self.vector.rows(theta, batch, rest))
             out |= {name: torch.stack([r[name] for r in rows]) for name in rest}
         shapes = dict(zip(self.layout.names, self.layout.shapes, strict=True))
-        return {n: [Dense(out[n] if n in out else theta.new_zeros(len(batch[0]), *shapes[n]))] for n in names}
+        return {n: [Dense(out[n] if n in out else theta.new_zeros(batch.size, *shapes[n]))] for n in names}
 
 
 def _together(names: Sequence[str], number: dict[str, int], groups: Sequence[int] | None) -> list[list[str]]:

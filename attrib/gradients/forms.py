@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..errors import ChangedOutsideError, LossError
 from ..functional import Functional
 from ..generators import generators, random_state, set_generators
-from .along import Batch, LossVector
+from .along import LossVector
 from .assignment import Assignment, Trace, assigned, calls_of, few, kind_of, unproven
 from .checks import check_losses, first_line
 from .sites import SiteTracer
@@ -71,8 +72,7 @@ class Forms:
         return any(assignment.coupled for assignment in self.assignments.values())
 
     def of(self, theta: Tensor, batch: Batch) -> Form:
-        shapes = tuple((a.dim(), a.dtype) if isinstance(a, Tensor) else repr(a) for a in batch)
-        kind = self.vector.active, len(batch[0]) == 1, shapes
+        kind = self.vector.active, batch.size == 1, batch.kind
         if kind not in self._forms:
             with random_state(generators()):
                 self._forms[kind] = self._judge(theta, batch)
@@ -130,12 +130,12 @@ class Forms:
 
     def slices(self, form: Form, batch: Batch) -> Iterator[tuple[Batch, int]]:
         """The batch in slices of one size, so the last may begin with examples seen already: how many."""
-        size = len(batch[0])
+        size = batch.size
         most = max(1, int(self._slice_bytes // form.bytes)) if form.bytes else size
         length = -(-size // -(-size // most))
         for lo in range(0, size, length):
             at = min(lo, size - length)
-            yield tuple(a[at : at + length] if isinstance(a, Tensor) else a for a in batch), lo - at
+            yield batch.take(slice(at, at + length)), lo - at
 
     def assignment(self, theta: Tensor, trace: Trace, batch: Batch, form: Form) -> Assignment:
         """Of the trace's kind; the model is bound to the leaves of `trace`, which is of `batch`."""
@@ -172,11 +172,10 @@ class Forms:
     def follow(self, parameters: dict[str, Tensor], batch: Batch, values: bool = False, checked: bool = True) -> Trace:
         """One forward pass, the model being bound to `parameters`."""
         start = generators() if checked else None
-        batch = tuple(a.detach() if isinstance(a, Tensor) else a for a in batch)
-        data = [a for a in batch if isinstance(a, Tensor)]
+        batch = Batch.of(batch).map(Tensor.detach)
         moving = {n: p for n, p in parameters.items() if p.requires_grad}
-        with torch.enable_grad(), SiteTracer(moving, data, values) as tracer:
-            losses = self._loss.run(*batch)
+        with torch.enable_grad(), SiteTracer(moving, batch.data, values) as tracer:
+            losses = self._loss.run(*batch.args)
         if checked:
             self._loss.check_constants()
             check_losses(losses, batch)

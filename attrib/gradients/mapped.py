@@ -2,32 +2,34 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..batch import Batch
 from ..functional import Functional, mapped
 
 log = logging.getLogger("attrib")
 
 
 def rows_by_vmap(
-    loss: Functional, parameters: dict[str, Tensor], batch: tuple[Any, ...], names: Sequence[str]
+    loss: Functional, parameters: dict[str, Tensor], batch: Batch, names: Sequence[str]
 ) -> dict[str, Tensor]:
     """(B, *parameter) by name; nothing where a call does not map over examples or draws random numbers. Whether the loss of
     an example by itself is what it is in the batch has to be seen to."""
     fixed = {n: t.detach() for n, t in parameters.items()}
 
     def one(moving: dict[str, Tensor], *example: Any) -> Tensor:
-        rows = tuple(e[None] if isinstance(e, Tensor) else e for e in example)
-        return loss({**fixed, **moving}, *rows)[0]
+        rows = [e[None] if rows else e for e, rows in zip(example, batch.rows, strict=True)]
+        return loss({**fixed, **moving}, *replace(batch, size=1, leaves=tuple(rows)).args)[0]
 
-    dims = (None, *(0 if isinstance(a, Tensor) else None for a in batch))
+    dims = (None, *(0 if rows else None for rows in batch.rows))
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not map over examples
-            return mapped(torch.func.grad(one), dims)({n: fixed[n] for n in names}, *batch)
+            return mapped(torch.func.grad(one), dims)({n: fixed[n] for n in names}, *batch.leaves)
     except Exception as error:  # whatever a loss does that one example is not enough for
         log.debug("gradients are not mapped over examples: %s", error)
         return {}

@@ -20,7 +20,7 @@ from ..layout import match_names
 from ..run import Run
 
 Groups = str | Sequence[str]  # parameter names or patterns
-Batch = tuple[np.ndarray, tuple[Tensor, ...]]  # ids (B,), numbers or strings, inputs of B rows each
+IndexedInputs = tuple[np.ndarray, tuple[Any, ...]]  # ids (B,), numbers or strings; what the loss takes after the model
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Intervention:
     def options(self, run: Run, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Change the optimizer's options, set as recorded; a parameter group per tensor of the layout."""
 
-    def batch(self, step: int, batch: Batch) -> Batch:
-        """The batch of a step."""
+    def batch(self, step: int, batch: IndexedInputs) -> IndexedInputs:
+        """A batch of a step."""
         return batch
 
     def gradient(self, run: Run, step: int, model: nn.Module) -> None:

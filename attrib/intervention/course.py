@@ -9,7 +9,7 @@ the batch. Exact for gradients, whatever differentiable function the hooks are; 
 Penalties are added to the reduced loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,15 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..errors import ReplayError
 from ..generators import generators, random_state
 from ..optim import set_options
 from ..run import Run
 from .base import Intervention
 from .during import weighted
-from .schedule import Schedule
+from .schedule import Schedule, ScheduledPass
 
 Backward = Callable[[Tensor, nn.Module], Any]
+Reduced = Callable[
+    [Tensor, nn.Module, Sequence[int]], Any
+]  # the same, knowing how many examples each pass of the step has
 
 
 class Stepper(Protocol):
@@ -33,7 +37,9 @@ class Stepper(Protocol):
 
     def zero_grad(self) -> None: ...
 
-    def step(self, index: Any, *batch: Tensor) -> None: ...
+    def batch(self, index: Any, *batch: Any) -> None: ...
+
+    def step(self, index: Any = None, *batch: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Course:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[..., Tensor]
-    backward: Backward
+    backward: Reduced
     schedule: Schedule
 
     @property
@@ -97,30 +103,56 @@ class Course:
         set_options(self.optimizer, self.run.rule, scheduled.hyper)
         for change in self.interventions:
             change.options(self.run, step, self.optimizer)
-        ids, inputs = scheduled.ids, scheduled.batch
-        for change in self.interventions:
-            ids, inputs = change.batch(step, (ids, inputs))
-        before = random if scheduled.random is None else scheduled.random
-        with random_state(before):
-            stepper.zero_grad()
-            batch = self._differentiate(step, ids, inputs)
-            stepper.step(ids, *batch)
-            return None if before is None else generators()
-
-    def _differentiate(self, step: int, ids: np.ndarray, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Fill p.grad; returns the batch as it is recorded."""
+        batches = [self._batch(step, each) for each in scheduled.passes]
+        stepper.zero_grad()
         if (penalty := self.penalty(step, self.model)).requires_grad:
             penalty.backward()  # first, so that a backward that clips sees it
-        batch, losses = inputs, self.loss(self.model, *inputs)
+        sizes = [len(ids) for ids, _, _ in batches]
+        if len(batches) == 1:
+            ((ids, inputs, drawn),) = batches
+            before = random if drawn is None else drawn
+            with random_state(before):
+                weights = self._differentiate(step, ids, inputs, sizes)
+                self._changed(step)
+                stepper.step(ids, *inputs, *weights)
+                return None if before is None else generators()
+        for ids, inputs, drawn in batches:
+            before = random if drawn is None else drawn
+            with random_state(before):
+                self._announce(step, ids, inputs, stepper)
+                self._differentiate(step, ids, inputs, sizes)
+                random = None if before is None else generators()
+        self._changed(step)
+        stepper.step()
+        return random
+
+    def _announce(self, step: int, ids: np.ndarray, inputs: tuple[Any, ...], stepper: Stepper) -> None:
+        """With the weights, where there are some, that the pass is going to have."""
+        weights: list[Tensor] = []
         if self.has_weights:
-            weights = self._weights(step, losses, ids)
-            batch, losses = (*inputs, weights), weights * losses
-        self.backward(losses, self.model)
+            with random_state(generators()):
+                weights = [self._weights(step, self.loss(self.model, *Batch.of(inputs, len(ids)).args), ids)]
+        stepper.batch(ids, *inputs, *weights)
+
+    def _batch(self, step: int, scheduled: ScheduledPass) -> tuple[np.ndarray, tuple[Any, ...], Tensor | None]:
+        ids, inputs = scheduled.ids, scheduled.batch.said
+        for change in self.interventions:
+            ids, inputs = change.batch(step, (ids, inputs))
+        return ids, inputs, scheduled.random
+
+    def _differentiate(self, step: int, ids: np.ndarray, inputs: tuple[Any, ...], sizes: Sequence[int]) -> list[Tensor]:
+        """Add to p.grad; returns the weights of the examples, one tensor or none. sizes: of all passes."""
+        losses = self.loss(self.model, *Batch.of(inputs, len(ids)).args)
+        weights = [self._weights(step, losses, ids)] if self.has_weights else []
+        self.backward(weights[0] * losses if weights else losses, self.model, sizes)
+        return weights
+
+    def _changed(self, step: int) -> None:
+        """The gradients, after all backward passes."""
         for change in self.interventions:
             change.gradient(self.run, step, self.model)
         if all(p.grad is None for p in self.model.parameters()):
             raise ReplayError(f"nothing would train: got all parameters frozen, expected some to move, at step {step}.")
-        return batch
 
     def _weights(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
         """w (B,): see above."""

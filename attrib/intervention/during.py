@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..errors import ReplayError
 from ..layout import match_names
 from ..run import Run
-from .base import Batch, Groups, Window, chosen
+from .base import Groups, IndexedInputs, Window, chosen
 
 _NONE_LEFT = "no example is left in a batch: got all dropped, expected some to remain, at step {step}, Drop."
 _FLAGS = ("amsgrad", "foreach", "fused")  # of what state there is, and of who computes
@@ -59,15 +60,14 @@ class Drop(Window):
             if self.active(step) and np.isin(numbers[numbers >= 0], dropped).all():
                 raise ReplayError(_NONE_LEFT.format(step=step))
 
-    def batch(self, step: int, batch: Batch) -> Batch:
+    def batch(self, step: int, batch: IndexedInputs) -> IndexedInputs:
         index, inputs = batch
         if not self.active(step):
             return batch
         left = np.flatnonzero(~_among(index, self.examples))
         if not len(left):
             raise ReplayError(_NONE_LEFT.format(step=step))
-        rows = torch.from_numpy(left)
-        return index[left], tuple(t[rows.to(t.device)] for t in inputs)
+        return index[left], Batch.of(inputs, len(index)).take(torch.from_numpy(left)).said
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,20 @@ import logging
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from operator import index as as_int
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_options
+from ..checks import KINDS, check_options, weights_of
 from ..errors import ReplayError
 from ..run import Run, check_model
 from ..store import same_place
 from .base import Intervention
-from .course import Backward, Course
+from .course import Backward, Course, Reduced
 from .schedule import Batches, Schedule
 
 log = logging.getLogger("attrib")
@@ -41,7 +43,8 @@ def prepare(run: Run, start: int, interventions: Interventions, loop: Loop) -> C
     check_model(run, loop.model, values=False)
     schedule = Schedule(run, next(loop.model.parameters()).device, loop.batches)
     schedule.check(steps.stop)
-    backward = loop.backward or _reduction(run, min(steps.start, run.steps - 1), min(steps.stop, run.steps))
+    first, last = min(steps.start, run.steps - 1), min(steps.stop, run.steps)
+    backward = _as_said(loop.backward) if loop.backward else _reduction(run, first, last)
     model = deepcopy(loop.model)
     run.load(model, steps.start)
     optimizer = run.optimizer(model, steps.start)
@@ -89,20 +92,36 @@ def _checked(run: Run, steps: range, interventions: Interventions) -> tuple[Inte
     return changes
 
 
-def _reduction(run: Run, start: int, until: int) -> Backward:
-    """The mean or the sum, whichever the recorded scale of every step is."""
-    scales = run.reader.fact("scale", slice(start, until))
-    sizes = (run.reader.read("index", slice(start, until)) >= 0).sum(1)
-    if (scales == 1 / sizes).all():
-        return lambda losses, model: losses.mean().backward()
-    if (scales == 1).all():
-        return lambda losses, model: losses.sum().backward()
-    n = int((scales != 1 / sizes).argmax())
+def _reduction(run: Run, start: int, until: int) -> Reduced:
+    """The mean, over the passes or over the examples, or the sum: whichever the recorded scales of every step are."""
+    passes = run.reader.passes(slice(start, until))
+    scales, sizes = passes.numbers("scale"), passes.numbers("size")
+    there = sizes > 0
+    for kind in KINDS:
+        expected = np.zeros_like(scales)
+        for n, here in enumerate(there):
+            expected[n, here] = weights_of(kind, sizes[n, here].tolist())
+        if (scales == expected)[there].all():
+            return partial(_reduced, kind)
+    n = int(((scales != expected) & there).any(1).argmax()) if kind == "sum" else 0
+    mean = weights_of("mean", sizes[n, there[n]].tolist())
+    off = int((scales[n, there[n]] != mean).argmax())
     raise ReplayError(
-        f"the loop did more than take the mean or the sum: got a scale of {scales[n]:.6g} for {sizes[n]} examples, expected "
-        f"{1 / sizes[n]:.6g}, at step {start + n}. Pass backward=, a function (losses, model) that does what the loop did, "
-        f"such as clipping."
+        f"the loop did more than take the mean or the sum: got a scale of {scales[n, off]:.6g} for {int(sizes[n, off])} "
+        f"examples, expected {mean[off]:.6g}, at step {start + n}. Pass backward=, a function (losses, model) that does "
+        f"what the loop did, such as clipping."
     )
+
+
+def _reduced(kind: str, losses: Tensor, model: nn.Module, sizes: Sequence[int]) -> None:
+    if kind == "mean":
+        (losses.mean() / len(sizes)).backward()
+    else:
+        (losses.sum() / (sum(sizes) if kind == "pooled" else 1)).backward()
+
+
+def _as_said(backward: Backward) -> Reduced:
+    return lambda losses, model, sizes: backward(losses, model)
 
 
 def _warn(course: Course) -> None:

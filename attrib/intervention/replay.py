@@ -125,5 +125,8 @@ class Unrecorded(NamedTuple):
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
-    def step(self, index: Any, *batch: Tensor) -> None:
+    def batch(self, index: Any, *batch: Any) -> None:
+        pass
+
+    def step(self, index: Any = None, *batch: Any) -> None:
         self.optimizer.step()

@@ -7,21 +7,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_ids
+from ..batch import Batch
+from ..checks import check_batch
 from ..errors import ReplayError
 from ..run import Run
+from ..steps import RecordedPass, passes_of
+from ..store import Passes
 
 Batches = Callable[[int], tuple[Any, ...]]  # step -> (index, *inputs)
 
 
-class Scheduled(NamedTuple):
-    """ids (B,), numbers or strings, inputs of B rows each, hyper (K, H + 1), the generator's state before the forward pass
-    or None."""
+class ScheduledPass(NamedTuple):
+    """ids (B,), numbers or strings, the batch, the generators' state before the forward pass or None."""
 
     ids: np.ndarray
-    batch: tuple[Tensor, ...]
-    hyper: np.ndarray
+    batch: Batch
     random: Tensor | None
+
+
+class Scheduled(NamedTuple):
+    """The passes of a step, and hyper (K, H + 1)."""
+
+    passes: tuple[ScheduledPass, ...]
+    hyper: np.ndarray
 
 
 class Schedule:
@@ -31,7 +39,8 @@ class Schedule:
         self._run, self._device, self._batches = run, device, batches
         self._first = -1
         self._rows: dict[str, np.ndarray] = {}
-        self._last: tuple[int, np.ndarray, tuple[Tensor, ...]] | None = None
+        self._passes = Passes(np.zeros((0, 1, 4)))
+        self._last: tuple[RecordedPass, Batch] | None = None
 
     def check(self, until: int) -> None:
         """Raise ReplayError where steps lie beyond the record and nothing says what their batches are."""
@@ -53,13 +62,13 @@ class Schedule:
         n = at - self._first
         hyper = self._rows["hyper"][n]
         if step >= run.steps and self._batches is not None:
-            ids, *inputs = self._batches(step)
-            batch = tuple(torch.as_tensor(t).to(self._device) for t in inputs)
-            return Scheduled(check_ids(ids), batch, hyper, None)
-        kind, rows, numbers = (self._rows[name][n] for name in ("kind", "row", "index"))
-        drawn = torch.from_numpy(self._rows["random"][n]) if "random" in self._rows and step < run.steps else None
+            index, *inputs = self._batches(step)
+            ids, batch = check_batch(index, tuple(map(_tensor, inputs)))
+            return Scheduled((ScheduledPass(ids, batch.map(self._there), None),), hyper)
+        numbers, rows = (self._rows[name][n] for name in ("index", "row"))
         ids = run.ids.of(numbers[numbers >= 0])
-        return Scheduled(ids, self._inputs(int(kind), rows[rows >= 0]), hyper, drawn)
+        recorded = passes_of(self._passes, n, rows, self._rows.get("random") if step < run.steps else None)
+        return Scheduled(tuple(ScheduledPass(ids[p.slots], self._inputs(p), p.random) for p in recorded), hyper)
 
     def _read(self, step: int) -> None:
         """The block that a step stands in."""
@@ -68,10 +77,17 @@ class Schedule:
         if first != self._first:
             reader, steps = self._run.reader, slice(first, min(first + size, self._run.steps))
             names = ("hyper", "index", "row", *(("random",) if "random" in reader else ()))
-            self._rows = {**reader.facts(steps), **{name: reader.read(name, steps) for name in names}}
+            self._rows, self._passes = {name: reader.read(name, steps) for name in names}, reader.passes(steps)
             self._first = first
 
-    def _inputs(self, kind: int, rows: np.ndarray) -> tuple[Tensor, ...]:
-        if self._last is None or self._last[0] != kind or not np.array_equal(self._last[1], rows):
-            self._last = kind, rows, tuple(t.to(self._device) for t in self._run.inputs(kind, rows))
-        return self._last[2]
+    def _inputs(self, wanted: RecordedPass) -> Batch:
+        if self._last is None or not wanted.same_inputs(self._last[0]):
+            self._last = wanted, self._run.inputs(wanted).map(self._there)
+        return self._last[1]
+
+    def _there(self, t: Tensor) -> Tensor:
+        return t.to(self._device)
+
+
+def _tensor(part: Any) -> Any:
+    return torch.from_numpy(part) if isinstance(part, np.ndarray) else part

@@ -4,7 +4,7 @@
 - `place`, `disk`, `lease`, `owner`: where a store stands, how it gets to the disk, who writes to it, whether it is ours
 - `metadata`, `facts`, `seal`: what a store and its header may contain; digests over all that it holds
 - `sealing`, `checked`: a store as it is written, as it is read
-- `examples`: each distinct input stored once, found again by its hash
+- `examples`: each distinct input stored once, found again by its hash; `passes`: what a step's gradient was made of
 - `ids`: ids that are strings, and the numbers that stand for them
 - `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
@@ -15,11 +15,12 @@
 The only importer of zarr. No pickle anywhere.
 """
 
-from .creation import StepRecord
+from .creation import PassRecord, StepRecord
 from .cube import CubeWriter
 from .datasets import open_dataset, save_dataset
 from .ids import Ids
 from .owner import check_target, same_place, stands
+from .passes import Pass, Passes
 from .place import local_path
 from .reader import Reader
 from .resumption import Reopened, lease, reopen
@@ -31,6 +32,9 @@ __all__ = [
     "FORMAT",
     "CubeWriter",
     "Ids",
+    "Pass",
+    "PassRecord",
+    "Passes",
     "Reader",
     "Reopened",
     "StepRecord",

@@ -16,17 +16,28 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 
 from ..errors import StoreError, StoreExistsError
+from ..inputs import Inputs
 from .disk import Disk
-from .examples import ExampleTables
+from .examples import ExampleTables, Places
 from .ids import IdTable
 from .lease import Lease
 from .metadata import HEADER
 from .owner import check_target, clear
 from .place import Place, beside, discard, locate, occupied, settle, writable
-from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, STATE_BYTES, block_steps, create
+from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, PASS_FACTS, STATE_BYTES, block_steps, create
 from .sealing import SealingStore, create_digests
 
+FACT_NAMES = {"facts": FACTS, "passes": PASS_FACTS}
 PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all other arrays 0
+
+
+class PassRecord(NamedTuple):
+    """One of the passes that the gradient of a step was made of. inputs: None where they are known to stand in the store."""
+
+    size: int
+    inputs: Inputs | None
+    scale: float
+    random: np.ndarray | None  # (bytes,) uint8
 
 
 class StepRecord(NamedTuple):
@@ -35,22 +46,20 @@ class StepRecord(NamedTuple):
     theta: np.ndarray | None  # (P,) before the step
     gradient: np.ndarray  # (P,)
     hyper: np.ndarray  # (K, H) float64
-    ids: np.ndarray  # (B,) int64, or objects that are strings
-    batch: list[np.ndarray]  # (B, ...) each
-    scale: float
+    ids: np.ndarray  # (B,) int64, or objects that are strings: of all passes, one behind the other
+    passes: tuple[PassRecord, ...]
     state: dict[str, np.ndarray] | None  # (P,) each, before the step
-    random: np.ndarray | None  # (bytes,) uint8
     log: dict[str, float]  # some of LOGS
     shares: dict[str, np.ndarray]  # (B, ...) by name, with capture="gradients" or "factors"
     penalty: np.ndarray | None = None  # (P,), of the gradient
 
 
 class Placed(NamedTuple):
-    """Of a step: ids (B,) int64, as numbers; the table of its inputs and their rows (B,) of it."""
+    """Of a step: ids (B,) int64, as numbers; the rows (B,) of its inputs, and where those of each pass stand."""
 
     ids: np.ndarray
-    kind: int
     rows: np.ndarray
+    passes: tuple[Places, ...]
 
 
 class Lengths(NamedTuple):
@@ -63,7 +72,7 @@ class Lengths(NamedTuple):
 
 @dataclass
 class OpenStore:
-    """The store of a run that is being recorded. shares: names of the arrays of stored shares. width: slots of a step.
+    """The store of a run that is being recorded. shares: names of the arrays of stored shares. slots, passes: of a step.
     replaced: what stood there before, kept until the first step is made. lease: while it is written to."""
 
     place: Place
@@ -73,14 +82,19 @@ class OpenStore:
     examples: ExampleTables
     ids: IdTable
     lengths: Lengths
-    width: int
+    slots: int
+    passes: int
     lease: Lease | None
     replaced: Path | None = None
 
     def assign(self, record: StepRecord) -> Placed:
         """What stands in the arrays for its ids and its inputs."""
-        ids = self.ids.place(record.ids)
-        return Placed(ids, *self.examples.place(ids, record.batch))
+        ids, places, first = self.ids.place(record.ids), [], 0
+        for each in record.passes:
+            assert each.inputs is not None
+            places.append(self.examples.place(ids[first : first + each.size], each.inputs))
+            first += each.size
+        return Placed(ids, np.concatenate([at.rows for at in places]), tuple(places))
 
     def keep(self) -> None:
         """The first step is made."""
@@ -143,8 +157,9 @@ def create_store(
         ) from error
     sealing.move(place)
     group = zarr.open_group(sealing, mode="r+", zarr_format=3)
-    shares, width = tuple(first.shares), len(first.ids)
-    return OpenStore(place, sealing, arrays, shares, ExampleTables(group), ids, lengths, width, lease, replaced)
+    widths = len(first.ids), len(first.passes)
+    tables = ExampleTables(group)
+    return OpenStore(place, sealing, arrays, tuple(first.shares), tables, ids, lengths, *widths, lease, replaced)
 
 
 def _occupy(place: Place, store: Store) -> Lease | None:
@@ -192,7 +207,7 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
             dims,
             fill,
             steps=name == "theta" and every == 1,
-            attributes={"facts": list(FACTS)} if name == "facts" else None,
+            attributes={"facts": list(FACT_NAMES[name])} if name in FACT_NAMES else None,
         )
 
     entries = min(size, max(1, STATE_BYTES // (n * kind.itemsize)))
@@ -204,14 +219,17 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
     add("index", (slots,), (n, slots), np.int64)
     add("row", (slots,), (n, slots), np.int64)
     add("facts", (len(FACTS),), (n, len(FACTS)), np.float64)
+    passes = len(first.passes)
+    add("passes", (passes, len(PASS_FACTS)), (n, passes, len(PASS_FACTS)), np.float64)
     for key, value in (first.state or {}).items():
         add(f"state/{key}", (size,), (1, size), value.dtype, ("frame", "parameter"))
     for name, values in first.shares.items():
         at_once = max(1, min(slots, CHUNK_BYTES // max(1, n * values[0].nbytes)))
         rest = ("parameter",) if name == "gradients" else tuple(f"d{d}" for d in range(values.ndim - 1))
         add(name, values.shape, (n, at_once, *values.shape[1:]), values.dtype, ("step", "slot", *rest))
-    if first.random is not None:
-        add("random", (len(first.random),), (n, len(first.random)), np.uint8)
+    random = first.passes[0].random
+    if random is not None:
+        add("random", (passes, len(random)), (n, passes, len(random)), np.uint8)
     return arrays
 
 
@@ -219,7 +237,8 @@ def lengths_of(first: StepRecord, block: int | None, every: int) -> Lengths:
     """What was asked for, `block` and `states_every`, as it suits steps like the first."""
     theta = [first.gradient] if every == 1 else []  # of the same size
     vectors = [first.gradient] if first.penalty is None else [first.gradient, first.penalty]
-    stored = [*theta, *vectors, *first.batch, *first.shares.values()]
+    inputs = [a for each in first.passes if each.inputs for a in (*each.inputs.rows, *each.inputs.shared)]
+    stored = [*theta, *vectors, *inputs, *first.shares.values()]
     block = block or block_steps(sum(a.nbytes for a in stored))
     if every > 1:
         block = min(block, every)

@@ -1,74 +1,112 @@
 """Each distinct input once: rows are recognised by example id and content, so augmented data get rows of their own.
 
-Inputs of one shape and type make a table; batches padded to different lengths go to different tables.
+Inputs of one form, shapes and types make a table; batches padded to different lengths go to different tables. What the
+examples of a batch share makes a table beside it, of one row a batch.
 """
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
 from zarr.core.sync import sync
 
+from ..inputs import Form, Inputs, counts
 from ..kernels.hashing import combine, hash_rows
 from ..kernels.keys import KeyTable
 from .schema import CHUNK_BYTES, continued, create
 
 FILE_BYTES = 64 << 10
 
-Signature = tuple[tuple[str, tuple[int, ...]], ...]  # of each tensor of a batch the type and the shape of a row
+
+class Places(NamedTuple):
+    """Where the inputs of a batch stand: in the rows (B,) of the tables `kind`, what is shared in the row `shared`, -1 for
+    nothing."""
+
+    kind: int
+    rows: np.ndarray
+    shared: int
+
+
+class Tables(NamedTuple):
+    """Those of one kind: `shared` is None where all tensors have rows."""
+
+    number: int
+    form: Form
+    rows: "ExampleTable"
+    shared: "ExampleTable | None"
 
 
 class ExampleTables:
-    """`kind` and rows of every slot: kind k stands in the arrays examples/k/0, examples/k/1, ..."""
+    """Kind k stands in the arrays examples/k/0, examples/k/1, ... and shared/k/0, shared/k/1, ..."""
 
     def __init__(self, group: zarr.Group) -> None:
         self._group = group
-        self._tables: dict[Signature, tuple[int, ExampleTable]] = {}
-        self._last: tuple[np.ndarray, list[np.ndarray], tuple[int, np.ndarray]] | None = None
+        self._tables: dict[str, Tables] = {}
+        self._last: tuple[np.ndarray, Inputs, Places] | None = None
 
     @classmethod
     def restored(cls, group: zarr.Group, reader: Any, steps: int) -> "ExampleTables":
         """Those of the first `steps` steps of a run that is read, to go on with."""
         tables = cls(group)
-        arity, counts = int(reader.header["arity"]), reader.header["rows"]
-        at = reader.facts(slice(0, steps))["kind"] if steps else np.zeros(0)
+        header, passes = reader.header, reader.passes(slice(0, steps))
         index, row = (reader.read(name, slice(0, steps)) for name in ("index", "row"))
-        for number, count in enumerate(counts):
-            ids = np.zeros(count, np.int64)
-            filled = row[at == number] >= 0
-            ids[row[at == number][filled]] = index[at == number][filled]
-            arrays = [continued(reader.array(f"examples/{number}/{j}"), group.store) for j in range(arity)]
-            table = ExampleTable(arrays, count)
-            known = np.unique(row[at == number][filled])
-            table.know(known, ids[known], reader.batch(number, known))
-            tables._tables[table.signature] = number, table
+        kinds = passes.of_slots("kind", index.shape[1])
+
+        def table(name: str, arrays: int, count: int) -> ExampleTable:
+            return ExampleTable([continued(reader.array(f"{name}/{j}"), group.store) for j in range(arrays)], count)
+
+        for number, form in enumerate(header["forms"]):
+            by_row, others = counts(form)
+            rows = table(f"examples/{number}", by_row, header["rows"][number])
+            ids, here = np.zeros(header["rows"][number], np.int64), (kinds == number) & (row >= 0)
+            ids[row[here]] = index[here]
+            known = np.unique(row[here])
+            rows.know(known, ids[known], reader.inputs("examples", number, known))
+            shared = table(f"shared/{number}", others, header["shared"][number]) if others else None
+            if shared is not None:
+                known = np.unique(passes.numbers("shared")[passes.numbers("kind") == number])
+                known = known[known >= 0]
+                shared.know(known, np.zeros(len(known), np.int64), reader.inputs("shared", number, known))
+            tables._tables[_key(form)] = Tables(number, form, rows, shared)
         return tables
 
-    def place(self, index: np.ndarray, batch: list[np.ndarray]) -> tuple[int, np.ndarray]:
-        """(B,) ids and the batch's arrays -> the kind of the batch and the rows (B,) of its inputs.
+    def place(self, index: np.ndarray, inputs: Inputs) -> Places:
+        """(B,) ids and the batch's arrays -> where they stand.
 
         The arrays must not change: the very same ones again are not looked at a second time.
         """
-        if self._last and self._last[1] is batch and np.array_equal(self._last[0], index):
+        if self._last and self._last[1] is inputs and np.array_equal(self._last[0], index):
             return self._last[2]
-        signature = signature_of(batch)
-        if signature not in self._tables:
+        one = [a[None] for a in inputs.shared]
+        key = _key(inputs.form)
+        if key not in self._tables:
             number = len(self._tables)
-            self._tables[signature] = number, ExampleTable.created(self._group, f"examples/{number}", batch)
-        number, table = self._tables[signature]
-        self._last = index, batch, (number, table.rows(index, batch))
+            rows = ExampleTable.created(self._group, f"examples/{number}", inputs.rows)
+            shared = ExampleTable.created(self._group, f"shared/{number}", one) if one else None
+            self._tables[key] = Tables(number, inputs.form, rows, shared)
+        known = self._tables[key]
+        at = -1 if known.shared is None else int(known.shared.rows(np.zeros(1, np.int64), one)[0])
+        self._last = index, inputs, Places(known.number, known.rows.rows(index, inputs.rows), at)
         return self._last[2]
 
     def commit(self) -> None:
         """Write the rows that wait."""
-        for _, table in self._tables.values():
-            table.commit()
+        for tables in self._tables.values():
+            tables.rows.commit()
+            if tables.shared is not None:
+                tables.shared.commit()
 
     @property
-    def rows(self) -> list[int]:
-        """The number of rows written so far, per kind."""
-        return [table.written for _, table in self._tables.values()]
+    def facts(self) -> dict[str, Any]:
+        """For the header, per kind: the form, and the number of rows written so far."""
+        known = self._tables.values()
+        return {
+            "forms": [tables.form for tables in known],
+            "rows": [tables.rows.written for tables in known],
+            "shared": [0 if tables.shared is None else tables.shared.written for tables in known],
+        }
 
 
 class ExampleTable:
@@ -86,7 +124,7 @@ class ExampleTable:
         self._pending: list[list[np.ndarray]] = [[] for _ in arrays]
 
     @classmethod
-    def created(cls, group: zarr.Group, path: str, batch: list[np.ndarray]) -> "ExampleTable":
+    def created(cls, group: zarr.Group, path: str, batch: Sequence[np.ndarray]) -> "ExampleTable":
         """An empty one, for inputs like those of a batch. What a killed run never committed of it is taken away."""
         sync(group.store.delete_dir(path))
         bytes_per_row = max(1, *(a.nbytes // max(1, len(a)) for a in batch))
@@ -106,15 +144,11 @@ class ExampleTable:
         ]
         return cls(arrays, 0)
 
-    @property
-    def signature(self) -> Signature:
-        return signature_of(self._arrays)
-
-    def know(self, rows: np.ndarray, index: np.ndarray, inputs: list[np.ndarray]) -> None:
+    def know(self, rows: np.ndarray, index: np.ndarray, inputs: Sequence[np.ndarray]) -> None:
         """Rows (n,) that stand there already, with their ids (n,) and inputs (n, ...)."""
         self._known.put(_keys(index, inputs), rows)
 
-    def rows(self, index: np.ndarray, batch: list[np.ndarray]) -> np.ndarray:
+    def rows(self, index: np.ndarray, batch: Sequence[np.ndarray]) -> np.ndarray:
         """(B,) ids and the batch's arrays -> (B,) rows."""
         rows, new = self._known.rows(_keys(index, batch), self._next)
         if len(new):
@@ -136,11 +170,11 @@ class ExampleTable:
                 pending.clear()
 
 
-def signature_of(batch: Sequence[Any]) -> Signature:
-    return tuple((a.dtype.str, tuple(a.shape[1:])) for a in batch)
+def _key(form: Form) -> str:
+    return json.dumps(form)
 
 
-def _keys(index: np.ndarray, batch: list[np.ndarray]) -> np.ndarray:
+def _keys(index: np.ndarray, batch: Sequence[np.ndarray]) -> np.ndarray:
     """(B,) uint64, of id and inputs."""
     keys = hash_rows(index)
     for a in batch:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from ..batch import places, tree_of
+from ..constants import is_type
 from ..errors import StoreError
 
 
@@ -45,6 +47,29 @@ def _constant(value: Any) -> bool:
     )
 
 
+def _form(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and _list_of(_leaf)(value.get("leaves")) and _tree(value.get("tree"), value["leaves"])
+    )
+
+
+def _leaf(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and value[0] in ("rows", "shared", "number")
+        and (value[1] in ("float", "int", "bool") if value[0] == "number" else is_type(value[1]))
+        and _list_of(_count)(value[2])
+    )
+
+
+def _tree(value: Any, leaves: list[Any]) -> bool:
+    try:
+        return len(places(tree_of(value))) == len(leaves)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _factor(value: Any) -> bool:
     return isinstance(value, dict) and _text(value.get("kind"))
 
@@ -57,9 +82,10 @@ FACTS_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("id", "dtype", "optimizer", "rule", "model", "recorded"), _text),
     "capture": lambda value: value in ("replay", "gradients", "factors"),
     "factors": lambda value: value is None or _dict_of(_list_of(_factor))(value),
-    **dict.fromkeys(("block", "states_every", "frame", "arity", "check_every"), _length),
-    **dict.fromkeys(("committed_steps", "written_steps", "slots"), _count),
-    "rows": _list_of(_count),
+    **dict.fromkeys(("block", "states_every", "frame", "check_every"), _length),
+    **dict.fromkeys(("committed_steps", "written_steps", "slots", "passes"), _count),
+    **dict.fromkeys(("rows", "shared"), _list_of(_count)),
+    "forms": _list_of(_form),
     "ids": lambda value: _list_of(_count)(value) and len(value) == 2,
     **dict.fromkeys(("hyper", "training", "constants"), _list_of(_text)),
     "complete": lambda value: isinstance(value, bool),
@@ -79,6 +105,8 @@ def check_facts(header: dict[str, Any], where: Any) -> None:
                 f"the header is not one that a recorder writes: got {name} {str(header.get(name))[:60]!r}, at {where}. If "
                 f"it came from somebody else, do not trust it."
             )
+    if not len(header["forms"]) == len(header["rows"]) == len(header["shared"]):
+        raise StoreError(f"the header is not one that a recorder writes: got forms that do not fit, at {where}.")
     factors = None if header["factors"] is None else sorted(header["factors"])
     if factors != (sorted(header["layout"]["names"]) if header["capture"] == "factors" else None):
         raise StoreError(f"the header is not one that a recorder writes: got factors that do not fit, at {where}.")

@@ -11,15 +11,19 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
+from ..batch import Batch
 from ..errors import StoreError
+from ..inputs import Form, batch_of, counts
 from .checked import CheckedStore, check_present
 from .facts import check_facts
 from .metadata import HEADER
 from .owner import KINDS, read_header
+from .passes import Passes
 from .place import folder_bytes, locate, readable
 from .schema import DIGESTS, FACTS, FORMAT
 from .seal import Unsealed
 
+WIDTHS = {"slot": "slots", "pass": "passes"}  # axes that grow: axis -> how long it is, in the header
 CACHED_BYTES = 512 << 20  # inputs up to this size are read once and kept
 
 
@@ -143,9 +147,26 @@ class Reader:
     def fact(self, name: str, rows: slice | int) -> np.ndarray:
         return self.facts(rows)[name]
 
-    def batch(self, kind: int, rows: np.ndarray) -> list[np.ndarray]:
-        """The inputs in the given rows of a table, one array (B, ...) per tensor of the batch."""
-        return [self._inputs(kind, j, rows) for j in range(int(self.header["arity"]))]
+    def passes(self, rows: slice) -> Passes:
+        """Of which the gradients of some steps were made."""
+        return Passes(self.read("passes", rows))
+
+    def inputs(self, table: str, kind: int, rows: np.ndarray) -> list[np.ndarray]:
+        """The given rows (n,) of the tables "examples" or "shared" of a kind, one array (n, ...) per leaf of the batch."""
+        return [self._inputs(f"{table}/{kind}/{j}", rows) for j in range(counts(self._form(kind))[table == "shared"])]
+
+    def batch(self, kind: int, rows: np.ndarray, shared: int) -> Batch:
+        """The inputs that stand in the given rows (B,), and what they share."""
+        form = self._form(kind)
+        others = self.inputs("shared", kind, np.array([shared])) if counts(form)[1] else []
+        return batch_of(form, self.inputs("examples", kind, rows), [a[0, ...] for a in others], len(rows))
+
+    def _form(self, kind: int) -> Form:
+        forms = self.header["forms"]
+        if not 0 <= kind < len(forms):
+            raise StoreError(f"inputs are missing: got kind {kind}, expected one of {len(forms)}, at {self.target}.")
+        form: Form = forms[kind]
+        return form
 
     def nbytes_stored(self) -> int:
         """Bytes on disk or in memory."""
@@ -179,7 +200,8 @@ class Reader:
         names = dimensions(array)
         first = names[0] if array.ndim and names else None
         if first == "row":
-            return int(self.header["rows"][int(name.split("/")[1])])
+            table, kind = name.split("/")[:2]
+            return int(self.header["rows" if table == "examples" else table][int(kind)])
         every, frame = (int(self.header[key]) for key in ("states_every", "frame"))
         states = self.steps + 1 if every == 1 else -(-self.steps // every) + self.complete
         known = {
@@ -190,8 +212,7 @@ class Reader:
         }
         return known.get(first, array.shape[0]) if array.ndim and first else 0
 
-    def _inputs(self, kind: int, j: int, rows: np.ndarray) -> np.ndarray:
-        name = f"examples/{kind}/{j}"
+    def _inputs(self, name: str, rows: np.ndarray) -> np.ndarray:
         table = self._tables.get(name)
         count = self._committed(name) if table is None else len(table)
         if len(rows) and int(rows.max()) >= count:
@@ -205,20 +226,22 @@ class Reader:
         return table[rows]
 
     def _slots(self, name: str, array: zarr.Array) -> tuple[slice, ...]:
-        """Of arrays (step, slot, ...), the slots that are filled."""
-        if dimensions(array)[1:2] != ("slot",):
+        """Of arrays (step, slot, ...) or (step, pass, ...), those that are filled."""
+        (axis,) = dimensions(array)[1:2] or ("",)
+        if axis not in WIDTHS:
             return ()
-        slots = int(self.header["slots"])
-        if slots > array.shape[1]:
+        width = int(self.header[WIDTHS[axis]])
+        if width > array.shape[1]:
             raise StoreError(
-                f"an array is too narrow: got {array.shape[1]} slots, expected {slots}, at {name!r} in {self.target}."
+                f"an array is too narrow: got {array.shape[1]} along {axis!r}, expected {width}, at {name!r} in "
+                f"{self.target}."
             )
-        return (slice(0, slots),)
+        return (slice(0, width),)
 
     def _keys(self, array: zarr.Array, rows: slice) -> Iterator[str]:
         """Of the chunks that hold some rows."""
         lengths = [
-            int(self.header["slots"]) if name == "slot" else n
+            int(self.header[WIDTHS[name]]) if name in WIDTHS else n
             for name, n in zip(dimensions(array), array.shape, strict=True)
         ]
         grid = [range(-(-n // c)) for n, c in zip(lengths, array.chunks, strict=True)]

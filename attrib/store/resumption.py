@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from .creation import Lengths, OpenStore, Placed, StepRecord
-from .examples import ExampleTables
+from .creation import Lengths, OpenStore, PassRecord, Placed, StepRecord
+from .examples import ExampleTables, Places
 from .ids import IdTable
 from .lease import Lease
 from .place import locate, writable
@@ -61,15 +61,18 @@ def reopen(reader: Reader, held: Lease | None) -> Reopened:
     continued(reader.array(DIGESTS), sealing).resize((len(words),))
     group = zarr.open_group(sealing, mode="r+", zarr_format=3)
     stepwise = [
-        n for n in reader.store.arrays if n != DIGESTS and n.split("/")[0] not in ("constants", "examples", "ids")
+        n
+        for n in reader.store.arrays
+        if n != DIGESTS and n.split("/")[0] not in ("constants", "examples", "shared", "ids")
     ]
     arrays = {name: continued(reader.array(name), sealing) for name in stepwise}
     shares = tuple(name for name in stepwise if name.split("/")[0] in ("gradients", "factors"))
+    widths = int(header["slots"]), int(header["passes"])
     lengths = Lengths(*(int(header[name]) for name in Lengths._fields))
     written = int(header["written_steps"])
     tables = ExampleTables.restored(group, reader, written)
     ids = IdTable.restored(group, reader)
-    store = OpenStore(place, sealing, arrays, shares, tables, ids, lengths, int(header["slots"]), held)
+    store = OpenStore(place, sealing, arrays, shares, tables, ids, lengths, *widths, held)
     start = written - written % lengths.block
     records, placed = _growing(reader, lengths, range(start, written), shares) if written > start else ([], [])
     return Reopened(store, header, start, records, placed, reader.generators)
@@ -89,7 +92,8 @@ def _growing(
     )
     names = ("gradient", "hyper", "index", "row", *shares, *(n for n in ("penalty", "random") if n in reader))
     read = {name: reader.read(name, rows) for name in names}
-    facts = reader.facts(rows)
+    facts, passes = reader.facts(rows), reader.passes(rows)
+    drawn = read.get("random", [[None] * passes.values.shape[1]] * len(steps))
     keys = [name for name in reader.names() if name.startswith("state/")]
     records, placed = [], []
     for n, step in enumerate(steps):
@@ -101,14 +105,16 @@ def _growing(
                 gradient=read["gradient"][n],
                 hyper=read["hyper"][n],
                 ids=ids,
-                batch=[],
-                scale=float(facts["scale"][n]),
+                passes=tuple(
+                    PassRecord(p.slots.stop - p.slots.start, None, p.scale, random)
+                    for p, random in zip(passes.of_step(n), drawn[n], strict=False)
+                ),
                 state={k.removeprefix("state/"): reader.read(k, step // frame) for k in keys} if begins else None,
-                random=read["random"][n] if "random" in read else None,
                 log={name: float(facts[name][n]) for name in LOGS},
                 shares={name: read[name][n][: len(ids)] for name in shares},
                 penalty=read["penalty"][n] if "penalty" in read else None,
             )
         )
-        placed.append(Placed(ids, int(facts["kind"][n]), read["row"][n][: len(ids)]))
+        at = read["row"][n][: len(ids)]
+        placed.append(Placed(ids, at, tuple(Places(p.kind, at[p.slots], p.shared) for p in passes.of_step(n))))
     return records, placed

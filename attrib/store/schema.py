@@ -12,15 +12,19 @@
     ids/*        [id, bound], [utf8]           which strings these are: see `ids`
     row          [step, slot]                  where the inputs of the slot stand in the table of examples/ of the step
     facts        [step, fact]                  numbers of a step, float64, named in the array's attribute "facts":
-        kind                                   which table of examples/ holds the inputs of the batch
-        scale                                  share = scale * gradient of the example's loss (reduction, clipping); NaN
-                                               where it is to be fitted to p.grad when it is asked for
         loss, ..._identity                     mean loss and the identities, NaN where not checked
         seconds                                of training, NaN for the first step
-    examples/*/* [row, ...]                    the inputs: a table per shape, in it an array per tensor of the batch
+    passes       [step, pass, fact]            of each pass that the gradient of a step was made of, float64, likewise:
+        size                                   examples: those of the first pass stand in the first slots; 0 beyond the last
+        kind                                   which table of examples/ holds its inputs
+        shared                                 which row of shared/ holds what its examples share, -1 for nothing
+        scale                                  share = scale * gradient of the example's loss (reduction, clipping); NaN
+                                               where it is to be fitted to p.grad when it is asked for
+    examples/*/* [row, ...]                    the inputs: a table per form (header "forms"), an array per tensor in it
+    shared/*/*   [row, ...]                    tensors and numbers of a batch that all of its examples share
     gradients    [step, slot, parameter]       per-example shares, with capture="gradients"
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
-    random       [step, byte]                  state of torch's generator before the forward pass, where the loss uses it;
+    random       [step, pass, byte]            state of torch's generator before the forward pass, where the loss uses it;
                                                of Python's and numpy's global ones behind it, where it uses those
     constants/*                                buffers and frozen parameters, by their number in the header's "constants"; of
                                                a type that numpy lacks as integers of its width (its "digests" say which)
@@ -39,7 +43,7 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 from zarr.storage import StorePath
 
-FORMAT = 3
+FORMAT = 4
 BLOCK_BYTES = 64 << 20  # of what a block's steps hold: one block is written while the next fills up
 BLOCK_STEPS = 256
 CHUNK_BYTES = 2 << 20
@@ -49,7 +53,8 @@ DIGESTS = "digests"  # the array, see `seal`
 STATE_BYTES = 8 << 20  # of a chunk of parameters or gradients, which are read whole: larger chunks cost less to write
 
 LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "seconds")
-FACTS = ("kind", "scale", *LOGS)  # columns of `facts`
+FACTS = LOGS  # columns of `facts`
+PASS_FACTS = ("size", "kind", "shared", "scale")  # columns of `passes`
 
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}  # what is not there is lost, and not zeros
 
@@ -61,10 +66,21 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "index": ("step", "slot"),
     "row": ("step", "slot"),
     "facts": ("step", "fact"),
-    "random": ("step", "byte"),
+    "passes": ("step", "pass", "fact"),
+    "random": ("step", "pass", "byte"),
 }
 
-NAMES = {*DIMENSIONS, "state", "examples", "ids", "gradients", "factors", "constants", DIGESTS}  # at the root of a run
+NAMES = {
+    *DIMENSIONS,
+    "state",
+    "examples",
+    "shared",
+    "ids",
+    "gradients",
+    "factors",
+    "constants",
+    DIGESTS,
+}  # at the root of a run
 
 
 def create(

@@ -8,7 +8,7 @@ them, so the last step of a full block is committed only with what follows, or b
 import logging
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -218,13 +218,14 @@ class Writer:
 
     def _create(self, first: StepRecord) -> None:
         lengths = lengths_of(first, *self._asked)
-        self._header.update(lengths._asdict(), arity=len(first.batch))
+        self._header.update(lengths._asdict())
         header = {
             **self._header,
             "committed_steps": 0,
             "written_steps": 0,
             "slots": len(first.ids),
-            "rows": [],
+            "passes": len(first.passes),
+            **dict.fromkeys(("forms", "rows", "shared"), ()),
             "ids": [0, 0],
         }
         self._opened = create_store(self.place, self._overwrite, header, self._constants, first, lengths)
@@ -258,7 +259,8 @@ class Writer:
         counts = {"committed_steps": committed, "written_steps": piece.stop}
         # in no chunk: one that is replaced is there for this header and for the one before
         drawn = {"generators": b64encode(piece.generators.tobytes()).decode()}
-        held = {"rows": self._store.examples.rows, "ids": self._store.ids.written, "slots": self._store.width}
+        widths = {"slots": self._store.slots, "passes": self._store.passes}
+        held = {**self._store.examples.facts, "ids": self._store.ids.written, **widths}
         self._store.sealing.commit({**piece.facts, **counts, **held, **drawn}, piece.full)
         self._due = time.monotonic() + max(COMMIT_SECONDS, (time.monotonic() - began) / COMMIT_SHARE)
 
@@ -274,8 +276,10 @@ class Writer:
     def _put_block(self, piece: Piece, follows: bool) -> None:
         start, records, lengths = piece.start, piece.records, self._store.lengths
         piece.placed.extend(map(self._store.assign, records[len(piece.placed) :]))
-        width = max(self._store.width, *(len(r.ids) for r in records))
-        self._widen(width, start)
+        width, passes = max(len(r.ids) for r in records), max(len(r.passes) for r in records)
+        slotted, drawn = (*PADDING, *self._store.shares), [n for n in ("random",) if n in self._store.arrays]
+        self._store.slots = width = self._widen(slotted, self._store.slots, width, start)
+        self._store.passes = passes = self._widen(("passes", *drawn), self._store.passes, passes, start)
         states = [r.theta for r in records if r.theta is not None]
         if follows and lengths.states_every == 1:
             states.append(piece.after)
@@ -287,11 +291,14 @@ class Writer:
         self._put("hyper", start, np.stack([r.hyper for r in records]))
         self._put("index", start, _padded([p.ids for p in piece.placed], width, PADDING["index"]))
         self._put("row", start, _padded([p.rows for p in piece.placed], width, PADDING["row"]))
-        self._put("facts", start, np.array([_facts(r, p.kind) for r, p in zip(records, piece.placed, strict=True)]))
+        self._put("facts", start, np.array([[r.log.get(name, np.nan) for name in FACTS] for r in records]))
+        numbers = [_numbers(r, p) for r, p in zip(records, piece.placed, strict=True)]
+        self._put("passes", start, _padded(numbers, passes, 0))
         for name in records[0].shares:
             self._put(name, start, _padded([r.shares[name] for r in records], width, 0))
-        if records[0].random is not None:
-            self._put("random", start, np.stack([r.random for r in records if r.random is not None]))
+        if drawn:
+            random = [np.stack([p.random for p in r.passes if p.random is not None]) for r in records]
+            self._put("random", start, _padded(random, passes, 0))
         for key, value in (records[0].state or {}).items():
             self._put(f"state/{key}", start // lengths.frame, value[None])
         self._store.examples.commit()
@@ -303,17 +310,18 @@ class Writer:
             self._buffers[name] = np.empty((self._store.lengths.block + 1, len(rows[0])), dtype=rows[0].dtype)
         return np.stack(rows, out=self._buffers[name][: len(rows)])
 
-    def _widen(self, width: int, steps: int) -> None:
-        """Make room for larger batches, and write the padding of the earlier steps: no committed chunk may be missing."""
-        if width == self._store.width:
-            return
-        for name in (*PADDING, *self._store.shares):
+    def _widen(self, names: Sequence[str], before: int, width: int, steps: int) -> int:
+        """Make room for larger batches, or more passes, and write the padding of the earlier steps: no committed chunk may
+        be missing. The width from now on."""
+        if width <= before:
+            return before
+        for name in names:
             array, fill = self._store.arrays[name], PADDING.get(name, 0)
-            whole = -(-self._store.width // array.chunks[1]) * array.chunks[1]  # columns that have chunks already
+            whole = -(-before // array.chunks[1]) * array.chunks[1]  # columns that have chunks already
             array.resize((array.shape[0], width, *array.shape[2:]))
             for first in range(0, steps, array.chunks[0]):
                 array[first : min(first + array.chunks[0], steps), whole:] = fill
-        self._store.width = width
+        return width
 
     def _put(self, name: str, start: int, values: np.ndarray) -> None:
         array = self._store.arrays[name]
@@ -321,9 +329,10 @@ class Writer:
         array[start:] = values
 
 
-def _facts(record: StepRecord, kind: int) -> list[float]:
-    numbers = {"kind": kind, "scale": record.scale, **record.log}
-    return [numbers.get(name, np.nan) for name in FACTS]
+def _numbers(record: StepRecord, placed: Placed) -> np.ndarray:
+    """(M, fact), of its passes."""
+    places = zip(record.passes, placed.passes, strict=True)
+    return np.array([[each.size, at.kind, at.shared, each.scale] for each, at in places])
 
 
 def _padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
