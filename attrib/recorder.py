@@ -10,20 +10,18 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch
+from .announced import AnnouncedBatch, Announcements
 from .capture import Announced, Capture, Captured, CaptureOptions, Settled, Step
-from .checks import Guard, check_batch, check_gradient, check_options, hold, names_of, same_bits, step_identity
+from .checks import Guard, check_gradient, check_options, names_of, same_bits, step_identity
 from .constants import to_array
-from .errors import AttribError, BatchError, ChangedOutsideError, StepIdentityError
+from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import uncompiled
-from .generators import generators
-from .inputs import Inputs
 from .interrupt import shielded
 from .layout import Layout
 from .loop import Loop, RecordOptions, header_of, settled_facts
@@ -98,15 +96,6 @@ def record(
     return Recorder(optimizer, model, loss, store, options)
 
 
-class AnnouncedBatch(NamedTuple):
-    """ids (B,), the batch, as it is stored, and the generators' state when it was announced, None after the pass."""
-
-    ids: np.ndarray
-    batch: Batch
-    inputs: Inputs
-    random: Tensor | None
-
-
 class Recorder(Wrapper):
     """An optimizer that records. Parameter groups, state and defaults are the wrapped optimizer's own."""
 
@@ -129,9 +118,7 @@ class Recorder(Wrapper):
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
         self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
-        self._announced: list[AnnouncedBatch] = []  # of the step to come
-        self._held: tuple[Batch, Inputs] | None = None  # of the last batch
-        self._ids: np.dtype[Any] | None = None  # of the steps so far: int64, or object for strings
+        self._announced = Announcements()
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
@@ -141,7 +128,8 @@ class Recorder(Wrapper):
         self._writer = self._begun(store, loop, resumed)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
         if resumed is not None:
-            self._settled, self._inspected, self._ids = resumed.settled, resumed.inspected, resumed.ids
+            self._settled, self._inspected = resumed.settled, resumed.inspected
+            self._announced.ids = resumed.ids
             self._capture.prime(resumed.after, resumed.passes)
         weakref.finalize(self, self._writer.drop).atexit = False
 
@@ -207,16 +195,11 @@ class Recorder(Wrapper):
         Raises:
             BatchError: it cannot be stored, or a backward pass came before it.
         """
-        if self._capture.pulled and all(p.grad is None or not p.grad.any() for p in self._parameters):
-            self._forget()  # of a step that was never made
-        if self._capture.pulled and not self._announced:
-            raise BatchError(
-                f"a batch was not announced: got a backward pass before the first of step {self._writer.steps}, expected "
-                f"recorder.batch(index, *batch) before the forward pass of each. Call recorder.zero_grad() and begin the "
-                f"step anew."
-            )
+        pulled = self._capture.pulled
+        if pulled and all(p.grad is None or not p.grad.any() for p in self._parameters):
+            pulled = self._forget()  # of a step that was never made
         with torch.inference_mode(False):
-            self._announce(index, batch)
+            self._announced.announce(index, batch, pulled, self._writer.steps)
         self._capture.announce()
 
     def step(self, index: Any = None, *batch: Any, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -247,7 +230,7 @@ class Recorder(Wrapper):
 
     def _step(self, index: Any, batch: tuple[Any, ...]) -> None:
         began = time.perf_counter()
-        announced = self._announced_batches(index, batch)
+        announced = self._announced.of_step(index, batch, self._writer.steps)
         step = self._checked(tuple(Announced(a.batch, a.random) for a in announced))
         captured = self._capture.take(step)
         record = self._recorded(step, captured, announced)
@@ -262,44 +245,18 @@ class Recorder(Wrapper):
             seconds = (began - self._left) + (time.perf_counter() - moved)
             after = self._layout.flatten(self._parameters)
             self._guard.stepped(after, self.optimizer)
-            self._settled, self._ids = captured.settled, record.ids.dtype
+            self._settled, self._announced.ids = captured.settled, record.ids.dtype
             self._writer.update_header(settled=settled_facts(self._settled))
             self._forget()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
             self._writer.append(record._replace(log=log), _array(after))
         self._left = time.perf_counter()
 
-    def _announce(self, index: Any, args: tuple[Any, ...], before: bool = True) -> None:
-        """before: whether the forward pass is still to come."""
-        ids, batch = check_batch(index, args, self._announced[-1].ids.dtype if self._announced else self._ids)
-        self._held = hold(batch, self._held)
-        self._announced.append(AnnouncedBatch(ids, *self._held, generators() if before else None))
-
-    def _announced_batches(self, index: Any, batch: tuple[Any, ...]) -> list[AnnouncedBatch]:
-        """Those of the step. Raises BatchError where there are none, or both kinds."""
-        if index is None and not batch:
-            if not self._announced:
-                raise BatchError(
-                    f"the batch is missing: got step() and no batch announced, expected recorder.batch(index, *batch) "
-                    f"before the forward pass of each batch, or recorder.step(index, *batch), at step {self._writer.steps}. "
-                    f"The step was refused."
-                )
-            return self._announced
-        if self._announced:
-            raise BatchError(
-                f"the batch is there twice: got {len(self._announced)} announced and one with the step, expected either, at "
-                f"step {self._writer.steps}. Call recorder.step() without it. The step was refused."
-            )
-        try:
-            self._announce(index, batch, before=False)
-            return list(self._announced)
-        finally:
-            self._announced = []
-
-    def _forget(self) -> None:
-        """The passes that were heard, and the batches that were announced."""
+    def _forget(self) -> bool:
+        """The passes that were heard, and the batches that were announced: there are none now."""
         self._capture.clear()
-        self._announced = []
+        self._announced.clear()
+        return False
 
     def _checked(self, passes: tuple[Announced, ...]) -> Step:
         """The step that is asked for, the run being as the last one left it."""

@@ -19,7 +19,7 @@ FLOORS = (
     Floor("nouns", ("batch", "functional", "marginals", "measure", "program", "wrapper")),
     Floor("sums", ("inputs", "parts", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
-    Floor("steps and results", ("capture", "result", "trajectory")),
+    Floor("steps and results", ("announced", "capture", "result", "trajectory")),
     Floor("steps as they are read, the loop", ("loop", "steps")),
     Floor("reading, going on", ("resume", "run")),
     Floor("recording", ("recorder",)),

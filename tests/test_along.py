@@ -377,7 +377,7 @@ def test_every_way_along_a_direction_is_the_same_or_found_out(name: str, way: st
     halves = [list(layout.names)[::2], list(layout.names)[1::2]]
     one = {n: u[:1] for n, u in named.items()}
     with random_state(start):
-        works = vector._works(way, theta, batch, one, start)
+        works = vector._works(way, theta, Batch.of(batch), one, start)
     twice = {
         "function differentiable once",
         "bag of embeddings",
@@ -498,7 +498,7 @@ def test_parameters_without_a_gradient_have_no_derivative_along_a_direction(way:
     case, model, layout, theta = setting("contrastive loss")
     vector = LossVector(Functional(model, case.loss, layout, torch.float64), layout).at(frozenset(["a.weight"]))
     batch, named = data(1), layout.unflatten(theta[None])
-    vector._ways[vector._kind(batch)] = way
+    vector._ways[vector._kind(Batch.of(batch))] = way
     found = vector.along(theta, batch, named, [["a.weight", "b.weight"], ["b.bias"]])[1]
     alone = vector.along(theta, batch, named, [["a.weight"]])[1]
     np.testing.assert_allclose(found[..., :1], alone, atol=1e-14)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from training import train
 
 import attrib
+from attrib.batch import Batch
 from attrib.gradients import ExampleGradients
 from attrib.gradients.stored import describe, from_tensors, to_tensors
 from attrib.program import Programs, kind_of
@@ -190,7 +191,7 @@ def test_slices_of_a_batch_change_nothing() -> None:
     directions = torch.randn(2, layout.size, dtype=torch.float64)
     whole = ExampleGradients(loss, model, layout, torch.float64)
     whole.contract(theta, (x,), directions)
-    bytes_ = whole._forms.of(theta, (x,)).bytes
+    bytes_ = whole._forms.of(theta, Batch.of((x,))).bytes
     assert bytes_
     for size in (1, *(int(bytes_ * k) for k in range(1, 9))):  # of 1 to 7 examples; of 4 to 6 the last one overlaps
         shares = ExampleGradients(loss, model, layout, torch.float64, slices=size)
@@ -252,7 +253,9 @@ def test_factors_are_smaller_than_gradients_and_read_by_group(tmp_path: Path) ->
     names = a.run.groups[:1]
     assert list(a.run.factors(step, names)) == list(names)
     found = a.run.factors(step)
-    rows = np.concatenate([sum(f.rows().numpy() for f in found[name]) * a.run.scale(step) for name in a.run.groups], 1)
+    rows = np.concatenate(
+        [sum(f.rows().numpy() for f in found[name]) * a.run.scales(step)[:, None] for name in a.run.groups], 1
+    )
     b = train(tmp_path / "b", OPTIMIZERS["sgd"], "mlp", "gradients", batch=8)
     np.testing.assert_allclose(rows, b.run.shares(step), atol=1e-14)
 

@@ -217,7 +217,7 @@ def test_a_batch_that_is_cut_though_its_losses_depend_on_each_other_is_found_by_
     monkeypatch.setattr(
         forms.Forms, "slices", lambda self, form, batch: ((batch.take(slice(k, k + 3)), 0) for k in (0, 3, 6))
     )
-    monkeypatch.setattr(Shares, "_fitted", lambda *given: None)
+    monkeypatch.setattr(Shares, "_refitted", lambda *given: None)
     with pytest.raises(errors.CompletenessError, match="batch identity is furthest off"):
         explain(run, model.eval(), identities=()).check()
 
@@ -248,7 +248,7 @@ def test_a_scale_that_was_assumed_is_found_by_the_batch(tmp_path: Path, monkeypa
             recorder.step(torch.arange(len(x)), x, y)
     run = attrib.open_run(tmp_path / "run")
     explain(run, model).check(1e-9)
-    monkeypatch.setattr(Shares, "_scale", lambda self, step, *given: step.scale)
+    monkeypatch.setattr(Shares, "_scales", lambda self, step, *given: np.array([p.scale for p in step.passes]))
     with pytest.raises(errors.CompletenessError, match=r"batch identity is furthest off, by .* at step 5"):
         explain(run, model).check()
 

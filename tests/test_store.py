@@ -98,7 +98,7 @@ def test_a_pass_over_a_run_reads_each_block_once(capture: str, monkeypatch: pyte
 
     monkeypatch.setattr(type(run.reader), "read", noted)
     for step in reversed(range(8)):
-        run.index(step), run.batch(step), run.scale(step)
+        run.index(step), run.batch(step), run.scales(step)
         if capture != "replay":
             run.factors(step) if capture == "factors" else run.shares(step)
     assert len(stepwise) >= 6  # index, row and facts

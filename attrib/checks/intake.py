@@ -98,8 +98,8 @@ def hold(batch: Batch, before: tuple[Batch, Inputs] | None) -> tuple[Batch, Inpu
     """
     if before is not None and _same(batch, before[0]):
         return before
-    batch = batch.map(lambda t: t.detach().clone())
     try:
+        batch = batch.map(lambda t: t.detach().clone())
         return batch, inputs_of(batch)
     except TypeError as error:
         got, where = error.args
@@ -113,7 +113,7 @@ def _same(a: Batch, b: Batch) -> bool:
     if a.kind != b.kind or a.size != b.size or a.numbers != b.numbers:
         return False
     each = zip(a.tensors, b.tensors, strict=True)
-    return all(s.device == t.device and s.shape == t.shape and torch.equal(s, t) for s, t in each)
+    return all((s.device, s.layout, s.shape) == (t.device, t.layout, t.shape) and torch.equal(s, t) for s, t in each)
 
 
 def check_forwards(heard: Sequence[int], usual: int | None, step: int) -> int | None:

@@ -14,7 +14,7 @@
     facts        [step, fact]                  numbers of a step, float64, named in the array's attribute "facts":
         loss, ..._identity                     mean loss and the identities, NaN where not checked
         seconds                                of training, NaN for the first step
-    passes       [step, pass, fact]            of each pass that the gradient of a step was made of, float64, likewise:
+    passes       [step, pass, pass_fact]       of each pass that the gradient of a step was made of, float64, likewise:
         size                                   examples: those of the first pass stand in the first slots; 0 beyond the last
         kind                                   which table of examples/ holds its inputs
         shared                                 which row of shared/ holds what its examples share, -1 for nothing
@@ -66,7 +66,7 @@ DIMENSIONS: dict[str, tuple[str, ...]] = {
     "index": ("step", "slot"),
     "row": ("step", "slot"),
     "facts": ("step", "fact"),
-    "passes": ("step", "pass", "fact"),
+    "passes": ("step", "pass", "pass_fact"),
     "random": ("step", "pass", "byte"),
 }
 

@@ -138,7 +138,7 @@ def _steps(answers: Answers, run: attrib.Run) -> None:
     for step in range(run.steps + 1):
         answers.ask("vector", step, run.vector, step)
     for step in range(run.steps):
-        for name in ("index", "batch", "scale", "random_state"):
+        for name in ("index", "batch", "scales", "random_state"):
             answers.ask(name, step, getattr(run, name), step)
         if run.capture == "gradients":
             answers.ask("shares", step, run.shares, step)

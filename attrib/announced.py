@@ -1,0 +1,78 @@
+"""The batches of the step to come: announced before their forward passes, or given with the step."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .batch import Batch
+from .checks import check_batch, hold
+from .errors import BatchError
+from .generators import generators
+from .inputs import Inputs
+
+
+class AnnouncedBatch(NamedTuple):
+    """ids (B,), the batch, as it is stored, and the generators' state when it was announced; None where that was after the
+    pass."""
+
+    ids: np.ndarray
+    batch: Batch
+    inputs: Inputs
+    random: Tensor | None
+
+
+class Announcements:
+    """Of one step. ids: the type of those of the steps before, None at the first."""
+
+    def __init__(self) -> None:
+        self.ids: np.dtype[Any] | None = None
+        self._batches: list[AnnouncedBatch] = []
+        self._held: tuple[Batch, Inputs] | None = None  # of the last batch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def announce(self, index: Any, args: tuple[Any, ...], pulled: bool, step: int) -> None:
+        """pulled: whether a backward pass came before.
+
+        Raises:
+            BatchError: it cannot be stored, or is not the first of its step though none was announced.
+        """
+        if pulled and not self._batches:
+            raise BatchError(
+                f"a batch was not announced: got a backward pass before the first of step {step}, expected "
+                f"recorder.batch(index, *batch) before the forward pass of each. Call recorder.zero_grad() and begin the "
+                f"step anew."
+            )
+        self._batches.append(self._batch(index, args, generators()))
+
+    def of_step(self, index: Any, args: tuple[Any, ...], step: int) -> Sequence[AnnouncedBatch]:
+        """Those that were announced, or the one that is given with the step.
+
+        Raises:
+            BatchError: there are none, or both.
+        """
+        if index is not None or args:
+            if self._batches:
+                raise BatchError(
+                    f"the batch is there twice: got {len(self._batches)} announced and one with the step, expected either, "
+                    f"at step {step}. Call recorder.step() without it. The step was refused."
+                )
+            return [self._batch(index, args, None)]
+        if not self._batches:
+            raise BatchError(
+                f"the batch is missing: got step() and no batch announced, expected recorder.batch(index, *batch) before "
+                f"the forward pass of each batch, or recorder.step(index, *batch), at step {step}. The step was refused."
+            )
+        return self._batches
+
+    def clear(self) -> None:
+        """They are recorded, or their gradients are gone."""
+        self._batches = []
+
+    def _batch(self, index: Any, args: tuple[Any, ...], random: Tensor | None) -> AnnouncedBatch:
+        ids, batch = check_batch(index, args, self._batches[-1].ids.dtype if self._batches else self.ids)
+        self._held = hold(batch, self._held)
+        return AnnouncedBatch(ids, *self._held, random)
