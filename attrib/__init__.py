@@ -24,6 +24,7 @@ if not (Path(__file__).parent / "kernels").exists():
 
 from . import errors, intervention, measure, report
 from .attribute import attribute
+from .batch import shared
 from .development import (
     ablate,
     barrier,
@@ -82,6 +83,7 @@ __all__ = [
     "report",
     "retrain",
     "settled",
+    "shared",
     "similarity",
     "verify",
     "vestiges",

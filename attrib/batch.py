@@ -65,13 +65,10 @@ class Batch:
 
     @property
     def said(self) -> tuple[Any, ...]:
-        """`args`, where a shared tensor that is as long as the batch says so: `Batch.of` makes the same of it again."""
+        """`args`, in which what is shared says so: `Batch.of` makes the same of it again."""
         each = zip(self.leaves, self.rows, strict=True)
-        leaves = [shared(t) if self._alike(t) and not rows else t for t, rows in each]
+        leaves = [shared(t) if isinstance(t, Tensor) and not rows else t for t, rows in each]
         return tuple(_grown(self.tree, leaves))
-
-    def _alike(self, leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == self.size
 
     @property
     def tensors(self) -> list[Tensor]:

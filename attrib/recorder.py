@@ -235,9 +235,7 @@ class Recorder(Wrapper):
         captured = self._capture.take(step)
         record = self._recorded(step, captured, announced)
         if step.number == 0:
-            settled = captured.settled
-            facts = {"factors": settled.described, "reduction": settled_facts(settled)["reduction"]}
-            self._writer.update_header(training=self._guard.training(), **facts)
+            self._writer.update_header(training=self._guard.training(), factors=captured.settled.described)
         with self._writer.ready(record), shielded():  # from Ctrl-C: a step that is made is recorded
             moved = time.perf_counter()
             with torch.no_grad():
@@ -276,13 +274,13 @@ class Recorder(Wrapper):
     def _recorded(self, step: Step, captured: Captured, announced: Sequence[AnnouncedBatch]) -> StepRecord:
         """The record of a step before it is made."""
         states = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else {}
-        each = zip(announced, captured.scales.tolist(), captured.random, strict=True)
+        each = zip(announced, captured.scales.tolist(), captured.left.tolist(), captured.random, strict=True)
         return StepRecord(
             theta=_array(step.theta),
             gradient=_array(step.gradient),
             hyper=read_hyper(self._rule, self.optimizer),
             ids=np.concatenate([a.ids for a in announced]),
-            passes=tuple(PassRecord(len(a.ids), a.inputs, scale, random) for a, scale, random in each),
+            passes=tuple(PassRecord(len(a.ids), a.inputs, *rest) for a, *rest in each),
             state={key: _array(value) for key, value in states.items()} or None,
             log=captured.log,
             shares=captured.shares,

@@ -186,7 +186,7 @@ class Shares:
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
         parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
-        return Contributions(torch.stack(parts, 2).cpu().numpy() * step.scales[:, None], None)
+        return Contributions(torch.stack(parts, 2).cpu().numpy() * self.run.left(step.number)[:, None], None)
 
     def _replayed(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         passes = []
@@ -222,7 +222,7 @@ class Shares:
 
     @cached_property
     def _reduction(self) -> Reduction:
-        kinds, common = self.run.header["reduction"]
+        kinds, common = self.run.header["settled"]["reduction"]
         return Reduction(tuple(kinds), common)
 
     # the common factors of a step

@@ -97,14 +97,15 @@ class Block:
 
 class RecordedPass(NamedTuple):
     """One of the passes of a step. slots: which of the step's examples are its own; kind, rows (b,), shared: where its
-    inputs stand; scale: from an example's gradient to its share, NaN where it has to be fitted; random: the generators'
-    state before the pass, or None."""
+    inputs stand; scale: from an example's gradient to its share, NaN where it has to be fitted; left: from its stored
+    factors to it; random: the generators' state before the pass, or None."""
 
     slots: slice
     kind: int
     rows: np.ndarray
     shared: int
     scale: float
+    left: float
     random: Tensor | None
 
     @property
@@ -125,11 +126,6 @@ class RecordedStep(NamedTuple):
     ids: np.ndarray
     passes: tuple[RecordedPass, ...]
     active: frozenset[str]
-
-    @property
-    def scales(self) -> np.ndarray:
-        """(B,): of each example that of its pass."""
-        return np.repeat([p.scale for p in self.passes], [p.size for p in self.passes])
 
 
 @dataclass(frozen=True)
@@ -215,7 +211,7 @@ def passes_of(passes: Passes, n: int, rows: np.ndarray, random: np.ndarray | Non
     """Those of the n-th of some steps. rows (B,): where its inputs stand; random: of these steps (n, M, bytes)."""
     states = [None] * passes.values.shape[1] if random is None else list(torch.from_numpy(random[n]))
     return tuple(
-        RecordedPass(p.slots, p.kind, rows[p.slots], p.shared, p.scale, state)
+        RecordedPass(p.slots, p.kind, rows[p.slots], p.shared, p.scale, p.left, state)
         for p, state in zip(passes.of_step(n), states, strict=False)
     )
 

@@ -112,7 +112,7 @@ class Capture:
             else:
                 here, settled = factor_arrays(found, each.batch, settled, trial.step.number)
                 arrays.append(here)
-        return _captured(trial, Fit(scales, log, settled), joined(arrays))
+        return _captured(trial, Fit(fit.scales, log, settled), joined(arrays), scales)
 
     def _note(self, trial: Trial, fit: Fit) -> None:
         """Once, where the shares sum to p.grad as far as a coarse pass lets see, and no further."""
@@ -193,12 +193,13 @@ def _assumed(trial: Trial) -> Fit:
     return Fit(settled.reduction.expected(trial.step.sizes, trial.heard.clip), {}, settled)
 
 
-def _captured(trial: Trial, fit: Fit, arrays: Arrays) -> Captured:
+def _captured(trial: Trial, fit: Fit, arrays: Arrays, left: np.ndarray | None = None) -> Captured:
     draws, heard = fit.settled.draws, trial.heard
     starts = [None if heard.passes == 0 and not heard.forwards else each.start for each in trial.passes]
     random = [draws.stored(start) for start in starts]
     return Captured(
         scales=fit.scales,
+        left=fit.scales if left is None else left,
         shares=arrays,
         penalty=trial.penalty,
         random=[None if state is None else state.numpy() for state in random],

@@ -73,12 +73,14 @@ class Step:
 class Captured:
     """What there is to record of a step.
 
-    scales: share = scale * gradient of the example's loss, of each pass; NaN where it is not known. shares: the arrays to be
-    stored. penalty: its part of the gradient (P,). random: the generators' state before each pass, (bytes,) uint8, where the
-    loss draws numbers. log: the mean loss and the identities, where they were checked. settled: for the next step.
+    scales: share = scale * gradient of the example's loss, of each pass; NaN where it is not known. left: share = left *
+    stored factor. shares: the arrays to be stored. penalty: its part of the gradient (P,). random: the generators' state
+    before each pass, (bytes,) uint8, where the loss draws numbers. log: the mean loss and the identities, where they were
+    checked. settled: for the next step.
     """
 
     scales: np.ndarray
+    left: np.ndarray
     shares: Arrays
     penalty: Tensor | None
     random: list[np.ndarray | None]

@@ -145,6 +145,13 @@ class Guard:
                     f"was refused."
                 )
             if not isinstance(held, Tensor) or constant_of(held) != self.digests[place.name]:
+                if isinstance(place.held, nn.Parameter) and place.held.requires_grad:
+                    raise ChangedOutsideError(
+                        f"a parameter changed that the recorded optimizer does not move: got another value at "
+                        f"{place.name!r}, step {step}. Where another optimizer trains it, record both as one run, "
+                        f"attrib.record([one, other], ...); a part that stands still in a step has p.grad None. The step "
+                        f"was refused."
+                    )
                 raise ChangedOutsideError(
                     f"a buffer or frozen parameter changed between steps: expected it constant, at {place.name!r}, step "
                     f"{step}. Put the module that owns it into eval mode, or train it with this optimizer."

@@ -12,7 +12,7 @@ from ..checks import check_batch
 from ..errors import ReplayError
 from ..run import Run
 from ..steps import RecordedPass, passes_of
-from ..store import Passes
+from ..store import PASS_FACTS, Passes
 
 Batches = Callable[[int], tuple[Any, ...]]  # step -> (index, *inputs)
 
@@ -39,7 +39,7 @@ class Schedule:
         self._run, self._device, self._batches = run, device, batches
         self._first = -1
         self._rows: dict[str, np.ndarray] = {}
-        self._passes = Passes(np.zeros((0, 1, 4)))
+        self._passes = Passes(np.zeros((0, 1, len(PASS_FACTS))))
         self._last: tuple[RecordedPass, Batch] | None = None
 
     def check(self, until: int) -> None:

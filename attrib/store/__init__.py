@@ -24,12 +24,13 @@ from .passes import Pass, Passes
 from .place import local_path
 from .reader import Reader
 from .resumption import Reopened, lease, reopen
-from .schema import FACTS, FORMAT
+from .schema import FACTS, FORMAT, PASS_FACTS
 from .writer import Writer, close_dropped
 
 __all__ = [
     "FACTS",
     "FORMAT",
+    "PASS_FACTS",
     "CubeWriter",
     "Ids",
     "Pass",

@@ -32,11 +32,13 @@ PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all oth
 
 
 class PassRecord(NamedTuple):
-    """One of the passes that the gradient of a step was made of. inputs: None where they are known to stand in the store."""
+    """One of the passes that the gradient of a step was made of. inputs: None where they are known to stand in the store.
+    scale, left: see `schema`."""
 
     size: int
     inputs: Inputs | None
     scale: float
+    left: float
     random: np.ndarray | None  # (bytes,) uint8
 
 
