@@ -49,6 +49,7 @@ def record(
     states_every: int = 1,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     constants: str = "values",
+    remainder: str = "refuse",
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
@@ -73,6 +74,9 @@ def record(
             stored, and its contribution stands with weight decay in the ledger. It must draw no random numbers.
         constants: "values" stores buffers and frozen parameters, of whatever type, bit for bit; "digest" only what they are
             recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
+        remainder: what becomes of what p.grad holds beyond the shares: noise added to it, entries clipped by value, tensors
+            that a hook masks or scales. "refuse": the step is refused; "account": its contribution is a row of the ledger.
+            Gradients clipped by their common norm need none.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
@@ -89,8 +93,8 @@ def record(
         ...     recorder.step(index, x, y)
         >>> recorder.close()  # doctest: +SKIP
     """
-    check_options(capture, constants, check_every=check_every, block=block, states_every=states_every)
-    captured = CaptureOptions(capture, check_every, penalty)
+    check_options(capture, constants, remainder, check_every=check_every, block=block, states_every=states_every)
+    captured = CaptureOptions(capture, check_every, penalty, remainder)
     options = RecordOptions(captured, overwrite, resume, block, states_every, constants)
     return Recorder(optimizer, model, loss, store, options)
 

@@ -1,6 +1,7 @@
 """The journey of a step through its capture."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -38,7 +39,8 @@ class Capture:
         self._model, self._layout, self._parameters, self._options = uncompiled(model), layout, parameters, options
         self._shares = ExampleGradients(loss, self._model, layout, parameters[0].dtype)
         self._noted = False
-        self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay")
+        accounts = options.remainder == "account"
+        self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay", accounts)
         log.info(
             "recording %s: batch identity on the first %d steps, then every %d",
             *(options.kind, CHECK_FIRST, options.check_every),
@@ -71,7 +73,7 @@ class Capture:
             trial = self._trial(step)
             factors = self._watched(trial)
             due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
-            fits = due or (self._stores and factors is None)
+            fits = due or (self._stores and factors is None) or _unknown(trial)
             trial = of_the_loop(trial) if fits and trial.shares.coarse else trial
             fit = fitted(trial) if fits else _assumed(trial)
             self._note(trial, fit)
@@ -84,7 +86,8 @@ class Capture:
                     factors = trial.shares.factors(step.theta, step.batch)
             log = fit.log
             if due:
-                check_sum(trial, factors, scale)
+                assert fit.shares is not None
+                check_sum(trial, factors, scale, fit.shares)
                 log = {**log, "split_identity": check_split(trial, factors, scale, fit.scale)}
             arrays, settled = self._arrays(trial, factors, scale, fit.settled)
             return _captured(trial, Fit(scale, log, settled), arrays)
@@ -134,6 +137,11 @@ def _assumed(trial: Trial) -> Fit:
     """Of a step that is not checked."""
     settled = trial.step.settled
     return Fit(settled.reduction.expected(trial.size, trial.heard.clip), {}, settled)
+
+
+def _unknown(trial: Trial) -> bool:
+    """Whether the scale has to be had now: where p.grad may hold more than the shares it is not to be fitted to it later."""
+    return trial.heard.left is not None and math.isnan(_assumed(trial).scale)
 
 
 def _captured(trial: Trial, fit: Fit, arrays: Arrays) -> Captured:

@@ -36,11 +36,13 @@ class Trial:
 
 
 class Fit(NamedTuple):
-    """The scale of the shares, and what the check that it comes from has shown."""
+    """The scale of the shares, what the check that it comes from has shown, and what the shares sum to, (P,); None where
+    that was not checked."""
 
     scale: float
     log: dict[str, float]
     settled: Settled
+    shares: Tensor | None = None
 
 
 def of_the_loop(trial: Trial) -> Trial:
@@ -72,6 +74,8 @@ def fitted(trial: Trial) -> Fit:
         losses, total = (found / trial.factor for found in trial.shares.total(step.theta, step.batch))
         draws = step.settled.draws.settled(step.number, heard.start, generators())
     settled = replace(step.settled, draws=draws)
+    if heard.left is not None:
+        return _accounted(trial, losses, total, settled)
 
     def gross() -> float:
         return heard.clip * _gross(trial, settled)
@@ -85,17 +89,31 @@ def fitted(trial: Trial) -> Fit:
     except BatchIdentityError as error:
         raise BatchIdentityError(f"{error}{_hint(trial, draws.stochastic, losses)}") from None
     log = {"loss": float(losses.double().mean()), "batch_identity": gap}
-    return Fit(scale, log, replace(settled, reduction=reduction))
+    return Fit(scale, log, replace(settled, reduction=reduction), examples)
 
 
-def check_sum(trial: Trial, found: Factors, scale: float) -> None:
-    """What is stored must sum to p.grad as well.
+def _accounted(trial: Trial, losses: Tensor, total: Tensor, settled: Settled) -> Fit:
+    """What p.grad holds beyond the sum of the shares is the remainder."""
+    heard, root = trial.heard, split_bound(trial.shares.precision)
+    assert heard.left is not None
+    rest = None if trial.penalty is None else trial.penalty / heard.clip
+    layout, size = trial.shares.layout, len(losses)
+    scale, reduction = settled.reduction.of_backward(heard.left, total, rest, layout, size, root)
+    shares = heard.clip * scale * total
+    norm = float(trial.step.gradient.double().norm()) or 1.0
+    remainder = float((trial.examples - shares).double().norm()) / norm
+    log = {"loss": float(losses.double().mean()), "remainder": remainder}
+    return Fit(heard.clip * scale, log, replace(settled, reduction=reduction), shares)
+
+
+def check_sum(trial: Trial, found: Factors, scale: float, expected: Tensor) -> None:
+    """What is stored must sum to what the shares do, (P,): p.grad, but for a remainder.
 
     Raises:
         BatchIdentityError: naming the parameter.
     """
-    layout, examples = trial.shares.layout, trial.examples
-    sums = examples.new_zeros(layout.size)
+    layout = trial.shares.layout
+    sums = expected.new_zeros(layout.size)
     for name, part in layout.slices():
         for factor in found[name]:
             sums[part] += factor.total()
@@ -103,8 +121,8 @@ def check_sum(trial: Trial, found: Factors, scale: float) -> None:
     def gross() -> float:
         return scale * sum(float(f.rows().double().norm(dim=1).sum()) for s in found.values() for f in s)
 
-    bound = ShareBound(examples, gross, trial.penalty, trial.shares.precision)
-    batch_identity(layout, examples, scale * sums, trial.step.number, bound)
+    bound = ShareBound(expected, gross, trial.penalty, trial.shares.precision)
+    batch_identity(layout, expected, scale * sums, trial.step.number, bound)
 
 
 def check_split(trial: Trial, found: Factors, scale: float, whole: float) -> float:

@@ -17,7 +17,8 @@ from ..gradients.assignment import Trace
 class Heard:
     """clip: the factor on all gradients since the backward pass. passes: how many went forward. before, behind: the state of
     the generators around the last of them, None where none was heard. start: `before`, or the state now. sites: of the one
-    pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is."""
+    pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is. left (K,): the
+    norms of the gradients as the backward pass left them, None where there may be no remainder."""
 
     clip: float
     passes: int
@@ -26,14 +27,18 @@ class Heard:
     start: Tensor
     sites: tuple[Trace, list[Tensor | None]] | None
     compiled: bool
+    left: Tensor | None = None
 
 
 class Listeners:
-    """All hooks of a recorded run. sites: whether the calls of a pass are followed."""
+    """All hooks of a recorded run. sites: whether the calls of a pass are followed. accounts: whether gradients may hold more
+    than the shares."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor], sites: bool) -> None:
-        self._compiled = uncompiled(model) is not model
-        self._norms = NormWatch(parameters)
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor], sites: bool, accounts: bool = False
+    ) -> None:
+        self._compiled, self._accounts = uncompiled(model) is not model, accounts
+        self._norms = NormWatch(parameters, accounts)
         self._random = RandomWatch(model)
         sites = sites and not self._compiled  # what is compiled is not followed call by call
         self._watch = Watch(model, dict(zip(names, parameters, strict=True))) if sites else None
@@ -42,13 +47,14 @@ class Listeners:
         """Since `clear`, of a batch of so many examples.
 
         Raises:
-            BatchIdentityError: the gradients were changed by different factors.
+            BatchIdentityError: the gradients were changed by different factors, and that is not accounted for.
         """
         random = self._random
         start = random.before if random.before is not None else generators()
         sites = None if self._watch is None else self._watch.seen(size)
         clip, compiled = self._norms.clipping(), self._compiled
-        return Heard(clip, random.passes, random.before, random.behind, start, sites, compiled)
+        left = self._norms.left() if self._accounts else None
+        return Heard(clip, random.passes, random.before, random.behind, start, sites, compiled, left)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

@@ -91,6 +91,12 @@ def _checked(run: Run, steps: range, interventions: Interventions) -> tuple[Inte
 
 def _reduction(run: Run, start: int, until: int) -> Backward:
     """The mean or the sum, whichever the recorded scale of every step is."""
+    if run.declares_remainder:
+        raise ReplayError(
+            "the loop did more than take the mean or the sum: got a run with a remainder, of which no function is recorded. "
+            "Pass backward=, a function (losses, model) that does what the loop did to the gradients, and "
+            'remainder="account" where the replay is recorded.'
+        )
     scales = run.reader.fact("scale", slice(start, until))
     sizes = (run.reader.read("index", slice(start, until)) >= 0).sum(1)
     if (scales == 1 / sizes).all():

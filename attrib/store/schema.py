@@ -15,7 +15,8 @@
         kind                                   which table of examples/ holds the inputs of the batch
         scale                                  share = scale * gradient of the example's loss (reduction, clipping); NaN
                                                where it is to be fitted to p.grad when it is asked for
-        loss, ..._identity                     mean loss and the identities, NaN where not checked
+        loss, ..._identity, remainder          mean loss, the identities, and what p.grad holds beyond the shares relative to
+                                               |p.grad| where it may, NaN where not checked
         seconds                                of training, NaN for the first step
     examples/*/* [row, ...]                    the inputs: a table per shape, in it an array per tensor of the batch
     gradients    [step, slot, parameter]       per-example shares, with capture="gradients"
@@ -48,7 +49,7 @@ COMMIT_SHARE = 0.02  # of the time, at most, goes into that
 DIGESTS = "digests"  # the array, see `seal`
 STATE_BYTES = 8 << 20  # of a chunk of parameters or gradients, which are read whole: larger chunks cost less to write
 
-LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "seconds")
+LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "remainder", "seconds")
 FACTS = ("kind", "scale", *LOGS)  # columns of `facts`
 
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}  # what is not there is lost, and not zeros
