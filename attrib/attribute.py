@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .account import Account, share_bound
+from .account import Account, Losses, share_bound
 from .accounting import Accounting
 from .budget import Budget, divide, divide_ahead
+from .checks import split_bound
 from .errors import Interrupted, MeasurementError, WorkerError
 from .executor import Pool, pool_of
 from .functional import differentiable, uncompiled
@@ -28,6 +29,7 @@ from .marginals import bytes_of, choose
 from .measure import Measurement
 from .path import Measured, Path, Secant
 from .plan import sizes_of
+from .result import IDENTITIES as RESULT_IDENTITIES
 from .result import Result, join
 from .run import Run, check_model
 from .shares import Shares
@@ -160,7 +162,9 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     kept = choose(options.keep, query.count, sizes)
     budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), options)
     bound = share_bound(run.dtype, compute)
-    account = Account(labels, member, tuple(kept), options.cube is not None, bound)
+    losses = Losses(run.log("loss"), max(bound, split_bound(run.precision)))
+    remainder = run.accounts_remainder, run.declares_remainder
+    account = Account(labels, member, tuple(kept), options.cube is not None, bound, *remainder, losses)
     shares = Shares(run, model, options.loss, compute, budget.slices, member)
     limit = window.stop if "limit" in options.identities else None
     parts = query.parts(budget.at_once)
@@ -175,7 +179,7 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
         done, died = _sweeps(pooled, _Listener(bar, bound, cube, run), lambda: request.asked)
     if cube is not None:
         cube.close(complete=not request.asked and died is None)
-    facts, names = _facts(run, measurement, options), measurement.names if isinstance(measurement, Measurement) else ()
+    facts, names = _facts(run, window, measurement, options), measurement.names if isinstance(measurement, Measurement) else ()
     whole = join([account.dataset(*sums, facts) for sums in done], names) if done else None
     result = None if whole is None else Result(whole.assign_coords(example=run.ids.of(whole["example"].values)))
     if died is not None:
@@ -222,7 +226,10 @@ class _Listener:
                     *(gap, tally.steps[n]),
                 )
         for name, sentence in tally.failures.items():
-            self._say(name, "the %s identity fails: %s", name, sentence)
+            if name in RESULT_IDENTITIES:
+                self._say(name, "the %s identity fails: %s", name, sentence)
+            else:
+                self._say(name, "%s", sentence)
         for step, (numbers, contributions) in zip(reversed(tally.steps), reversed(tally.slots), strict=False):
             assert self.cube is not None
             self.cube.put(step, self.run.ids.of(numbers), contributions)
@@ -286,9 +293,12 @@ def _window(run: Run, steps: slice | None) -> range:
     return range(start, stop)
 
 
-def _facts(run: Run, measurement: Any, options: AttributeOptions) -> dict[str, Any]:
-    h = run.header
+def _facts(run: Run, window: range, measurement: Any, options: AttributeOptions) -> dict[str, Any]:
+    h, sizes = run.header, run.log("remainder")[window.start : window.stop]
+    sizes = sizes[~np.isnan(sizes)]
+    left = [float(sizes.max(initial=0.0)), len(sizes)]  # the largest, relative to |p.grad|, of so many steps
     return {
+        **({"remainder": left} if run.declares_remainder else {}),
         "run": str(run.reader.target),
         "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
         "units": getattr(measurement, "units", ""),

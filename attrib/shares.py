@@ -29,10 +29,11 @@ log = logging.getLogger("attrib")
 
 class Contributions(NamedTuple):
     """values (Q, B, K) float64; scale: the common factor in them between an example's gradient and its share, None where the
-    store has the shares themselves."""
+    store has the shares themselves; loss: the mean loss of the batch, where it was computed."""
 
     values: np.ndarray
     scale: float | None
+    loss: float | None = None
 
 
 class Split(NamedTuple):
@@ -179,11 +180,11 @@ class Shares:
     def _replayed(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         assert self._gradients is not None
         with self._step(step) as (shares, batch):
-            found = shares.contract(self._theta(step), batch, sensitivity, self._groups)[1].cpu().numpy()
-        found /= self._factor(step)
+            losses, products = shares.contract(self._theta(step), batch, sensitivity, self._groups)
+        found = products.cpu().numpy() / self._factor(step)
         scale = self._scale(step, found, gradient)
         found *= scale
-        return Contributions(found, scale)
+        return Contributions(found, scale, float(losses.double().mean()) / self._factor(step))
 
     @contextmanager
     def _step(self, step: RecordedStep) -> Iterator[tuple[gradients.ExampleGradients, tuple[Tensor, ...]]]:
@@ -208,6 +209,8 @@ class Shares:
         """The recorded one where the shares then sum to p.grad, as far as U sees it; else what takes them there. What was
         recorded of steps that were not checked was assumed."""
         recorded = step.scale
+        if self.run.declares_remainder and not np.isnan(recorded):
+            return recorded  # p.grad is not their sum
         sums, wanted = found.sum(1) @ self._member, gradient @ self._member
         size = np.abs(found).sum((1, 2))[:, None]
 

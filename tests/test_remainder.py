@@ -125,3 +125,24 @@ def test_the_remainder_is_what_was_done_by_hand(change: str, capture: str, monke
     assert np.abs(expected).sum() > 1e-3 * np.abs(result.by()).sum()  # something was done
     ledger = result.check(1e-10)
     np.testing.assert_allclose(ledger.terms["remainder"], expected.sum((1, 2)), rtol=1e-9)
+
+
+def masked(model: nn.Module) -> None:
+    weight = model.hidden.weight
+    weight.register_hook(lambda g: g * (torch.arange(g.numel()).view_as(g) % 3 > 0))
+
+
+def clip(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("reduction", [torch.mean, torch.sum])
+def test_a_hook_that_masks_one_tensor_leaves_the_others_without_remainder(capture: str, reduction: Any) -> None:
+    recorded = Recorded(capture=capture, reduction=reduction, hook=masked)
+    result = recorded.attribute()
+    result.check(1e-10)
+    by_group = np.abs(result.remainder).sum(("query", "step"))
+    assert float(by_group.sel(group="hidden.weight")) > 1e-3 * float(np.abs(result.by()).sum())
+    others = by_group.drop_sel(group="hidden.weight")
+    assert float(others.max()) <= 1e-13 * float(result.dataset["gross"].sum())  # rounding of sums of that size
