@@ -52,7 +52,7 @@ def moves(
         run, model, measurement, loss, dtype: as for `attrib.attribute`.
         steps: which, in order; None for all.
         lead: steps before the first whose gradients are told apart, too; what momentum brings from before is `inherited`.
-            Unused where there is no momentum. With momentum the cost grows with the square of lead and steps.
+            Unused where there is no momentum and no average. With one of them the cost grows with the square of lead and steps.
 
     Yields:
         A `Move` per step, in the measurement's units.
@@ -76,12 +76,13 @@ def moves(
 
     model, asked = uncompiled(model), AttributeOptions(loss=loss, dtype=dtype, progress=False)
     asked.check(run, model)
-    note_values(run, model, chosen.stop)
+    average = getattr(measurement, "average", None)
+    note_values(run, model, chosen.stop, average)
 
     def window(first: int, stop: int, *keep: str) -> Result:
         return attributed(run, model, measurement, replace(asked, steps=slice(first, stop), keep=keep))
 
-    return _with_momentum(window, chosen, lead) if _remembers(run) else _at_once(window, chosen, len(run.examples))
+    return _with_momentum(window, chosen, lead) if _remembers(run) or average is not None else _at_once(window, chosen, len(run.examples))
 
 
 def _remembers(run: Run) -> bool:

@@ -354,7 +354,8 @@ async function main() {
   $("query").append(...page.queries.map((q, k) => { const o = element("option", q.name); o.value = k; return o; }));
   $("query-choice").hidden = page.queries.length < 2;
   fill("identities", Object.entries(page.identities).map(([name, gap]) => row(head(name),
-    gap === null ? element("td", "not checked", "number") : numberCell(gap, false))));
+    gap === null ? element("td", "not checked", "number") : numberCell(gap, false))).concat(
+    Object.entries(page.sizes).map(([name, size]) => row(head(name), element("td", size)))));
   fill("facts", page.facts.map(([name, value]) => row(head(name), element("td", value))));
   $("notices").append(...page.notices.map((text) => element("li", text)));
   showQuery();

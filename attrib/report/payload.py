@@ -46,7 +46,7 @@ def payload(
     result: Result, describe: Describe | None, describe_query: Describe | None, tag: Describe | None, progress: bool
 ) -> dict[str, Any]:
     """Everything the page shows, as JSON; arrays are float32 in base64, ids are strings, for JavaScript rounds numbers."""
-    dataset = result.dataset
+    dataset, ledger = result.dataset, result.ledger()
     first = int(dataset["step"].values[0])
     changes = fold_groups(result.timeline(), SERIES)
     fine = bin_steps(dataset.sizes["step"], min(FINE, SUMS // (changes.sizes["query"] * changes.sizes["group"])))
@@ -62,7 +62,8 @@ def payload(
         "units": result.units,
         "facts": _facts(result),
         "notices": notices,
-        "identities": result.ledger().identities,
+        "identities": ledger.identities,
+        "sizes": {said(name): size for name, size in ledger.sizes.items()},
         "queries": _queries(result, describe_query, tag),
         "edges": (fine.edges + first).tolist(),
         "windows": np.searchsorted(fine.edges, bins.edges).tolist(),  # where among the edges
@@ -200,6 +201,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         "optimizer": attrs.get("optimizer", "") + describe_options(attrs.get("options", {})),
         "data": f"{sizes['example']} train examples, at most {attrs.get('batch', '?')} a step",
         "steps": f"{first} to {last} ({last - first})",
+        "measured model": attrs.get("average", ""),
         "path": attrs.get("path", ""),
         "computed in": attrs.get("dtype", ""),
         "capture": attrs.get("capture", ""),
