@@ -129,9 +129,7 @@ class Accounting:
         """Of decay, (n, 2, K)."""
         return np.stack([decay_rates(segments, len(self.measured.layout.names)) for segments in coefficients])
 
-    def summed(
-        self, steps: Steps, along: Along, timeline: np.ndarray, prepared: Prepared, products: Products
-    ) -> Terms:
+    def summed(self, steps: Steps, along: Along, timeline: np.ndarray, prepared: Prepared, products: Products) -> Terms:
         """along: what goes along the vectors that are pulled back. timeline (n, Q, K): the changes of the measurement."""
         p, eps = prepared, torch.finfo(steps.theta.dtype).eps
         decay = p.rates[:, None, 0] * products.theta - p.rates[:, None, 1] * along.theta

@@ -43,7 +43,9 @@ class Averages:
         self._spacing = self._size * max(1, isqrt(-(-stop // self._size)))
         self._kept = kept  # (P,) each, by the step that they stand before
         self._near: dict[int, Tensor] = {}  # before every block from one that is kept to the next
-        self._states: tuple[int, Tensor] | None = None  # of the last block that was asked for: its first step, (n + 1, P)
+        self._states: tuple[int, Tensor] | None = (
+            None  # of the last block that was asked for: its first step, (n + 1, P)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Averages, (self._run, self._average, self._stop, self._anchors)

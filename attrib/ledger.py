@@ -10,7 +10,12 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-TERMS = ("decay", "inherited", "remainder", "update_remainder")  # what is no example's; of the last two, those there are
+TERMS = (
+    "decay",
+    "inherited",
+    "remainder",
+    "update_remainder",
+)  # what is no example's; of the last two, those there are
 SHOWN = 8  # queries printed
 
 

@@ -142,7 +142,9 @@ def averaged(measurement: Any, average: Average) -> OfAverage:
     Example:
         >>> ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # doctest: +SKIP
         >>> # in the loop, after recorder.step(...): ema.update_parameters(model)
-        >>> measurement = attrib.measure.averaged(attrib.measure.log_prob(x, y), attrib.measure.Ema(0.99))  # doctest: +SKIP
+        >>> measurement = attrib.measure.averaged(
+        ...     attrib.measure.log_prob(x, y), attrib.measure.Ema(0.99)
+        ... )  # doctest: +SKIP
         >>> attrib.attribute(run, ema.module, measurement, loss=loss)  # doctest: +SKIP
     """
     if isinstance(average, type) or not callable(getattr(average, "weight", None)):

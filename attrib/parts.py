@@ -73,7 +73,12 @@ def _sums(dataset: xr.Dataset) -> Iterator[tuple[str, np.ndarray, np.ndarray, np
     for axes in kept_axes(dataset):
         name = "_".join((PREFIX, *axes))
         total, rounding = _total(dataset[name])
-        yield f"`{name}` with {', '.join(map(said, names))} and residual", total + rest, explained, 4 * (rounding + slack)
+        yield (
+            f"`{name}` with {', '.join(map(said, names))} and residual",
+            total + rest,
+            explained,
+            4 * (rounding + slack),
+        )
     total, rounding = _total(dataset["timeline"])
     yield "timeline", total, explained, 4 * (rounding + slack)
 

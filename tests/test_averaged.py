@@ -14,7 +14,7 @@ from cases import MODELS, OPTIMIZERS, covering
 from test_oracle import CASES, decompose, to_run_order
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import Trained, flat, train
+from training import Trained, train
 from zarr.storage import MemoryStore
 
 import attrib
@@ -45,11 +45,9 @@ KEPT = {
 }
 
 
-class WithAverage(nn.Module):
-    pass
-
-
-def trained_with(kept: Kept, optimizer: str, model: str, dtype: torch.dtype, **options: Any) -> tuple[Trained, AveragedModel]:
+def trained_with(
+    kept: Kept, optimizer: str, model: str, dtype: torch.dtype, **options: Any
+) -> tuple[Trained, AveragedModel]:
     """A run, and torch's own average of the states that it went through."""
     trained = train(MemoryStore(), OPTIMIZERS[optimizer], model, dtype=dtype, steps=STEPS, block=3, **options)
     last = trained.run.parameters(STEPS)
@@ -127,8 +125,96 @@ def test_every_contribution_is_the_double_sum_with_the_weights_of_the_average(ke
     for step, (index, *_) in enumerate(trained.batches):
         want = to_run_order(trained, expected.contributions[step])
         got = cube.sel(step=step, example=index.numpy()).values
-        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max() + 1e-18)
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
     np.testing.assert_allclose(result.decay.sum("group"), expected.decay, rtol=1e-9, atol=1e-12)
     moved = np.array([bars[t] * (states[t + 1] - states[t]) for t in range(STEPS)]).swapaxes(0, 1)
     np.testing.assert_allclose(result.timeline(), to_run_order(trained, moved), rtol=1e-9, atol=1e-14)
     assert np.abs(result.inherited).max() == 0.0
+
+
+@pytest.mark.parametrize("kept", ["ema", "swa every second"])
+def test_a_window_starts_where_the_average_is(kept: str) -> None:
+    average = KEPT[kept].average
+    trained = train(MemoryStore(), OPTIMIZERS["adamw"], "mlp", steps=STEPS, block=3)
+    measurement = averaged(trained.measurement(), average)
+    whole, window = trained.attribute(measurement), trained.attribute(measurement, steps=slice(4, 6))
+    window.check(1e-10)
+    states = weights_of(average) @ np.array(trained.thetas)
+    for state, value in ((4, window.initial), (6, window.final)):
+        oracles.put(trained.model, states[state])
+        np.testing.assert_allclose(value, trained.measurement()(trained.model).detach(), rtol=1e-12)
+    np.testing.assert_allclose(window.timeline(), whole.timeline().isel(update_step=slice(4, 6)), rtol=1e-9, atol=1e-14)
+    # with momentum from before, what the parameters are ahead of the average
+    assert float(np.abs(window.inherited).sum()) > 1e-3 * float(window.dataset["gross"].sum())
+
+
+def test_without_momentum_a_window_inherits_what_the_parameters_are_ahead() -> None:
+    """Of a measurement that is linear in the parameters: <direction, share of e_a that reaches the average>."""
+    average = Ema(0.7)
+    trained = train(MemoryStore(), OPTIMIZERS["sgd"], "mlp", steps=STEPS, block=3)
+
+    def linear(model: nn.Module) -> torch.Tensor:
+        return torch.stack([model.hidden.weight.sum()])
+
+    result = trained.attribute(averaged(linear, average), steps=slice(4, 6))
+    result.check(1e-10)
+    ahead = trained.thetas[4] - weights_of(average)[4] @ np.array(trained.thetas)
+    part = dict(zip(trained.run.groups, np.split(np.arange(len(ahead)), trained.run.layout.bounds[1:-1]), strict=True))
+    expected = (1 - 0.7**2) * ahead[part["hidden.weight"]].sum()  # after two updates 0.7^2 of it are left
+    np.testing.assert_allclose(result.inherited.sel(group="hidden.weight"), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_blocks_and_pieces_do_not_change_the_account(block: int) -> None:
+    average = KEPT["ema late, every second"].average
+    trained = train(MemoryStore(), OPTIMIZERS["adamw"], "mlp", steps=11, block=block, states_every=block)
+    whole = train(MemoryStore(), OPTIMIZERS["adamw"], "mlp", steps=11, block=11)
+    got, want = (t.attribute(averaged(t.measurement(), average)) for t in (trained, whole))
+    got.check(1e-10)
+    np.testing.assert_allclose(
+        got.by("step", "example", "group"), want.by("step", "example", "group"), rtol=1e-9, atol=1e-15
+    )
+
+
+def test_workers_give_the_same_account(tmp_path: Path) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], "mlp", steps=STEPS, block=3)
+    measurement = averaged(trained.measurement(), Ema(0.7))
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        got = trained.attribute(measurement, executor=pool)
+    got.check(1e-10)
+    want = trained.attribute(measurement)
+    np.testing.assert_allclose(got.by("step", "example", "group"), want.by("step", "example", "group"), rtol=1e-12)
+
+
+def test_moves_split_the_change_of_the_average(caplog: pytest.LogCaptureFixture) -> None:
+    """Also without momentum: a gradient acts on the average at every later update."""
+    trained = train(MemoryStore(), OPTIMIZERS["sgd"], "mlp", steps=STEPS, block=3)
+    measurement = averaged(trained.measurement(), Ema(0.7))
+    found = list(attrib.moves(trained.run, trained.model, measurement, loss=trained.case.loss))
+    curve = trained.attribute(measurement).curve.values
+    for move in found:
+        np.testing.assert_allclose(move.change, np.diff(curve)[:, move.step], rtol=1e-9, atol=1e-14)
+        terms = move.contributions.sum(1) + move.decay + move.inherited
+        np.testing.assert_allclose(terms, move.change, rtol=1e-9, atol=1e-13)
+
+
+def test_what_is_no_average_is_refused() -> None:
+    measurement = attrib.measure.log_prob(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64))
+    for average in (Ema, 0.9, None):
+        with pytest.raises(MeasurementError, match="that is no average"):
+            averaged(measurement, average)  # type: ignore[arg-type]
+    with pytest.raises(MeasurementError, match="decay is no share"):
+        Ema(1.5)
+    with pytest.raises(MeasurementError, match="start is no count"):
+        Swa(-1)
+    trained = train(MemoryStore(), OPTIMIZERS["sgd"], "mlp", steps=2)
+    with pytest.raises(MeasurementError, match="Pass its .measurement"):
+        attrib.evaluate(trained.run, trained.model, averaged(trained.measurement(), Ema(0.9)))
+
+
+def test_another_model_than_the_average_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    trained, _ = trained_with(KEPT["ema"], "adamw", "mlp", torch.float64)
+    with torch.no_grad():
+        trained.model.hidden.weight += 1e-3
+    trained.attribute(averaged(trained.measurement(), Ema(0.7)))
+    assert any("the model holds other parameters" in message for message in caplog.messages)

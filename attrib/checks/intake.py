@@ -15,9 +15,7 @@ CONSTANTS = ("values", "digest")  # what is stored of them
 REMAINDERS = ("refuse", "account")  # what becomes of what p.grad holds beyond the shares
 
 
-def check_options(
-    capture: str, constants: str = "values", remainder: str = "refuse", **counts: int | None
-) -> None:
+def check_options(capture: str, constants: str = "values", remainder: str = "refuse", **counts: int | None) -> None:
     words = {"capture": (capture, CAPTURES), "constants": (constants, CONSTANTS), "remainder": (remainder, REMAINDERS)}
     for name, (word, known) in words.items():
         if word not in known:

@@ -47,7 +47,8 @@ class NormWatch:
         """(K,) float64: the norms as the last backward pass left them; of a gradient that none of it made, as it is."""
         now = {id(p): self._norms(p.grad) for p in self._parameters if p.grad is not None and id(p) not in self._raw}
         norms = {**now, **self._raw}
-        return torch.tensor([float(norms[id(p)][0]) if id(p) in norms else 0.0 for p in self._parameters]).double()
+        known = [float(norms[id(p)][0]) if id(p) in norms else 0.0 for p in self._parameters]
+        return torch.tensor(known, dtype=torch.float64)
 
     def clear(self) -> None:
         self._raw.clear()

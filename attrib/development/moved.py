@@ -82,7 +82,11 @@ def moves(
     def window(first: int, stop: int, *keep: str) -> Result:
         return attributed(run, model, measurement, replace(asked, steps=slice(first, stop), keep=keep))
 
-    return _with_momentum(window, chosen, lead) if _remembers(run) or average is not None else _at_once(window, chosen, len(run.examples))
+    return (
+        _with_momentum(window, chosen, lead)
+        if _remembers(run) or average is not None
+        else _at_once(window, chosen, len(run.examples))
+    )
 
 
 def _remembers(run: Run) -> bool:
