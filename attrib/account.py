@@ -43,8 +43,8 @@ class Losses(NamedTuple):
         if now is None or np.isnan(recorded) or abs(now - recorded) <= self.bound * np.nanmax(np.abs(self.mean)):
             return {}
         sentence = (
-            f"the losses are not those that were recorded: got a mean of {now:.6g}, expected {recorded:.6g}, at step {step}. "
-            f"Pass the loss that was given to attrib.record, and the model that was trained."
+            f"the losses are not those that were recorded: got a mean of {now:.6g}, expected {recorded:.6g}, at step "
+            f"{step}. Pass the loss that was given to attrib.record, and the model that was trained."
         )
         return {"loss": sentence}
 

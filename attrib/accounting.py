@@ -39,7 +39,8 @@ class Along(NamedTuple):
 
 class Prepared(NamedTuple):
     """Of n steps: the vectors (n, Q, P) float64 that are pulled back, Gbar, None once they are; the coefficients of the
-    updates; what goes along the vectors, None where they are not known yet; the measurement at both ends (n, Q); the rates of decay (n, 2, K); and where it was looked at, the limit."""
+    updates; what goes along the vectors, None where they are not known yet; the measurement at both ends
+    (n, Q); the rates of decay (n, 2, K); and where it was looked at, the limit."""
 
     vectors: Tensor | None
     coefficients: list[Segments]
@@ -180,7 +181,8 @@ def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
     leverage = vectors.new_zeros(vectors.shape[:2])
     for _, part in layout.slices():
         leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
-    return Along(*along_tensors(layout, vectors, along), leverage.cpu().numpy())
+    moved, replayed, before = along_tensors(layout, vectors, along)
+    return Along(moved, replayed, before, leverage.cpu().numpy())
 
 
 def over_tensors(layout: Layout, values: Tensor) -> np.ndarray:

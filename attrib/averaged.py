@@ -5,7 +5,7 @@
     a_{s+1} - a_s = c_s (e_s + Delta_s),   e_{s+1} = (1 - c_s) (e_s + Delta_s)
 
     <Gbar_s, a_{s+1} - a_s> = m(a_{s+1}) - m(a_s)            the path gradient between two states of the average
-    H_s     = c_s Gbar_s + (1 - c_s) H_{s+1}                 sensitivity of m(a_T) to the update of step s: it takes the place
+    H_s     = c_s Gbar_s + (1 - c_s) H_{s+1}                 sensitivity of m(a_T) to the update of step s, in the place
                                                              of Gbar_s where the optimizer's update is pulled back
     <H_a, e_a>                                               what the parameters were ahead of it before the first step a of
                                                              a window: with the momentum from before, `inherited`

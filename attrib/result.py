@@ -217,7 +217,7 @@ class Result:
     def _size(self, row: xr.DataArray) -> str:
         """How large a row is that may hold anything: through U, and as it was recorded."""
         gross = self.dataset["gross"].values
-        share = np.abs(row).sum([d for d in row.dims if d != "query"]).values / np.where(gross > 0, gross, 1.0)
+        share = abs(row).sum([d for d in row.dims if d != "query"]).values / np.where(gross > 0, gross, 1.0)
         shown = f"{share.max():.2e} of the gross"
         largest, count = self.dataset.attrs.get(str(row.name), (0.0, 0))
         return f"{shown}; at most {largest:.2e} of |p.grad| at {count} checked steps" if count else shown
@@ -234,9 +234,9 @@ class Result:
 
         Args:
             rtol: bound on |residual|, relative to the gross size of what is summed: the largest of |initial|, |final| and
-                the sum over steps and tensors of |contributions|, |decay| and |remainder|. On top of it, the part of the residual that
-                was measured to come from rounding the stored parameters (`dataset["rounding"]`) is allowed for, as far as
-                their spacing explains it; in float64 that is nothing.
+                the sum over steps and tensors of |contributions|, |decay| and |remainder|. On top of it, the part of the
+                residual that was measured to come from rounding the stored parameters (`dataset["rounding"]`) is allowed
+                for, as far as their spacing explains it; in float64 that is nothing.
 
         Raises:
             CompletenessError: with the worst query, its residual and the identity that is furthest off; also where a number

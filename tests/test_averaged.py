@@ -1,5 +1,6 @@
 """The measurement of an averaged copy of the model, explained on the path of the average."""
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -115,7 +116,7 @@ def test_every_contribution_is_the_double_sum_with_the_weights_of_the_average(ke
     nodes = list(zip((x + 1) / 2, w / 2, strict=True))
     weights, thetas = weights_of(average), np.array(trained.thetas)
     states, net = weights @ thetas, trained.case.build().double()
-    bars = [oracles.path_integral(net, a, b, trained.measurement(), nodes) for a, b in zip(states[:-1], states[1:])]
+    bars = [oracles.path_integral(net, a, b, trained.measurement(), nodes) for a, b in itertools.pairwise(states)]
     # theta_s is theta_0 and the updates before s: a_{t+1} - a_t = sum_r share[t, r] Delta_r
     share = np.array([[(weights[t + 1] - weights[t])[r + 1 :].sum() for r in range(STEPS)] for t in range(STEPS)])
     pulled = [sum(share[t, r] * bars[t] for t in range(STEPS)) for r in range(STEPS)]
@@ -208,7 +209,7 @@ def test_what_is_no_average_is_refused() -> None:
     with pytest.raises(MeasurementError, match="start is no count"):
         Swa(-1)
     trained = train(MemoryStore(), OPTIMIZERS["sgd"], "mlp", steps=2)
-    with pytest.raises(MeasurementError, match="Pass its .measurement"):
+    with pytest.raises(MeasurementError, match=r"Pass its \.measurement"):
         attrib.evaluate(trained.run, trained.model, averaged(trained.measurement(), Ema(0.9)))
 
 

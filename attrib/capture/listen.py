@@ -31,8 +31,8 @@ class Heard:
 
 
 class Listeners:
-    """All hooks of a recorded run. sites: whether the calls of a pass are followed. accounts: whether gradients may hold more
-    than the shares."""
+    """All hooks of a recorded run. sites: whether the calls of a pass are followed. accounts: whether gradients may hold
+    more than the shares."""
 
     def __init__(
         self, model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor], sites: bool, accounts: bool = False

@@ -52,7 +52,8 @@ def moves(
         run, model, measurement, loss, dtype: as for `attrib.attribute`.
         steps: which, in order; None for all.
         lead: steps before the first whose gradients are told apart, too; what momentum brings from before is `inherited`.
-            Unused where there is no momentum and no average. With one of them the cost grows with the square of lead and steps.
+            Unused where there is no momentum and no average. With one of them the cost grows with the square of
+            lead and steps.
 
     Yields:
         A `Move` per step, in the measurement's units.
