@@ -322,7 +322,7 @@ def _facts(run: Run, window: range, measurement: Any, options: AttributeOptions)
         "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
         "units": getattr(measurement, "units", ""),
         "path": repr(options.path),
-        "identities": ["batch", "step", "measurement", *options.identities],
+        "identities": [*(() if run.declares_remainder else ("batch",)), "step", "measurement", *options.identities],
         "dtype": str(options.dtype or run.dtype).removeprefix("torch."),
         **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
         "parameters": run.layout.size,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import ADAMW, SGD, Mlp, classify, pairs
 from torch import Tensor, nn
+from training import rewritten
 from zarr.storage import MemoryStore
 
 import attrib
@@ -72,7 +73,7 @@ class Recorded:
         torch.manual_seed(0)
         self.model = Mlp().double()
         x, y = pairs(18)
-        store = MemoryStore()
+        store = options.pop("store", None) or MemoryStore()
         options = {"remainder": "account", "block": 2, **options}
         recorder = attrib.record(optimizer(self.model.parameters()), self.model, classify, store, capture, **options)
         if hook is not None:
@@ -337,6 +338,25 @@ def test_a_run_says_how_large_it_is() -> None:
     assert (sizes < 1 + 1 / norms).all()
     assert f"at most {sizes.max():.2e} of |p.grad|" in str(run)
     assert np.isnan(Recorded(remainder="refuse").run.log("remainder")).all()
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_a_run_with_a_remainder_is_verified(capture: str) -> None:
+    recorded = Recorded(noise, capture, check_every=1)
+    found = attrib.verify(recorded.run, progress=False, model=recorded.model, loss=classify)
+    assert found.failure is None
+    assert ("remainder" in found.identities) == (capture != "replay")
+    assert "batch" not in found.identities
+
+
+def test_shares_that_leave_another_remainder_than_was_recorded_are_not_verified(tmp_path: Any) -> None:
+    recorded = Recorded(noise, "gradients", check_every=1, store=tmp_path / "run")
+    with rewritten(tmp_path / "run", "gradients") as array:
+        array[3] = 1.1 * array[3]
+    found = attrib.verify(attrib.open_run(tmp_path / "run"), progress=False)
+    assert found.failure is not None
+    assert "leave another part of p.grad" in found.failure
+    assert "at step 3" in found.failure
 
 
 def test_a_replay_asks_what_the_loop_did() -> None:
