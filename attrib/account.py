@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
 
 from .accounting import relative
+from .ledger import TERMS
 from .marginals import Axes, Slots
 from .parts import PREFIX
 from .result import IDENTITIES
@@ -17,6 +18,7 @@ from .shares import Contributions, Split
 from .steps import RecordedStep
 from .tally import Tally
 
+UPDATES = ("update_remainder",)  # rows that stand on the step that moved the parameters
 OWN = "the gradient of the example's own loss"  # what a share is in a result
 COUPLED = f"{OWN}; the losses of a batch depend on each other, so it goes through what the other examples do to it, too"
 
@@ -26,12 +28,35 @@ def share_bound(recorded: torch.dtype, computed: torch.dtype) -> float:
     return float(max(torch.finfo(recorded).eps, torch.finfo(computed).eps) ** 0.5)
 
 
+class Losses(NamedTuple):
+    """mean (T,): of each step as recorded, NaN where it was not checked. bound: what rounding may make of the largest.
+
+    Where gradients may hold anything beyond the shares, a wrong loss or a wrong model would be part of that, unseen.
+    """
+
+    mean: np.ndarray
+    bound: float
+
+    def failure(self, step: int, now: float | None) -> dict[str, str]:
+        """What is wrong with the mean loss of a step as it is computed now; nothing where there is none to compare with."""
+        recorded = float(self.mean[step])
+        if now is None or np.isnan(recorded) or abs(now - recorded) <= self.bound * np.nanmax(np.abs(self.mean)):
+            return {}
+        sentence = (
+            f"the losses are not those that were recorded: got a mean of {now:.6g}, expected {recorded:.6g}, at step "
+            f"{step}. Pass the loss that was given to attrib.record, and the model that was trained."
+        )
+        return {"loss": sentence}
+
+
 @dataclass(frozen=True)
 class Account:
     """What is kept.
 
     labels: the G groups. member (K, G): which tensors make a group. kept: the axes of the marginals. slots: whether the
-    contributions are kept one by one. bound: what rounding of the shares may be, relative to their size.
+    contributions are kept one by one. bound: what rounding of the shares may be, relative to their size. remainder: whether
+    what the recorded gradient holds beyond the shares is a row of its own; declared: and may be anything, so that there is
+    no gap to be had. losses: those that were recorded, to hold those of now against.
     """
 
     labels: tuple[str, ...]
@@ -39,6 +64,9 @@ class Account:
     kept: tuple[Axes, ...]
     slots: bool
     bound: float
+    remainder: bool = False
+    declared: bool = False
+    losses: Losses | None = None
 
     def grouped(self, values: np.ndarray) -> np.ndarray:
         """(..., K) -> (..., G)."""
@@ -62,9 +90,12 @@ class Account:
             if slots is None or not np.array_equal(slots.ids, step.ids):
                 slots = Slots(step.ids)
             shares = contributions.sum(1)
-            sums = {"examples": shares.sum(1), "gross": np.abs(shares).sum(1)}
+            whole = self.grouped(gradient[n])
+            remainder = whole - shares if self.remainder else np.zeros_like(shares)
+            sums = {"examples": shares.sum(1), "gross": (np.abs(shares) + np.abs(remainder)).sum(1)}
             sums |= {name: values[n] + sums.get(name, 0.0) for name, values in terms.sums.items()}
-            gap = self._gap(contributions, shares, self.grouped(gradient[n]), terms.seen_at(n))
+            left = {"remainder": remainder[:, None]} if self.remainder else {}
+            gap = np.nan if self.declared else self._gap(contributions, shares, whole, terms.seen_at(n))
             split = splits.get(step.number)
             gaps = dict.fromkeys(IDENTITIES, np.array([np.nan])) | {
                 name: g[n : n + 1] for name, g in terms.gaps.items()
@@ -74,11 +105,11 @@ class Account:
                 steps=range(step.number, step.number + 1),
                 examples=slots.examples,
                 marginals=slots.sums(self.kept, contributions),
-                rows={name: values[:, n : n + 1] for name, values in rows.items()},
+                rows={name: values[:, n : n + 1] for name, values in rows.items()} | left,
                 states={name: np.stack([a[n], b[n]], 1) for name, (a, b) in terms.states.items()},
                 sums=sums,
                 gaps=gaps,
-                failures={**terms.failures, **self._failure(step, split)},
+                failures={**terms.failures, **self._failures(step, contributed[n], split)},
                 slots=((step.ids, contributions),) if self.slots else (),
             )
             tallies.append(tally)
@@ -92,22 +123,24 @@ class Account:
         sizes = np.array([np.abs(c).sum() for c in contributions])
         return float(relative(np.abs(shares - gradient).max(1), np.maximum(sizes, self.bound * seen)))
 
-    def _failure(self, step: RecordedStep, split: Split | None) -> dict[str, str]:
+    def _failures(self, step: RecordedStep, contributed: Contributions, split: Split | None) -> dict[str, str]:
+        found = {} if self.losses is None else self.losses.failure(step.number, contributed.loss)
         if split is None or split.group is None:
-            return {}
+            return found
         sentence = (
             f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, expected at most "
             f"{split.bound:.1g}, at step {step.number}, example {split.example!r}, group {self.labels[split.group]!r}. "
             f"Does the loss draw random numbers outside of model(...), keep something from call to call, or let examples "
             f"see each other in some batches only?"
         )
-        return {"split": sentence}
+        return {**found, "split": sentence}
 
     def dataset(self, tally: Tally, inherited: np.ndarray, facts: Mapping[str, Any]) -> xr.Dataset:
         """Of a whole tally, and inherited (Q, K)."""
-        curve, decay, inherited = tally.states["curve"], tally.rows["decay"], inherited @ self.member
+        curve, inherited = tally.states["curve"], inherited @ self.member
         initial, final = curve[:, 0], curve[:, -1]
-        explained = tally.sums["examples"] + decay.sum((1, 2)) + inherited.sum(1)
+        rows = {name: tally.rows[name] for name in TERMS if name in tally.rows}
+        explained = tally.sums["examples"] + inherited.sum(1) + sum(row.sum((1, 2)) for row in rows.values())
         variables: dict[str, Any] = {
             "initial": (("query",), initial),
             "final": (("query",), final),
@@ -115,7 +148,7 @@ class Account:
             "rounding": (("query",), tally.sums["rounding"]),
             "spacing": (("query",), tally.sums["spacing"]),
             "gross": (("query",), tally.sums["gross"] + np.abs(inherited).sum(1)),
-            "decay": (("query", "step", "group"), decay),
+            **{name: (("query", "update_step" if name in UPDATES else "step", "group"), a) for name, a in rows.items()},
             "inherited": (("query", "group"), inherited),
             "timeline": (("query", "update_step", "group"), tally.rows["timeline"]),
             "curve": (("query", "state"), curve),

@@ -27,20 +27,26 @@ from .steps import Steps
 LIMIT_STEPS = 2  # that the limit is looked at, side by side
 
 
+class Along(NamedTuple):
+    """Of n steps <V, v> over each tensor (n, Q, K), for v the change of the parameters, the replayed update, the parameters;
+    and sum_p |V_p theta_p| (n, Q), which times eps bounds what rounding of the stored parameters can do."""
+
+    moved: np.ndarray
+    replayed: np.ndarray
+    theta: np.ndarray
+    leverage: np.ndarray
+
+
 class Prepared(NamedTuple):
-    """Of n steps: Gbar (n, Q, P) float64, None once it is pulled back; the coefficients of the updates; <Gbar, v> over each
-    tensor (n, Q, K) for v the change of the parameters, the replayed update, the parameters; the measurement at both ends
-    and sum_p |Gbar_p theta_p|, which times eps bounds what rounding of the stored parameters can do, (n, Q); the rates of
-    decay (n, 2, K); and where it was looked at, the limit."""
+    """Of n steps: the vectors (n, Q, P) float64 that are pulled back, Gbar, None once they are; the coefficients of the
+    updates; what goes along the vectors, None where they are not known yet; the measurement at both ends
+    (n, Q); the rates of decay (n, 2, K); and where it was looked at, the limit."""
 
     vectors: Tensor | None
     coefficients: list[Segments]
-    moved: np.ndarray
-    replayed: np.ndarray
-    along_theta: np.ndarray
+    along: Along | None
     start: np.ndarray
     end: np.ndarray
-    leverage: np.ndarray
     rates: np.ndarray
     limit: Limit | None
 
@@ -50,15 +56,17 @@ class Accounting:
     """m(theta_b) - m(theta_a) along the realised path.
 
     measured: the measurement. path: how a change of it is written through the update. limit_before: the state at whose step
-    it is seen to that the path tends to the gradient; None for nowhere.
+    it is seen to that the path tends to the gradient; None for nowhere. unmodelled: whether updates may hold more than what
+    their rule makes of the gradients; that is a row of its own then, on the step that moved the parameters.
     """
 
     measured: Measured
     path: Path
     limit_before: int | None = None
+    unmodelled: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Accounting, (self.measured, self.path, self.limit_before)
+        return Accounting, (self.measured, self.path, self.limit_before, self.unmodelled)
 
     @cached_property
     def _integrate(self) -> Callable[[Tensor, Tensor], PathGradient]:
@@ -74,23 +82,13 @@ class Accounting:
 
     def prepare(self, steps: Steps) -> Prepared:
         theta = steps.theta.to(self.measured.example.device)
-        limit = self._limit(theta) if steps.range.stop == self.limit_before else None
-        path = self._integrated(theta)
-        vectors, layout = path.gradient.double(), self.measured.layout
-        update = torch.stack([delta for _, delta in steps.updates]).to(theta.device)
-
-        def along(part: slice) -> list[Tensor]:
-            states = theta[:, part].double()
-            return [states[1:] - states[:-1], update[:, part].double(), states[:-1]]
-
-        moved, replayed, along_theta = along_tensors(layout, vectors, along)
-        leverage = torch.zeros_like(path.start, dtype=torch.float64)
-        for _, part in layout.slices():
-            leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
+        limit = self.limit(steps, theta)
+        path = self.integrated(theta)
+        vectors = path.gradient.double()
+        along = along_updates(self.measured.layout, vectors, steps)
         coefficients = [segments for segments, _ in steps.updates]
-        rates = np.stack([decay_rates(segments, len(layout.names)) for segments in coefficients])
-        start, end, lever = (t.double().cpu().numpy() for t in (path.start, path.end, leverage))
-        return Prepared(vectors, coefficients, moved, replayed, along_theta, start, end, lever, rates, limit)
+        start, end = (t.double().cpu().numpy() for t in (path.start, path.end))
+        return Prepared(vectors, coefficients, along, start, end, self.rates(coefficients), limit)
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         carry, backwards = adjoint.state, []
@@ -103,40 +101,59 @@ class Accounting:
 
     def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:
         p: Prepared = traced.prepared
-        eps = torch.finfo(steps.theta.dtype).eps
-        decay = p.rates[:, None, 0] * products.theta - p.rates[:, None, 1] * p.along_theta
-        decay = decay if products.penalty is None else decay + products.penalty
-        off, moved = p.moved - p.replayed, np.abs(p.moved).sum(2)
-        # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
-        gross = moved + np.abs(p.start) + np.abs(p.end)
-        terms = Terms(
-            rows={"decay": decay, "timeline": p.moved},
-            states={"curve": (p.start, p.end)},
-            sums={"gross": np.abs(decay).sum(2), "rounding": off.sum(2), "spacing": eps * p.leverage},
-            gaps={
-                "step": relative(np.abs(off).max(2), np.maximum(moved, eps**0.5 * p.leverage)),
-                "measurement": relative(np.abs(p.moved.sum(2) - (p.end - p.start)), gross),
-            },
-            seen=np.abs(p.start) + np.abs(p.end),
-        )
-        return terms if p.limit is None else self._with_limit(terms, p.limit)
+        assert p.along is not None
+        return self.summed(steps, p.along, p.along.moved, p, products)
 
     def inherited(self, steps: Steps, adjoint: Adjoint) -> np.ndarray:
         return over_tensors(self.measured.layout, adjoint.state * steps.momentum.to(adjoint.state.device))
 
-    def _integrated(self, theta: Tensor) -> PathGradient:
+    # what a sensitivity of the same optimizers shares
+
+    def integrated(self, states: Tensor) -> PathGradient:
         """Of the steps between n + 1 states, as many at once as are best."""
         backwards = []
-        for stop in range(len(theta) - 1, 0, -self.at_once):
-            states = theta[max(0, stop - self.at_once) : stop + 1]
-            backwards.append(self._integrate(states[:-1], states[1:]))
+        for stop in range(len(states) - 1, 0, -self.at_once):
+            several = states[max(0, stop - self.at_once) : stop + 1]
+            backwards.append(self._integrate(several[:-1], several[1:]))
         if len(backwards) == 1:
             return backwards[0]
         return PathGradient(*map(torch.cat, zip(*backwards[::-1], strict=True)))
 
-    def _limit(self, theta: Tensor) -> Limit:
-        at = min(len(theta) - 1, self.at_once, LIMIT_STEPS)
-        return limit_gap(self.measured, self._integrate, theta[-at - 1 :])
+    def limit(self, steps: Steps, states: Tensor) -> Limit | None:
+        """Where it is due, at the last of the states (n + 1, P)."""
+        if steps.range.stop != self.limit_before:
+            return None
+        at = min(len(states) - 1, self.at_once, LIMIT_STEPS)
+        return limit_gap(self.measured, self._integrate, states[-at - 1 :])
+
+    def rates(self, coefficients: list[Segments]) -> np.ndarray:
+        """Of decay, (n, 2, K)."""
+        return np.stack([decay_rates(segments, len(self.measured.layout.names)) for segments in coefficients])
+
+    def summed(self, steps: Steps, along: Along, timeline: np.ndarray, prepared: Prepared, products: Products) -> Terms:
+        """along: what goes along the vectors that are pulled back. timeline (n, Q, K): the changes of the measurement."""
+        p, eps = prepared, torch.finfo(steps.theta.dtype).eps
+        decay = p.rates[:, None, 0] * products.theta - p.rates[:, None, 1] * along.theta
+        decay = decay if products.penalty is None else decay + products.penalty
+        off, moved, changed = along.moved - along.replayed, np.abs(along.moved).sum(2), np.abs(timeline).sum(2)
+        # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
+        gross = changed + np.abs(p.start) + np.abs(p.end)
+        rows = {"decay": decay, "timeline": timeline}
+        sums = {"gross": np.abs(decay).sum(2), "rounding": off.sum(2), "spacing": eps * along.leverage}
+        step = relative(np.abs(off).max(2), np.maximum(moved, eps**0.5 * along.leverage))
+        if self.unmodelled:  # what no rule explains, rounding among it, is a row: nothing is left to be checked
+            rows["update_remainder"], step = off, np.full(len(off), np.nan)
+            zeros = np.zeros_like(moved)
+            sums = {"gross": sums["gross"] + np.abs(off).sum(2), "rounding": zeros, "spacing": zeros}
+        measurement = relative(np.abs(timeline.sum(2) - (p.end - p.start)), gross)
+        terms = Terms(
+            rows=rows,
+            states={"curve": (p.start, p.end)},
+            sums=sums,
+            gaps={"step": step, "measurement": measurement},
+            seen=np.abs(p.start) + np.abs(p.end),
+        )
+        return terms if p.limit is None else self._with_limit(terms, p.limit)
 
     def _with_limit(self, terms: Terms, limit: Limit) -> Terms:
         gaps = np.full(len(terms.gaps["step"]), np.nan)
@@ -150,6 +167,22 @@ class Accounting:
                 f"path=attrib.GaussLegendre(nodes=4)."
             )
         return replace(terms, gaps={**terms.gaps, "limit": gaps}, failures=failures)
+
+
+def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
+    """V (n, Q, P), of the n steps."""
+    theta = steps.theta.to(vectors.device)
+    update = torch.stack([delta for _, delta in steps.updates]).to(vectors.device)
+
+    def along(part: slice) -> list[Tensor]:
+        states = theta[:, part].double()
+        return [states[1:] - states[:-1], update[:, part].double(), states[:-1]]
+
+    leverage = vectors.new_zeros(vectors.shape[:2])
+    for _, part in layout.slices():
+        leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
+    moved, replayed, before = along_tensors(layout, vectors, along)
+    return Along(moved, replayed, before, leverage.cpu().numpy())
 
 
 def over_tensors(layout: Layout, values: Tensor) -> np.ndarray:

@@ -16,18 +16,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .account import Account, share_bound
+from .account import Account, Losses, share_bound
 from .accounting import Accounting
+from .averaged import Averaged, Averages
 from .budget import Budget, divide, divide_ahead
+from .checks import split_bound
 from .errors import Interrupted, MeasurementError, WorkerError
 from .executor import Pool, pool_of
 from .functional import differentiable, uncompiled
 from .interrupt import interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
-from .measure import Measurement
+from .measure import Average, Measurement, OfAverage
 from .path import Measured, Path, Secant
 from .plan import sizes_of
+from .result import IDENTITIES as RESULT_IDENTITIES
 from .result import Result, join
 from .run import Run, check_model
 from .shares import Shares
@@ -67,7 +70,7 @@ def attribute(
         model: of the recorded architecture, compiled or not. Used on its device, in its mode for the measurement; given back
             as it was. The states of the run are explained, whatever its parameters are; where these are others, a warning
             says so.
-        measurement: `model -> (Q,)`, or one of `attrib.measure`.
+        measurement: `model -> (Q,)`, or one of `attrib.measure`: also of an average of the model, `measure.averaged`.
         loss: as given to `attrib.record`; needed where the run was captured by "replay".
         path: `Secant()` (default), `GaussLegendre(nodes)` or `Midpoint(nodes)`.
         steps: a window slice(a, b), complete by itself; None for the whole run.
@@ -92,7 +95,7 @@ def attribute(
     path, model = Secant() if path is None else path, uncompiled(model)
     options = AttributeOptions(loss, path, steps, keep, groups, dtype, progress, cube, memory, identities, executor)
     options.check(run, model)
-    note_values(run, model, _window(run, steps).stop)
+    note_values(run, model, _window(run, steps).stop, getattr(measurement, "average", None))
     return attributed(run, model, measurement, options)
 
 
@@ -134,12 +137,17 @@ class AttributeOptions:
         check_model(run, model)
 
 
-def note_values(run: Run, model: nn.Module, stop: int) -> None:
-    """Say so where a model's parameters are neither those of a state of the run nor those of its last."""
+def note_values(run: Run, model: nn.Module, stop: int, average: Average | None = None) -> None:
+    """Say so where a model's parameters are neither those of a state of the run, of its last, or of the average there, which
+    is the user's up to the rounding of every update."""
     held = dict(model.named_parameters())
     values = run.layout.flatten(held[name].detach().to("cpu", run.dtype) for name in run.groups)
     if any(torch.equal(values, run.vector(state)) for state in dict.fromkeys((stop, run.steps))):
         return
+    if average is not None:
+        mean = Averages(run, average, stop).last
+        if float((values.double() - mean).norm()) <= torch.finfo(run.dtype).eps ** 0.5 * float(mean.norm()):
+            return
     last = dict(zip(run.groups, run.parameters(run.steps).values(), strict=True))
     name = next(name for name, part in run.layout.slices() if not torch.equal(values[part], last[name].flatten()))
     log.warning(
@@ -153,20 +161,27 @@ def note_values(run: Run, model: nn.Module, stop: int) -> None:
 def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeOptions) -> Result:
     """`attribute` of what was checked."""
     window, compute = _window(run, options.steps), options.dtype or run.dtype
-    final = run.vector(window.stop).to(next(model.parameters()).device)
+    averages, average = None, None
+    if isinstance(measurement, OfAverage):
+        average, measurement = measurement.average, measurement.measurement
+        averages = Averages(run, average, window.stop)
+    final = run.vector(window.stop) if averages is None else averages.last.to(run.dtype)
+    final = final.to(next(model.parameters()).device)
     query = _query(run, model, measurement, options.dtype, final)
     labels, member = group_tensors(run.layout.names, options.groups)
     sizes = {"step": len(window), "example": len(run.numbers), "group": len(labels)}
     kept = choose(options.keep, query.count, sizes)
     budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), options)
     bound = share_bound(run.dtype, compute)
-    account = Account(labels, member, tuple(kept), options.cube is not None, bound)
+    losses = Losses(run.log("loss"), max(bound, split_bound(run.precision)))
+    remainder = run.accounts_remainder, run.declares_remainder
+    account = Account(labels, member, tuple(kept), options.cube is not None, bound, *remainder, losses)
     shares = Shares(run, model, options.loss, compute, budget.slices, member)
     limit = window.stop if "limit" in options.identities else None
     parts = query.parts(budget.at_once)
     works = (
-        Work(run, window, Accounting(part, options.path, limit), shares, account, "split" in options.identities)
-        for part in parts
+        Work(run, window, sensitivity, shares, account, "split" in options.identities)
+        for sensitivity in (_sensitivity(run, part, options.path, limit, averages) for part in parts)
     )  # one at a time: each holds blocks of the run and a graph
     cube = None if options.cube is None else CubeWriter(options.cube, window.start, query.count, len(window), labels)
     bar = tqdm(total=len(window) * len(parts), desc="attribute", unit="step", delay=2, disable=not options.progress)
@@ -175,7 +190,8 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
         done, died = _sweeps(pooled, _Listener(bar, bound, cube, run), lambda: request.asked)
     if cube is not None:
         cube.close(complete=not request.asked and died is None)
-    facts, names = _facts(run, measurement, options), measurement.names if isinstance(measurement, Measurement) else ()
+    facts = _facts(run, window, measurement, options) | ({} if average is None else {"average": repr(average)})
+    names = measurement.names if isinstance(measurement, Measurement) else ()
     whole = join([account.dataset(*sums, facts) for sums in done], names) if done else None
     result = None if whole is None else Result(whole.assign_coords(example=run.ids.of(whole["example"].values)))
     if died is not None:
@@ -222,7 +238,10 @@ class _Listener:
                     *(gap, tally.steps[n]),
                 )
         for name, sentence in tally.failures.items():
-            self._say(name, "the %s identity fails: %s", name, sentence)
+            if name in RESULT_IDENTITIES:
+                self._say(name, "the %s identity fails: %s", name, sentence)
+            else:
+                self._say(name, "%s", sentence)
         for step, (numbers, contributions) in zip(reversed(tally.steps), reversed(tally.slots), strict=False):
             assert self.cube is not None
             self.cube.put(step, self.run.ids.of(numbers), contributions)
@@ -263,6 +282,13 @@ def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | No
         return found
 
 
+def _sensitivity(
+    run: Run, measured: Measured, path: Path, limit: int | None, averages: Averages | None
+) -> Accounting | Averaged:
+    accounting = Accounting(measured, path, limit, getattr(run, "unmodelled", False))
+    return accounting if averages is None else Averaged(accounting, averages)
+
+
 def _divided(run: Run, queries: int, kept: int, options: AttributeOptions) -> Budget:
     divided = divide if options.executor is None else divide_ahead
     budget = divided(sizes_of(run, kept), queries, options.memory)
@@ -286,14 +312,17 @@ def _window(run: Run, steps: slice | None) -> range:
     return range(start, stop)
 
 
-def _facts(run: Run, measurement: Any, options: AttributeOptions) -> dict[str, Any]:
-    h = run.header
+def _facts(run: Run, window: range, measurement: Any, options: AttributeOptions) -> dict[str, Any]:
+    h, sizes = run.header, run.log("remainder")[window.start : window.stop]
+    sizes = sizes[~np.isnan(sizes)]
+    left = [float(sizes.max(initial=0.0)), len(sizes)]  # the largest, relative to |p.grad|, of so many steps
     return {
+        **({"remainder": left} if run.declares_remainder else {}),
         "run": str(run.reader.target),
         "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
         "units": getattr(measurement, "units", ""),
         "path": repr(options.path),
-        "identities": ["batch", "step", "measurement", *options.identities],
+        "identities": [*(() if run.declares_remainder else ("batch",)), "step", "measurement", *options.identities],
         "dtype": str(options.dtype or run.dtype).removeprefix("torch."),
         **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
         "parameters": run.layout.size,

@@ -19,7 +19,7 @@ class BatchError(AttribError, ValueError):
 
 
 class LossError(AttribError, ValueError):
-    """The loss is not one finite number per example."""
+    """The loss is not one finite number per example, or not the one that was recorded."""
 
 
 class BatchIdentityError(AttribError):

@@ -55,6 +55,7 @@ def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
         "hyper": [*loop.rule.hyper, "active"],
         "capture": options.capture.kind,
         "check_every": options.capture.check_every,
+        "remainder": options.capture.remainder,
         "asked": {
             "block": options.block,
             "states_every": options.states_every,

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from .errors import CompletenessError
+from .ledger import said, terms_of
 
 PREFIX = "contribution"
 EPS = float(np.finfo(np.float64).eps)
@@ -64,14 +65,20 @@ def _sums(dataset: xr.Dataset) -> Iterator[tuple[str, np.ndarray, np.ndarray, np
     yield "the first state of `curve`, against `initial`", curve[:, 0], initial, none
     yield "the last state of `curve`, against `final`", curve[:, -1], final, none
     rest, slack = np.zeros_like(initial), EPS * (np.abs(initial) + np.abs(final))
-    for name in ("decay", "inherited"):
+    names = terms_of(dataset)
+    for name in names:
         total, rounding = _total(dataset[name])
         rest, slack = rest + total, slack + rounding
     explained = final - initial - residual
     for axes in kept_axes(dataset):
         name = "_".join((PREFIX, *axes))
         total, rounding = _total(dataset[name])
-        yield f"`{name}` with decay, inherited and residual", total + rest, explained, 4 * (rounding + slack)
+        yield (
+            f"`{name}` with {', '.join(map(said, names))} and residual",
+            total + rest,
+            explained,
+            4 * (rounding + slack),
+        )
     total, rounding = _total(dataset["timeline"])
     yield "timeline", total, explained, 4 * (rounding + slack)
 

@@ -50,6 +50,7 @@ def record(
     states_every: int = 1,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     constants: str = "values",
+    remainder: str = "refuse",
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
@@ -58,9 +59,8 @@ def record(
         model: the model under training, as the loop calls it: compiled, if that is; left as it is.
         loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         store: path or zarr Store.
-        capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" stores the
-            per-example gradient shares too, (B, P) a step; "factors" stores them losslessly in the form that the layers
-            give, (activation, output gradient), where that is shorter.
+        capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of
+            the examples too, (B, P) a step; "factors" the same in the form that layers give, where that is shorter.
         overwrite: replace the run that is there.
         resume: go on with a run that ended early, if one is there: parameters, optimizer and random generators are put to
             what they were after its last step, and what follows is appended. `recorder.steps` says how many steps it has;
@@ -74,6 +74,8 @@ def record(
             stored, and its contribution stands with weight decay in the ledger. It must draw no random numbers.
         constants: "values" stores buffers and frozen parameters, of whatever type, bit for bit; "digest" only what they are
             recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
+        remainder: "refuse" steps whose p.grad is not the sum of the shares (noise, hooks, clipping by value, but not by a
+            common norm), or "account" for what is left in a row of the ledger.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
@@ -90,8 +92,8 @@ def record(
         ...     recorder.step(index, x, y)
         >>> recorder.close()  # doctest: +SKIP
     """
-    check_options(capture, constants, check_every=check_every, block=block, states_every=states_every)
-    captured = CaptureOptions(capture, check_every, penalty)
+    check_options(capture, constants, remainder, check_every=check_every, block=block, states_every=states_every)
+    captured = CaptureOptions(capture, check_every, penalty, remainder)
     options = RecordOptions(captured, overwrite, resume, block, states_every, constants)
     return Recorder(optimizer, model, loss, store, options)
 

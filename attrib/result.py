@@ -17,13 +17,15 @@ import torch
 import xarray as xr
 
 from .errors import (
+    AttribError,
     CompletenessError,
     KeptAxesError,
     LimitIdentityError,
+    LossError,
     SplitIdentityError,
     StoreError,
 )
-from .ledger import Ledger, query_names
+from .ledger import Ledger, query_names, terms_of
 from .marginals import order
 from .parts import PREFIX, check_parts, kept_axes, rounding_allowed
 from .store import check_target, local_path, open_dataset, save_dataset
@@ -54,7 +56,8 @@ class Result:
     """The decomposition of one or more measurements. Made by `attrib.attribute` or `attrib.open_result`.
 
     dataset: xarray.Dataset with initial, final, residual, rounding, spacing, gross (query);
-        decay (query, step, group); inherited (query, group);
+        decay (query, step, group); inherited (query, group); where there is one, remainder (query, step, group) and
+        update_remainder (query, update_step, group);
         timeline (query, update_step, group); curve (query, state); one array per kept marginal; the identities by step.
     """
 
@@ -85,6 +88,21 @@ class Result:
     def inherited(self) -> xr.DataArray:
         """(query, group): momentum that was there before the first step; zeros where there was none."""
         return self.dataset["inherited"]
+
+    @property
+    def remainder(self) -> xr.DataArray:
+        """(query, step, group): what the gradients held beyond the examples' shares (noise, clipping by value, hooks, what a
+        pass in few bits rounds); zeros where the run accounts for none."""
+        return self._row("remainder", self.decay)
+
+    @property
+    def update_remainder(self) -> xr.DataArray:
+        """(query, update_step, group): what updates held beyond what their rule makes of the gradients; zeros where a rule
+        makes all of it."""
+        return self._row("update_remainder", self.timeline())
+
+    def _row(self, name: str, like: xr.DataArray) -> xr.DataArray:
+        return self.dataset[name] if name in self.dataset else xr.zeros_like(like).rename(name)
 
     @property
     def curve(self) -> xr.DataArray:
@@ -183,17 +201,26 @@ class Result:
 
     def ledger(self) -> Ledger:
         """The terms summed, per query, whether or not they add up: see `check`."""
+        rows = {name: self.dataset[name] for name in terms_of(self.dataset)}
         terms = xr.Dataset(
             {
                 "initial": self.initial,
                 "examples": self.by(),
-                "decay": self.decay.sum(["step", "group"]),
-                "inherited": self.inherited.sum("group"),
+                **{name: row.sum([d for d in row.dims if d != "query"]) for name, row in rows.items()},
                 "residual": self.residual,
                 "final": self.final,
             }
         )
-        return Ledger(terms, {name: self._gap(name) for name in IDENTITIES})
+        sizes = {name: self._size(row) for name, row in rows.items() if name.endswith("remainder")}
+        return Ledger(terms, {name: self._gap(name) for name in IDENTITIES}, sizes)
+
+    def _size(self, row: xr.DataArray) -> str:
+        """How large a row is that may hold anything: through U, and as it was recorded."""
+        gross = self.dataset["gross"].values
+        share = abs(row).sum([d for d in row.dims if d != "query"]).values / np.where(gross > 0, gross, 1.0)
+        shown = f"{share.max():.2e} of the gross"
+        largest, count = self.dataset.attrs.get(str(row.name), (0.0, 0))
+        return f"{shown}; at most {largest:.2e} of |p.grad| at {count} checked steps" if count else shown
 
     def _gap(self, name: str) -> float:
         """The largest of an identity; NaN where it was not checked at all."""
@@ -202,14 +229,14 @@ class Result:
         return float(known.max()) if len(known) else float("nan")
 
     def check(self, rtol: float = 1e-6) -> Ledger:
-        """Check that initial + examples + decay + inherited == final, as far as numbers can be stored, and that all arrays
-        of the result say the same.
+        """Check that initial + examples + decay + inherited == final, with a remainder where there is one, as far as numbers
+        can be stored, and that all arrays of the result say the same.
 
         Args:
             rtol: bound on |residual|, relative to the gross size of what is summed: the largest of |initial|, |final| and
-                the sum over steps and tensors of |contributions| and |decay|. On top of it, the part of the residual that
-                was measured to come from rounding the stored parameters (`dataset["rounding"]`) is allowed for, as far as
-                their spacing explains it; in float64 that is nothing.
+                the sum over steps and tensors of |contributions|, |decay| and |remainder|. On top of it, the part of the
+                residual that was measured to come from rounding the stored parameters (`dataset["rounding"]`) is allowed
+                for, as far as their spacing explains it; in float64 that is nothing.
 
         Raises:
             CompletenessError: with the worst query, its residual and the identity that is furthest off; also where a number
@@ -217,9 +244,13 @@ class Result:
             StoreError: a file of a result that was opened is missing or damaged.
             SplitIdentityError: a share is not that of its example, though all add up; names step, example and group.
             LimitIdentityError: the path's vector is not a gradient in the limit; names query and parameter.
+            LossError: the run accounts for a remainder, and the losses are not those that were recorded.
         """
         ledger = self.ledger()
-        for name, error in (("split", SplitIdentityError), ("limit", LimitIdentityError)):
+        failing: list[tuple[str, type[AttribError]]] = [("split", SplitIdentityError), ("limit", LimitIdentityError)]
+        if "remainder" in self.dataset.attrs:  # else the shares would miss p.grad
+            failing.append(("loss", LossError))
+        for name, error in failing:
             if (failure := self.dataset.attrs.get(f"{name}_failure")) is not None:
                 raise error(f"{failure}\n{ledger}")
         residual = np.abs(ledger.terms["residual"].values)

@@ -33,6 +33,7 @@ SAME = {  # of the header: what must not differ -> how it is called
     "dtype": "the parameters' type",
     "capture": "capture=",
     "check_every": "check_every=",
+    "remainder": "remainder=",
     "asked": "block=, states_every= or penalty=",
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch
-from .constants import Constant, constant_of, precision, to_tensor
+from .constants import Constant, constant_of, is_low, precision, to_tensor
 from .errors import ModelMismatchError, StoreError
 from .functional import constants_of, uncompiled
 from .gradients import from_tensors
@@ -167,9 +167,20 @@ class Run:
         """State of the generators before the first pass of a step (`generators`); None where the loss drew no numbers."""
         return self.passes(step)[0].random
 
+    @property
+    def accounts_remainder(self) -> bool:
+        """Whether what p.grad holds beyond the shares is a row: it was recorded so, or a pass rounds to few bits."""
+        return self.declares_remainder or is_low(self.precision)
+
+    @property
+    def declares_remainder(self) -> bool:
+        """Whether p.grad may hold anything beyond the shares: recorded with remainder="account"."""
+        return bool(self.header.get("remainder") == "account")
+
     def log(self, name: str) -> np.ndarray:
-        """(T,) of "loss", "batch_identity", "step_identity" or, with stored shares, "split_identity", NaN where it was not
-        checked; of "seconds", what the step took without being recorded, NaN for the first."""
+        """(T,) of "loss", "batch_identity", "step_identity" or, with stored shares, "split_identity"; of "remainder", what
+        p.grad held beyond the shares, relative to |p.grad|, where the run accounts for it; NaN where it was not checked.
+        Of "seconds", what the step took without being recorded, NaN for the first."""
         return self.reader.fact(name, slice(0, self.steps))
 
     def load(self, model: nn.Module, step: int) -> None:
@@ -266,6 +277,8 @@ class Run:
             "written with": ", ".join(f"{name} {v}" for name, v in h["versions"].items()),
             "recorded": h["recorded"],
         }
+        if self.declares_remainder:
+            rows["remainder"] = _worst(self.log("remainder"), "at most") + " of |p.grad|, a row of the ledger"
         if again := h.get("replay"):
             kinds = ", ".join(change["kind"] for change in again["interventions"]) or "unchanged"
             rows["replay"] = f"of {again['run']} from step {again['start']}: {kinds}"
@@ -284,8 +297,8 @@ class Run:
         )
 
 
-def _worst(gaps: np.ndarray) -> str:
-    return f"largest gap {np.nanmax(gaps):.2e}" if (~np.isnan(gaps)).any() else "not checked"
+def _worst(gaps: np.ndarray, what: str = "largest gap") -> str:
+    return f"{what} {np.nanmax(gaps):.2e}" if (~np.isnan(gaps)).any() else "not checked"
 
 
 def open_run(store: Any) -> Run:

@@ -31,10 +31,11 @@ log = logging.getLogger("attrib")
 
 class Contributions(NamedTuple):
     """values (Q, B, K) float64; scales: the factors in them between an example's gradient and its share, of each pass, None
-    where the store has the shares themselves."""
+    where the store has the shares themselves; loss: the mean loss of the step, where it was computed."""
 
     values: np.ndarray
     scales: np.ndarray | None
+    loss: float | None = None
 
 
 class Split(NamedTuple):
@@ -189,16 +190,16 @@ class Shares:
         return Contributions(torch.stack(parts, 2).cpu().numpy() * self.run.left(step.number)[:, None], None)
 
     def _replayed(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
-        passes = []
+        passes, losses = [], []
         for n in range(len(step.passes)):
             with self._pass(step, n) as (shares, batch, factor):
-                products = shares.contract(self._theta(step), batch, sensitivity, self._groups)[1].cpu().numpy()
-            products /= factor
-            passes.append(products)
+                each, products = shares.contract(self._theta(step), batch, sensitivity, self._groups)
+            passes.append(products.cpu().numpy() / factor)
+            losses.append(each.double() / factor)
         found = passes[0] if len(passes) == 1 else np.concatenate(passes, 1)
         scales = self._scales(step, found, gradient)
         found *= np.repeat(scales, [p.size for p in step.passes])[:, None]
-        return Contributions(found, scales)
+        return Contributions(found, scales, float(torch.cat(losses).mean()))
 
     @contextmanager
     def _pass(self, step: RecordedStep, n: int) -> Iterator[tuple[gradients.ExampleGradients, Batch, float]]:
@@ -230,7 +231,10 @@ class Shares:
     def _scales(self, step: RecordedStep, found: np.ndarray, gradient: np.ndarray) -> np.ndarray:
         """The recorded ones where the shares then sum to p.grad, as far as U sees it; else what takes them there. What was
         recorded of steps that were not checked was assumed."""
-        recorded, sums = np.array([p.scale for p in step.passes]), [found[:, p.slots].sum(1) for p in step.passes]
+        recorded = np.array([p.scale for p in step.passes])
+        if self.run.declares_remainder and not np.isnan(recorded).any():
+            return recorded  # p.grad is not their sum
+        sums = [found[:, p.slots].sum(1) for p in step.passes]
         seen = [s @ self._member for s in sums]
         wanted = gradient @ self._member
         sizes = [np.abs(found[:, p.slots]).sum((1, 2))[:, None] for p in step.passes]

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .budget import slice_bytes
-from .checks import ShareBound, batch_identity, same_state, step_identity
-from .errors import AttribError, SplitIdentityError
+from .checks import ShareBound, batch_identity, same_state, split_bound, step_identity
+from .errors import AttribError, BatchIdentityError, SplitIdentityError
 from .functional import uncompiled
 from .gradients import random_weights
 from .run import Run, check_model
 from .shares import Shares, drawn
+from .steps import Steps
 
 
 @dataclass
@@ -33,7 +34,10 @@ class Verification:
     def __str__(self) -> str:
         lines = [f"{self.chunks} chunks read, all checksums agree"]
         for name, (count, gap) in self.identities.items():
-            lines.append(f"{name} identity".ljust(24) + f"{count:6d} steps, largest gap {gap:.2e}")
+            lines.append(
+                (name if name == "remainder" else f"{name} identity").ljust(24)
+                + f"{count:6d} steps, largest gap {gap:.2e}"
+            )
         lines.append("FAILED: " + self.failure if self.failure else "verified")
         return "\n".join(lines)
 
@@ -59,9 +63,7 @@ def verify(
                     theta, end = block.theta[n], block.theta[n + 1]
                     found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step))
                     if run.capture != "replay":
-                        gradient, penalty = block.examples[n], None if block.penalty is None else block.penalty[n]
-                        within = ShareBound(gradient, lambda: 0.0, penalty, run.precision)
-                        found.note("batch", batch_identity(run.layout, gradient, _total(run, step), step, within))
+                        (_remainder if run.declares_remainder else _batch)(run, block, n, found)
                     bar.update()
                 after = block.state_after
         for name in ("batch", "split"):
@@ -73,6 +75,33 @@ def verify(
     except AttribError as error:
         found.failure = str(error)
     return found
+
+
+def _batch(run: Run, block: Steps, n: int, found: Verification) -> None:
+    """The stored shares of a step sum to p.grad."""
+    gradient, penalty = block.examples[n], None if block.penalty is None else block.penalty[n]
+    within, step = ShareBound(gradient, lambda: 0.0, penalty, run.precision), block.range[n]
+    found.note("batch", batch_identity(run.layout, gradient, _total(run, step), step, within))
+
+
+def _remainder(run: Run, block: Steps, n: int, found: Verification) -> None:
+    """What they leave of p.grad is as large as it was when the step was recorded, where it was measured then.
+
+    Raises:
+        BatchIdentityError: naming the step.
+    """
+    step = block.range[n]
+    recorded = float(run.log("remainder")[step])
+    if np.isnan(recorded):
+        return
+    size = float(block.gradient[n].double().norm()) or 1.0
+    gap = abs(float((block.examples[n] - _total(run, step)).double().norm()) / size - recorded)
+    if not gap <= split_bound(run.precision):
+        raise BatchIdentityError(
+            f"the shares leave another part of p.grad than when they were recorded: got a difference of {gap:.3g} of "
+            f"|p.grad|, expected at most {split_bound(run.precision):.1g}, at step {step}. Record the run again."
+        )
+    found.note("remainder", gap)
 
 
 def _split(run: Run, model: nn.Module, loss: Callable[..., Tensor], found: Verification) -> None:

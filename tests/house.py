@@ -25,7 +25,7 @@ FLOORS = (
     Floor("recording", ("recorder",)),
     Floor("what a sweep asks", ("sensitivity", "shares")),
     Floor("questions and plans", ("accounting", "executor", "plan", "verify")),
-    Floor("the account", ("account",)),
+    Floor("the account", ("account", "averaged")),
     Floor("one sweep", ("sweep",)),
     Floor("the long calls", ("attribute", "intervention")),
     Floor("for people", ("development", "phases", "report")),

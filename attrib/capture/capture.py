@@ -40,7 +40,8 @@ class Capture:
         self._model, self._layout, self._parameters, self._options = uncompiled(model), layout, parameters, options
         self._shares = ExampleGradients(loss, self._model, layout, parameters[0].dtype)
         self._noted = False
-        self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay")
+        accounts = options.remainder == "account"
+        self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay", accounts)
         log.info(
             "recording %s: batch identity on the first %d steps, then every %d",
             *(options.kind, CHECK_FIRST, options.check_every),
@@ -82,7 +83,8 @@ class Capture:
             trial = self._trial(step)
             watched = self._watched(trial)
             due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
-            trial, fit = _fitted(trial) if due or (self._stores and watched is None) else (trial, _assumed(trial))
+            fits = due or (self._stores and watched is None) or _unknown(trial)
+            trial, fit = _fitted(trial) if fits else (trial, _assumed(trial))
             self._note(trial, fit)
             if not self._stores:
                 return _captured(trial, fit, {})
@@ -103,7 +105,8 @@ class Capture:
                     factors.append(each.shares.factors(trial.step.theta, each.batch))
         log = fit.log
         if due:
-            check_sum(trial, factors, scales)
+            assert fit.shares is not None
+            check_sum(trial, factors, scales, fit.shares)
             log = {**log, "split_identity": check_split(trial, factors, scales, fit.scales)}
         settled, arrays = fit.settled, []
         for each, found, scale in zip(trial.passes, factors, scales.tolist(), strict=True):
@@ -191,6 +194,12 @@ def _assumed(trial: Trial) -> Fit:
     """Of a step that is not checked."""
     settled = trial.step.settled
     return Fit(settled.reduction.expected(trial.step.sizes, trial.heard.clip), {}, settled)
+
+
+def _unknown(trial: Trial) -> bool:
+    """Whether the scales have to be had now: where p.grad may hold more than the shares they are not to be fitted to it
+    later."""
+    return trial.heard.norms is not None and bool(np.isnan(_assumed(trial).scales).any())
 
 
 def _captured(trial: Trial, fit: Fit, arrays: Arrays, left: np.ndarray | None = None) -> Captured:

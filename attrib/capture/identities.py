@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..checks import ShareBound, Totals, batch_identity, split_bound, split_gaps
+from ..checks import Backward, ShareBound, Totals, batch_identity, split_bound, split_gaps
 from ..errors import BatchIdentityError, SplitIdentityError
 from ..generators import generators, random_state
 from ..gradients import ExampleGradients, random_weights
@@ -56,11 +56,13 @@ class Trial:
 
 
 class Fit(NamedTuple):
-    """The scales (M,) of the shares, and what the check that they come from has shown."""
+    """The scales (M,) of the shares, what the check that they come from has shown, and what the shares sum to, (P,); None
+    where that was not checked."""
 
     scales: np.ndarray
     log: dict[str, float]
     settled: Settled
+    shares: Tensor | None = None
 
 
 def of_the_loop(trial: Trial) -> Trial:
@@ -108,6 +110,8 @@ def fitted(trial: Trial) -> Fit:
 
     known = Totals.of(step.sizes, totals)
     settled = replace(step.settled, draws=draws)
+    if heard.norms is not None:
+        return _accounted(trial, losses, known, settled)
 
     def gross() -> float:
         return heard.clip * _gross(trial, settled)
@@ -121,17 +125,31 @@ def fitted(trial: Trial) -> Fit:
     except BatchIdentityError as error:
         raise BatchIdentityError(f"{error}{_hint(trial, draws.stochastic, losses)}") from None
     log = {"loss": float(torch.cat(losses).double().mean()), "batch_identity": gap}
-    return Fit(scales, log, replace(settled, reduction=reduction))
+    return Fit(scales, log, replace(settled, reduction=reduction), examples)
 
 
-def check_sum(trial: Trial, found: Sequence[Factors], scales: np.ndarray) -> None:
-    """What is stored must sum to p.grad as well.
+def _accounted(trial: Trial, losses: Sequence[Tensor], totals: Totals, settled: Settled) -> Fit:
+    """What p.grad holds beyond the sum of the shares is the remainder."""
+    heard, root = trial.heard, split_bound(trial.shares.precision)
+    assert heard.norms is not None
+    rest = None if trial.penalty is None else trial.penalty / heard.clip
+    backward = Backward(heard.norms, rest, trial.examples / heard.clip, trial.shares.layout)
+    scales, reduction = settled.reduction.of_backward(backward, totals, root)
+    shares = totals.weighted(heard.clip * scales)
+    norm = float(trial.step.gradient.double().norm()) or 1.0
+    remainder = float((trial.examples - shares).double().norm()) / norm
+    log = {"loss": float(torch.cat(list(losses)).double().mean()), "remainder": remainder}
+    return Fit(heard.clip * scales, log, replace(settled, reduction=reduction), shares)
+
+
+def check_sum(trial: Trial, found: Sequence[Factors], scales: np.ndarray, expected: Tensor) -> None:
+    """What is stored must sum to what the shares do, (P,): p.grad, but for a remainder.
 
     Raises:
         BatchIdentityError: naming the parameter.
     """
-    layout, examples = trial.shares.layout, trial.examples
-    sums = examples.new_zeros(layout.size)
+    layout = trial.shares.layout
+    sums = expected.new_zeros(layout.size)
     for factors, scale in zip(found, scales.tolist(), strict=True):
         for name, part in layout.slices():
             for factor in factors[name]:
@@ -146,8 +164,8 @@ def check_sum(trial: Trial, found: Sequence[Factors], scales: np.ndarray) -> Non
             for f in s
         )
 
-    bound = ShareBound(examples, gross, trial.penalty, trial.shares.precision)
-    batch_identity(layout, examples, sums, trial.step.number, bound)
+    bound = ShareBound(expected, gross, trial.penalty, trial.shares.precision)
+    batch_identity(layout, expected, sums, trial.step.number, bound)
 
 
 def check_split(trial: Trial, found: Sequence[Factors], scales: np.ndarray, whole: np.ndarray) -> float:

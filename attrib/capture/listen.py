@@ -17,8 +17,9 @@ from ..gradients.assignment import Trace
 class Heard:
     """clip: the factor on all gradients since the backward pass. passes: how many went forward, of the loop's own; forwards:
     of each announced batch. before, behind: the state of the generators around the last of them, None where none was heard.
-    firsts: the state before the first forward pass of each announced batch. start: `before`, or the state now. sites: of the
-    one pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is."""
+    firsts: the state before the first forward pass of each announced batch. start: `before`, or the state now. sites: of
+    the one pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is. norms
+    (K,): of the gradients as the last backward pass left them, None where there may be no remainder."""
 
     clip: float
     passes: int
@@ -29,14 +30,18 @@ class Heard:
     start: Tensor
     sites: tuple[Trace, list[Tensor | None]] | None
     compiled: bool
+    norms: Tensor | None = None
 
 
 class Listeners:
-    """All hooks of a recorded run. sites: whether the calls of a pass are followed."""
+    """All hooks of a recorded run. sites: whether the calls of a pass are followed. accounts: whether gradients may hold
+    more than the shares."""
 
-    def __init__(self, model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor], sites: bool) -> None:
-        self._compiled = uncompiled(model) is not model
-        self._norms = NormWatch(parameters)
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor], sites: bool, accounts: bool = False
+    ) -> None:
+        self._compiled, self._accounts = uncompiled(model) is not model, accounts
+        self._norms = NormWatch(parameters, accounts)
         self._random = RandomWatch(model)
         sites = sites and not self._compiled  # what is compiled is not followed call by call
         self._watch = Watch(model, dict(zip(names, parameters, strict=True))) if sites else None
@@ -54,14 +59,15 @@ class Listeners:
         """Since `clear`, of so many examples in a batch, and announced batches.
 
         Raises:
-            BatchIdentityError: the gradients were changed by different factors.
+            BatchIdentityError: the gradients were changed by different factors, and that is not accounted for.
         """
         random = self._random
         start = random.before if random.before is not None else generators()
         sites = None if self._watch is None or announced > 1 else self._watch.seen(size)
         clip, compiled = self._norms.clipping(), self._compiled
+        norms = self._norms.left() if self._accounts else None
         forwards, firsts = tuple(random.forwards), tuple(random.firsts)
-        return Heard(clip, random.passes, forwards, random.before, random.behind, firsts, start, sites, compiled)
+        return Heard(clip, random.passes, forwards, random.before, random.behind, firsts, start, sites, compiled, norms)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

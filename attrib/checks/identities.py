@@ -77,7 +77,8 @@ def batch_identity(
             f"at most {within.root:.1g}, at parameter {worst!r}, step {step}. Look for a penalty in the loss that "
             f"is no example's and was not declared (attrib.record(penalty=...)), a gradient left from before zero_grad(), a "
             f"mean over micro-batches or a weighted mean that gives examples different factors, or a batch other than the "
-            f"one backpropagated. The step was refused."
+            f"one backpropagated. What the loop does to gradients on purpose (noise, clipping by value, hooks) is a row of "
+            f'the ledger with attrib.record(remainder="account"). The step was refused.'
         )
     return gaps[worst] / norm
 

@@ -15,10 +15,12 @@ from ..layout import Layout
 
 CAPTURES = ("replay", "gradients", "factors")
 CONSTANTS = ("values", "digest")  # what is stored of them
+REMAINDERS = ("refuse", "account")  # what becomes of what p.grad holds beyond the shares
 
 
-def check_options(capture: str, constants: str = "values", **counts: int | None) -> None:
-    for name, word, known in (("capture", capture, CAPTURES), ("constants", constants, CONSTANTS)):
+def check_options(capture: str, constants: str = "values", remainder: str = "refuse", **counts: int | None) -> None:
+    words = {"capture": (capture, CAPTURES), "constants": (constants, CONSTANTS), "remainder": (remainder, REMAINDERS)}
+    for name, (word, known) in words.items():
         if word not in known:
             raise ValueError(f"unknown {name}: got {word!r}, expected one of {', '.join(map(repr, known))}.")
     for name, value in counts.items():

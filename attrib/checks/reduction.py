@@ -1,12 +1,16 @@
-"""The common factor between the examples' gradients and p.grad: the loss's reduction, times clipping.
+"""The factors between the examples' gradients and p.grad: the loss's reduction, times clipping.
 
     p.grad = sum over passes of scale * sum_i d loss_i / d theta,     scale = reduction * clipping
 
 The reduction ("mean": 1/B, "sum": 1, or any other factor, of each pass) is fitted where the shares are computed; clipping,
 whatever changed all gradients by one factor after backward, is read off the norms before and after.
+
+Where the loop may do anything to p.grad (`remainder="account"`), nothing is fitted to it: the reduction is read off the
+norms as the backward pass left them, tensor by tensor, so that what was done to some of them, or later, is not in it.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,22 +19,37 @@ import torch
 from torch import Tensor
 
 from ..errors import BatchIdentityError
+from ..layout import Layout
 from .identities import ShareBound
 
 log = logging.getLogger("attrib")
 
 
 class NormWatch:
-    """Hooks on the parameters that note the norms of the gradients as a backward pass leaves them."""
+    """Hooks on the parameters that note the norms of the gradients as a backward pass leaves them.
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = list(parameters)
-        self._raw: dict[int, Tensor] = {}
+    accounts: whether what is no common factor is no error. Two norms are noted then: that of a single tensor changes by
+    some factor whatever is done to it, two change by the same one if all entries do.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], accounts: bool = False) -> None:
+        self._parameters, self._accounts = list(parameters), accounts
+        self._raw: dict[int, Tensor] = {}  # (2,) or (1,) each
         self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in parameters if p.requires_grad]
 
     def _note(self, p: Tensor) -> None:
         if p.grad is not None and not p.grad.is_sparse:
-            self._raw[id(p)] = torch.linalg.vector_norm(p.grad)
+            self._raw[id(p)] = self._norms(p.grad)
+
+    def _norms(self, gradient: Tensor) -> Tensor:
+        return torch.stack([torch.linalg.vector_norm(gradient, n) for n in ((2, 1) if self._accounts else (2,))])
+
+    def left(self) -> Tensor:
+        """(K,) float64: the norms as the last backward pass left them; of a gradient that none of it made, as it is."""
+        now = {id(p): self._norms(p.grad) for p in self._parameters if p.grad is not None and id(p) not in self._raw}
+        norms = {**now, **self._raw}
+        known = [float(norms[id(p)][0]) if id(p) in norms else 0.0 for p in self._parameters]
+        return torch.tensor(known, dtype=torch.float64)
 
     @property
     def heard(self) -> bool:
@@ -45,7 +64,8 @@ class NormWatch:
             hook.remove()
 
     def clipping(self) -> float:
-        """The factor since the last backward: exactly 1 where nothing was changed.
+        """The factor since the last backward: exactly 1 where nothing was changed, or where it is accounted for and no
+        common factor.
 
         Raises:
             BatchIdentityError: the gradients were changed by different factors.
@@ -54,19 +74,22 @@ class NormWatch:
         if not known:
             return 1.0
         before = torch.stack([self._raw[id(p)] for p in known]).double()
-        now = torch.stack([torch.linalg.vector_norm(p.grad) for p in known]).double()
+        now = torch.stack([self._norms(p.grad) for p in known if p.grad is not None]).double()
         if torch.equal(before, now):
             return 1.0
-        factor = float(now.norm() / before.norm())
+        factor = float(now[:, 0].norm() / before[:, 0].norm())
         off = (now - factor * before).abs()
-        worst = int(off.argmax())
-        if not float(off[worst]) <= torch.finfo(known[0].dtype).eps ** 0.5 * float(now.norm()):
-            raise BatchIdentityError(
-                f"gradients were changed by different factors between backward and step: got {float(now[worst]):.4g} from "
-                f"{float(before[worst]):.4g}, expected the common factor {factor:.4g}, at a parameter of shape "
-                f"{tuple(known[worst].shape)}. Clip with clip_grad_norm_ over all parameters; the step was refused."
-            )
-        return factor
+        if bool((off <= torch.finfo(known[0].dtype).eps ** 0.5 * now.norm(dim=0)).all()):
+            return factor
+        if self._accounts:
+            return 1.0
+        worst = int(off[:, 0].argmax())
+        raise BatchIdentityError(
+            f"gradients were changed by different factors between backward and step: got {float(now[worst, 0]):.4g} from "
+            f"{float(before[worst, 0]):.4g}, expected the common factor {factor:.4g}, at a parameter of shape "
+            f"{tuple(known[worst].shape)}. Clip with clip_grad_norm_ over all parameters, or record with "
+            f'remainder="account", which makes what was changed a row of the ledger. The step was refused.'
+        )
 
 
 KINDS = ("mean", "pooled", "sum")
@@ -120,6 +143,26 @@ class Totals:
             if np.array_equal(scales, factor * weights):
                 return self.reduced(kind) * factor
         return sum((s * t for s, t in zip(scales.tolist(), self.each(), strict=True)), torch.zeros_like(self.summed))
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What the backward passes left: the norms (K,) of the tensors' gradients; rest (P,): what of them was a penalty's;
+    gradient (P,): the examples' part of p.grad as it is by now."""
+
+    norms: Tensor
+    rest: Tensor | None
+    gradient: Tensor
+    layout: Layout
+
+    def norms_of(self, vector: Tensor) -> Tensor:
+        """(P,) -> (K,), on the CPU."""
+        return torch.stack([vector[part].double().norm() for _, part in self.layout.slices()]).cpu()
+
+    def agreeing(self, shares: Tensor, weight: Tensor, root: float) -> float:
+        """How much of the gradient, weight (K,), has the norms that the shares (P,) would leave."""
+        norms = self.norms_of(shares if self.rest is None else shares + self.rest)
+        return float(weight[(self.norms - norms).abs() <= root * norms].sum())
 
 
 @dataclass(frozen=True)
@@ -177,6 +220,32 @@ class Reduction:
         if not self.common:
             log.info("the reduction of the loss has a factor of its own: it is fitted when attributing")
         return Reduction((kind,) if kind in self.kinds else (), common=True)
+
+    def of_backward(self, backward: Backward, totals: Totals, root: float) -> tuple[np.ndarray, "Reduction"]:
+        """The factors (M,) in the gradients as the backward passes left them, and what is known then. root: how far norms
+        may differ by rounding. It is one of KINDS, whichever tensors agree with; else, of a single pass, the one factor that
+        most of the gradient agrees with, or the nearer of the kinds; of several those that come nearest to p.grad.
+        """
+        weight = backward.norms_of(totals.summed).square()
+        agreed = {kind: backward.agreeing(totals.reduced(kind), weight, root) for kind in KINDS}
+        most = max(agreed.values())
+        if most > 0:
+            fits = [kind for kind in KINDS if agreed[kind] == most]
+            kinds = tuple(kind for kind in self.kinds if kind in fits)
+            return weights_of((kinds or fits)[0], totals.sizes), Reduction(kinds, self.common)
+        if len(totals.sizes) > 1:
+            return fit_scales(backward.gradient, totals.each()), Reduction(())
+        norms = weight.sqrt()
+        ratios = {float(n / w) for n, w in zip(backward.norms, norms, strict=True) if n > 0 and w > 0}
+        best = {ratio: backward.agreeing(totals.summed * ratio, weight, root) for ratio in ratios}
+        ratio = max(best, key=best.__getitem__, default=1.0)
+        if best and 2 * best[ratio] > float(weight.sum()):
+            return np.array([ratio]), Reduction((), common=True)
+        if not best:
+            return weights_of((self.kinds or KINDS)[0], totals.sizes), self
+        whole = math.log(float(backward.norms.norm() / norms.norm()))
+        kind = min(self.kinds or KINDS, key=lambda known: abs(whole - math.log(weights_of(known, totals.sizes)[0])))
+        return weights_of(kind, totals.sizes), self
 
 
 def _gap(gradient: Tensor, total: Tensor, scale: float) -> float:

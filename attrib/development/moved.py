@@ -25,12 +25,14 @@ CHUNK_BYTES = 64 << 20  # contributions (Q, n, N) held at once
 
 class Move(NamedTuple):
     """One step: what of the measurements' change each example caused, (Q, N), in the order of `run.examples`; what weight
-    decay did, and momentum from before the lead, (Q,) each; and the change itself, which they sum to but for rounding."""
+    decay did, momentum from before the lead, and what gradients and updates held beyond the shares, (Q,) each; and the
+    change itself, which they sum to but for rounding."""
 
     step: int
     contributions: np.ndarray
     decay: np.ndarray
     inherited: np.ndarray
+    remainder: np.ndarray
     change: np.ndarray
 
 
@@ -50,7 +52,8 @@ def moves(
         run, model, measurement, loss, dtype: as for `attrib.attribute`.
         steps: which, in order; None for all.
         lead: steps before the first whose gradients are told apart, too; what momentum brings from before is `inherited`.
-            Unused where there is no momentum. With momentum the cost grows with the square of lead and steps.
+            Unused where there is no momentum and no average. With one of them the cost grows with the square of
+            lead and steps.
 
     Yields:
         A `Move` per step, in the measurement's units.
@@ -74,12 +77,17 @@ def moves(
 
     model, asked = uncompiled(model), AttributeOptions(loss=loss, dtype=dtype, progress=False)
     asked.check(run, model)
-    note_values(run, model, chosen.stop)
+    average = getattr(measurement, "average", None)
+    note_values(run, model, chosen.stop, average)
 
     def window(first: int, stop: int, *keep: str) -> Result:
         return attributed(run, model, measurement, replace(asked, steps=slice(first, stop), keep=keep))
 
-    return _with_momentum(window, chosen, lead) if _remembers(run) else _at_once(window, chosen, len(run.examples))
+    return (
+        _with_momentum(window, chosen, lead)
+        if _remembers(run) or average is not None
+        else _at_once(window, chosen, len(run.examples))
+    )
 
 
 def _remembers(run: Run) -> bool:
@@ -97,7 +105,8 @@ def _at_once(window: Callable[..., Result], steps: range, examples: int) -> Iter
         given = found.by("step", "example").values
         for n in range(stop - first):
             change = np.diff(found.curve.values[:, n : n + 2])[:, 0]
-            yield Move(first + n, given[:, n], found.decay.values[:, n].sum(1), np.zeros(len(given)), change)
+            rest = (found.remainder.values[:, n] + found.update_remainder.values[:, n]).sum(1)
+            yield Move(first + n, given[:, n], found.decay.values[:, n].sum(1), np.zeros(len(given)), rest, change)
         first, size = stop, max(1, CHUNK_BYTES // (8 * len(given) * examples))
 
 
@@ -108,11 +117,12 @@ def _with_momentum(window: Callable[..., Result], steps: range, lead: int) -> It
     )
     for step in steps:
         after = _terms(window(begin, step + 1, "example"))
-        yield Move(step, *(a if b is None else a - b for a, b in zip(after, before or [None] * 4, strict=True)))
+        yield Move(step, *(a if b is None else a - b for a, b in zip(after, before or [None] * 5, strict=True)))
         before = after
 
 
 def _terms(found: Result) -> tuple[np.ndarray, ...]:
-    """Contributions (Q, N), decay, inherited and the change, (Q,) each, of a window."""
+    """Contributions (Q, N), decay, inherited, remainder and the change, (Q,) each, of a window."""
     decay, inherited = found.decay.sum(("step", "group")).values, found.inherited.sum("group").values
-    return found.by("example").values, decay, inherited, (found.final - found.initial).values
+    rest = (found.remainder.sum(("step", "group")) + found.update_remainder.sum(("update_step", "group"))).values
+    return found.by("example").values, decay, inherited, rest, (found.final - found.initial).values

@@ -94,6 +94,12 @@ def _checked(run: Run, steps: range, interventions: Interventions) -> tuple[Inte
 
 def _reduction(run: Run, start: int, until: int) -> Reduced:
     """The mean, over the passes or over the examples, or the sum: whichever the recorded scales of every step are."""
+    if run.declares_remainder:
+        raise ReplayError(
+            "the loop did more than take the mean or the sum: got a run with a remainder, of which no function is recorded. "
+            "Pass backward=, a function (losses, model) that does what the loop did to the gradients, and "
+            'remainder="account" where the replay is recorded.'
+        )
     passes = run.reader.passes(slice(start, until))
     scales, sizes = passes.numbers("scale"), passes.numbers("size")
     there = sizes > 0

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..errors import MeasurementError
 from ..functional import Functional, mapped, ordinary
 from ..layout import Layout
+from ..measure import OfAverage
 from ..program import Programs, kind_of
 
 log = logging.getLogger("attrib")
@@ -76,6 +77,11 @@ class Measured:
     def __init__(self, model: nn.Module, measurement: Any, layout: Layout, dtype: torch.dtype, example: Tensor) -> None:
         self.layout, self.dtype, self.example = layout, dtype, example
         self._made_of = model, measurement, layout, dtype, example
+        if isinstance(measurement, OfAverage):
+            raise MeasurementError(
+                "a measurement of an average is of a whole run: got one where states of a model are measured, expected that "
+                "of a model. Pass its .measurement; attrib.attribute and attrib.moves take it as it is."
+            )
         rows, batch = getattr(measurement, "rows", None), getattr(measurement, "batch", ())
         self.batch: tuple[Tensor, ...] = ()
         if rows is not None and batch:

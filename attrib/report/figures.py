@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ..ledger import said as said_term
+from ..ledger import terms_of
 from ..result import Result
 from .extras import need
 from .files import check_file, replacing
@@ -41,7 +43,7 @@ def timeline(result: Result, query: int = 0, ax: Any = None) -> Any:
 
 def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | None = None, ax: Any = None) -> Any:
     """Running sums, over the steps, of the n examples whose contributions end up largest in size, of all others together,
-    and of weight decay: all that the measurement is made of.
+    of weight decay, and of a remainder where there is one.
 
     Raises:
         KeptAxesError: the result was not kept along step and example.
@@ -52,10 +54,11 @@ def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | 
     order = np.argsort(-np.abs(final), kind="stable")
     steps, ids = values["step"].values, values["example"].values.tolist()
     rest = values.values[:, order[n:]].sum(1)
-    decay = result.decay.isel(query=query).sum("group").values
+    decay, remainder = (v.isel(query=query).sum("group").values for v in (result.decay, result.remainder))
     for label, style, per_step in (
         (f"all {max(0, len(order) - n)} other examples", ":", rest),
         ("weight decay", "--", decay),
+        *((("remainder", "-.", remainder),) if remainder.any() else ()),
     ):
         running = np.cumsum(per_step)
         ax.plot(steps, running, style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})")
@@ -128,7 +131,7 @@ def waterfall(result: Result, query: int = 0, tag: Describe | None = None, ax: A
     if tag is not None:
         contributions = chosen.by("example")[0]
         moves = by_tag(contributions.values, tagged(tag, contributions["example"].values))
-    moves += [(name, float(terms[name])) for name in ("decay", "inherited", "residual")]
+    moves += [(said_term(name), float(terms[name])) for name in (*terms_of(chosen.dataset), "residual")]
     ax = _axes(ax)
     level = initial = float(terms["initial"])
     bars = [("initial", 0.0, initial, WHOLE)]

@@ -65,11 +65,13 @@ function row(...cells) {
   return made;
 }
 
-function head(text, kind = "") {
+function head(text, kind = "", scope = "row") {
   const made = element("th", text, kind);
-  made.scope = "row";
+  made.scope = scope;
   return made;
 }
+
+const column = (text, kind = "") => head(text, kind, "col");
 
 const fill = (id, rows) => $(id).tBodies[0].replaceChildren(...rows);
 
@@ -134,7 +136,8 @@ function padded(values) {
 function drawWaterfall() {
   const { terms, tags } = page.queries[now.query];
   const examples = tags.length ? tags : [["examples", terms.examples]];
-  const moves = [...examples, ...["decay", "inherited", "residual"].map((name) => [name, terms[name]])];
+  const others = Object.entries(terms).filter(([name]) => !["initial", "examples", "final"].includes(name));
+  const moves = [...examples, ...others];
   const names = ["initial", ...moves.map(([name]) => name), "final"];
   const values = [terms.initial, ...moves.map(([, value]) => value), terms.final];
   const levels = moves.reduce((all, [, value]) => [...all, all[all.length - 1] + value], [terms.initial]);
@@ -214,9 +217,10 @@ function drawLayers() {
     hovertemplate: "%{x:+.5g}",
   });
   grow("layers", 1.5 * places.length);
-  const bars = [bar("train examples", layers.examples, UP), bar("weight decay", layers.decay, "#999999")];
-  const [examples, decay] = bars.map((bar) => bar.x);
-  fill("layers-table", layers.groups.map((name, g) => row(head(name), numberCell(examples[g]), numberCell(decay[g]))));
+  const colours = [UP, "#999999", "#E69F00"];
+  const bars = layers.rows.map(({ name, values }, k) => bar(name, values, colours[k]));
+  $("layers-table").tHead.replaceChildren(row(column("group"), ...bars.map((bar) => column(bar.name, "number"))));
+  fill("layers-table", layers.groups.map((name, g) => row(head(name), ...bars.map((bar) => numberCell(bar.x[g])))));
   draw("layers", bars, {
     margin: { l: 20, r: 20, t: 30, b: 45 }, dragmode: false, barmode: "group", legend: LEGEND,
     xaxis: axis(inUnits("contribution in the window"), { range: padded(bars.flatMap((bar) => bar.x)) }),
@@ -350,7 +354,8 @@ async function main() {
   $("query").append(...page.queries.map((q, k) => { const o = element("option", q.name); o.value = k; return o; }));
   $("query-choice").hidden = page.queries.length < 2;
   fill("identities", Object.entries(page.identities).map(([name, gap]) => row(head(name),
-    gap === null ? element("td", "not checked", "number") : numberCell(gap, false))));
+    gap === null ? element("td", "not checked", "number") : numberCell(gap, false))).concat(
+    Object.entries(page.sizes).map(([name, size]) => row(head(name), element("td", size)))));
   fill("facts", page.facts.map(([name, value]) => row(head(name), element("td", value))));
   $("notices").append(...page.notices.map((text) => element("li", text)));
   showQuery();

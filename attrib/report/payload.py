@@ -1,7 +1,8 @@
 """The numbers of the report page, small enough to open at once.
 
     timeline  (Q, F, groups)   change per fine bin of update steps       curve (Q, F + 1)
-    layers    (Q, B, groups)   contributions of examples and weight decay per bin of steps that windows are made of
+    layers    (Q, B, groups)   contributions of examples, of weight decay and of a remainder per bin of steps that windows
+                               are made of
     examples  (b, n) a query   contributions of the examples that stand in the page; b = B, or 1 where they were not kept
                                along the steps
 
@@ -17,6 +18,7 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
+from ..ledger import said
 from ..optim import describe_options
 from ..result import Result
 from .shown import Describe, Shown, show, tagged
@@ -44,7 +46,7 @@ def payload(
     result: Result, describe: Describe | None, describe_query: Describe | None, tag: Describe | None, progress: bool
 ) -> dict[str, Any]:
     """Everything the page shows, as JSON; arrays are float32 in base64, ids are strings, for JavaScript rounds numbers."""
-    dataset = result.dataset
+    dataset, ledger = result.dataset, result.ledger()
     first = int(dataset["step"].values[0])
     changes = fold_groups(result.timeline(), SERIES)
     fine = bin_steps(dataset.sizes["step"], min(FINE, SUMS // (changes.sizes["query"] * changes.sizes["group"])))
@@ -60,7 +62,8 @@ def payload(
         "units": result.units,
         "facts": _facts(result),
         "notices": notices,
-        "identities": result.ledger().identities,
+        "identities": ledger.identities,
+        "sizes": {said(name): size for name, size in ledger.sizes.items()},
         "queries": _queries(result, describe_query, tag),
         "edges": (fine.edges + first).tolist(),
         "windows": np.searchsorted(fine.edges, bins.edges).tolist(),  # where among the edges
@@ -154,23 +157,23 @@ def _descriptions(ids: np.ndarray, table: Chosen, describe: Describe | None) -> 
 
 def _windows(result: Result) -> int:
     """How many bins windows may be made of, so that the groups' bars fit."""
-    sizes = result.dataset.sizes
-    return max(1, min(WINDOWS, SUMS // (2 * sizes["query"] * min(BARS, sizes["group"]))))
+    sizes, rows = result.dataset.sizes, 3 if "remainder" in result.dataset else 2
+    return max(1, min(WINDOWS, SUMS // (rows * sizes["query"] * min(BARS, sizes["group"]))))
 
 
 def _layers(result: Result, bins: Bins) -> dict[str, Any] | None:
-    """What the examples' gradients and weight decay contributed in each bin, per group; None where it was not kept."""
+    """What the examples' gradients, weight decay and a remainder contributed in each bin, per group; None where it was not
+    kept."""
     if not result.has("step", "group"):
         return None
-    size = np.zeros(result.dataset.sizes["group"])
-    examples, decay = result.by("step", "group"), result.decay
-    for values in (examples, decay):
-        size += np.abs(values.values).sum((0, 1))
-    examples, decay = (fold_groups(v, BARS, size) for v in (examples, decay))
+    rows = {"train examples": result.by("step", "group"), "weight decay": result.decay}
+    if "remainder" in result.dataset:
+        rows["remainder"] = result.remainder
+    size = np.sum([np.abs(values.values).sum((0, 1)) for values in rows.values()], 0)
+    folded = {name: fold_groups(values, BARS, size) for name, values in rows.items()}
     return {
-        "groups": [str(g) for g in examples["group"].values],
-        "examples": _floats(bins.sum(examples.values, 1)),
-        "decay": _floats(bins.sum(decay.values, 1)),
+        "groups": [str(g) for g in folded["train examples"]["group"].values],
+        "rows": [{"name": name, "values": _floats(bins.sum(values.values, 1))} for name, values in folded.items()],
     }
 
 
@@ -184,7 +187,8 @@ def _queries(result: Result, describe_query: Describe | None, tag: Describe | No
     for q, (name, number) in enumerate(zip(result.names, result.dataset["query"].values, strict=True)):
         sums = [] if tags is None else by_tag(result.select([q]).by("example").values[0], tags)
         shown = show(describe_query, int(number))
-        found.append({"name": name, "shown": shown, "terms": terms.iloc[q].to_dict(), "tags": sums})
+        named = {said(term): value for term, value in terms.iloc[q].to_dict().items()}
+        found.append({"name": name, "shown": shown, "terms": named, "tags": sums})
     return found
 
 
@@ -197,6 +201,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         "optimizer": attrs.get("optimizer", "") + describe_options(attrs.get("options", {})),
         "data": f"{sizes['example']} train examples, at most {attrs.get('batch', '?')} a step",
         "steps": f"{first} to {last} ({last - first})",
+        "measured model": attrs.get("average", ""),
         "path": attrs.get("path", ""),
         "computed in": attrs.get("dtype", ""),
         "capture": attrs.get("capture", ""),

@@ -12,7 +12,8 @@
     ids/*        [id, bound], [utf8]           which strings these are: see `ids`
     row          [step, slot]                  where the inputs of the slot stand in the table of examples/ of the step
     facts        [step, fact]                  numbers of a step, float64, named in the array's attribute "facts":
-        loss, ..._identity                     mean loss and the identities, NaN where not checked
+        loss, ..._identity, remainder          mean loss, the identities, and what p.grad holds beyond the shares relative to
+                                               |p.grad| where it may, NaN where not checked
         seconds                                of training, NaN for the first step
     passes       [step, pass, pass_fact]       of each pass that the gradient of a step was made of, float64, likewise:
         size                                   examples: those of the first pass stand in the first slots; 0 beyond the last
@@ -53,7 +54,7 @@ COMMIT_SHARE = 0.02  # of the time, at most, goes into that
 DIGESTS = "digests"  # the array, see `seal`
 STATE_BYTES = 8 << 20  # of a chunk of parameters or gradients, which are read whole: larger chunks cost less to write
 
-LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "seconds")
+LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "remainder", "seconds")
 FACTS = LOGS  # columns of `facts`
 PASS_FACTS = ("size", "kind", "shared", "scale", "left")  # columns of `passes`
 

@@ -138,7 +138,7 @@ def _told(run: Run, model: DigitsCnn, x: Tensor, y: Tensor, steps: range, brief:
 
 
 def _gap(move: Move) -> float:
-    terms = move.contributions.sum(1) + move.decay + move.inherited
+    terms = move.contributions.sum(1) + move.decay + move.inherited + move.remainder
     return float(np.max(np.abs(terms - move.change) / np.abs(move.contributions).sum(1)))
 
 
