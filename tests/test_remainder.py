@@ -347,6 +347,31 @@ def test_a_run_says_how_large_it_is() -> None:
     assert np.isnan(Recorded(remainder="refuse").run.log("remainder")).all()
 
 
+def test_a_run_goes_on_with_the_remainder_it_has(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Mlp().double(), pairs(12)
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def trained(steps: int, remainder: str) -> None:
+        options = {"remainder": remainder, "resume": True, "block": 2}
+        recorder = attrib.record(optimizer, model, classify, tmp_path / "run", **options)
+        for _ in range(steps):
+            recorder.zero_grad()
+            classify(model, x, y).mean().backward()
+            value_clipping(model)
+            recorder.step(torch.arange(12), x, y)
+        recorder.__exit__(None, KeyboardInterrupt(), None)
+
+    trained(4, "account")
+    with pytest.raises(attrib.errors.ResumeError, match="got remainder= refuse, expected account"):
+        trained(1, "refuse")
+    trained(3, "account")
+    run = attrib.open_run(tmp_path / "run")
+    assert run.steps == 7
+    measurement = attrib.measure.log_prob(x[:2], y[:2])
+    attrib.attribute(run, model, measurement, loss=classify, progress=False).check(1e-10)
+
+
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_a_run_with_a_remainder_is_verified(capture: str) -> None:
     recorded = Recorded(noise, capture, check_every=1)
