@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ADAMW, SGD, Mlp, classify, pairs
+from cases import ADAMW, MODELS, OPTIMIZERS, SGD, Mlp, classify, covering, pairs
 from torch import Tensor, nn
-from training import rewritten
+from training import rewritten, train
 from zarr.storage import MemoryStore
 
 import attrib
@@ -137,6 +137,31 @@ def test_the_remainder_is_what_was_done_by_hand(change: Change, capture: str, mo
 def masked(model: nn.Module) -> None:
     weight = model.hidden.weight
     weight.register_hook(lambda g: g * (torch.arange(g.numel()).view_as(g) % 3 > 0))
+
+
+OPTIMIZED = ("sgd nesterov decay", "adam amsgrad", "adamw")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # as without a remainder, see test_completeness
+
+
+@pytest.mark.parametrize(
+    ("model", "capture", "dtype", "optimizer"), covering(MODELS, CAPTURES, TOLERANCE, OPTIMIZED, whole=2), ids=str
+)
+def test_terms_add_up_with_hooks_that_clip_every_other_tensor(
+    model: str, capture: str, dtype: torch.dtype, optimizer: str
+) -> None:
+    def hooked(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        for p in parameters[::2]:
+            p.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+        return OPTIMIZERS[optimizer](parameters)
+
+    trained = train(MemoryStore(), hooked, model, capture, dtype, remainder="account")
+    result = trained.attribute()
+    ledger = result.check(TOLERANCE[dtype])
+    assert ledger.identities["split"] <= {torch.float64: 1e-10, torch.float32: 1e-3}[dtype]
+    clipped = np.abs(result.remainder).sum(("query", "step"))
+    hooks = [name for name, _ in list(trained.model.named_parameters())[::2]]
+    assert float(clipped.sel(group=hooks).sum()) > 100 * TOLERANCE[dtype] * float(result.dataset["gross"].sum())
+    assert float(clipped.drop_sel(group=hooks).sum()) <= TOLERANCE[dtype] * float(result.dataset["gross"].sum())
 
 
 def clip(model: nn.Module) -> None:
