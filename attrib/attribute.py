@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .account import Account, Losses, share_bound
 from .accounting import Accounting
 from .averaged import Averaged, Averages
-from .budget import Budget, divide, divide_ahead
+from .budget import Budget, Sizes, divide, divide_ahead
 from .checks import split_bound
 from .errors import Interrupted, MeasurementError, WorkerError
 from .executor import Pool, pool_of
@@ -171,7 +171,10 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     labels, member = group_tensors(run.layout.names, options.groups)
     sizes = {"step": len(window), "example": len(run.numbers), "group": len(labels)}
     kept = choose(options.keep, query.count, sizes)
-    budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), options)
+    held = replace(
+        sizes_of(run, bytes_of(kept, query.count, sizes)), averages=0 if averages is None else averages.count
+    )
+    budget = _divided(held, query.count, options)
     bound = share_bound(run.dtype, compute)
     losses = Losses(run.log("loss"), max(bound, split_bound(run.precision)))
     remainder = run.accounts_remainder, run.declares_remainder
@@ -289,9 +292,9 @@ def _sensitivity(
     return accounting if averages is None else Averaged(accounting, averages)
 
 
-def _divided(run: Run, queries: int, kept: int, options: AttributeOptions) -> Budget:
+def _divided(sizes: Sizes, queries: int, options: AttributeOptions) -> Budget:
     divided = divide if options.executor is None else divide_ahead
-    budget = divided(sizes_of(run, kept), queries, options.memory)
+    budget = divided(sizes, queries, options.memory)
     if options.cube is not None and budget.at_once < queries:
         raise ValueError(
             f"a cube is written in one sweep: got {queries} queries, of which {budget.at_once} fit the memory. Allow more "

@@ -51,6 +51,12 @@ class Averages:
         return Averages, (self._run, self._average, self._stop, self._anchors)
 
     @property
+    def count(self) -> int:
+        """States held at once, at most."""
+        near = self._spacing // self._size + 1
+        return self._size + 1 + near + -(-self._stop // self._spacing) + 1
+
+    @property
     def last(self) -> Tensor:
         """(P,): at `stop`."""
         return self._anchors[self._stop]

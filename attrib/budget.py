@@ -23,7 +23,8 @@ PASSES = 5  # of slices: activations, their gradients, what is at work, what the
 @dataclass(frozen=True)
 class Sizes:
     """Of a run: P parameters in K tensors of `itemsize` bytes, at most B examples a step, `block` steps read together,
-    `accumulators` of the optimizer. kept: bytes of the result's marginals. ahead: pieces under way at workers."""
+    `accumulators` of the optimizer. kept: bytes of the result's marginals. ahead: pieces under way at workers. averages:
+    states of an average that are held beside those of the run, and then one vector more per query for each piece."""
 
     parameters: int
     tensors: int
@@ -33,14 +34,16 @@ class Sizes:
     accumulators: int
     kept: int
     ahead: int = 0
+    averages: int = 0
 
     @property
     def per_query(self) -> int:
-        return self.parameters * 8 * (4 + 3 * self.ahead) + 3 * 8 * self.batch * self.tensors
+        more = 1 if self.averages else 0
+        return self.parameters * 8 * (4 + 2 * more + (3 + more) * self.ahead) + 3 * 8 * self.batch * self.tensors
 
     @property
     def block_bytes(self) -> int:
-        return self.parameters * self.itemsize * (6 * self.block + 2 * self.accumulators)
+        return self.parameters * (self.itemsize * (6 * self.block + 2 * self.accumulators) + 8 * self.averages)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,10 @@ def ask(setting: Setting, store: Path, executor: Executor | None) -> tuple[float
 
 
 def furthest(found: attrib.Result, serial: attrib.Result) -> float:
-    """The largest difference of a contribution, decay or timeline over the largest."""
-    names = [name for name in serial.dataset if str(name).startswith(("contribution", "decay", "timeline"))]
+    """The largest difference of a contribution, decay, remainder or timeline over the largest."""
+    names = [
+        name for name in serial.dataset if str(name).startswith(("contribution", "decay", "remainder", "timeline"))
+    ]
     pairs = [(found.dataset[name].values, serial.dataset[name].values) for name in names]
     return max(float(np.abs(a - b).max() / (np.abs(b).max() or 1.0)) for a, b in pairs)
 

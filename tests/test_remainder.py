@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ADAMW, SGD, Mlp, classify, pairs
+from cases import ADAMW, MODELS, OPTIMIZERS, SGD, Mlp, classify, covering, pairs
 from torch import Tensor, nn
-from training import rewritten
+from training import rewritten, train
 from zarr.storage import MemoryStore
 
 import attrib
@@ -137,6 +137,31 @@ def test_the_remainder_is_what_was_done_by_hand(change: Change, capture: str, mo
 def masked(model: nn.Module) -> None:
     weight = model.hidden.weight
     weight.register_hook(lambda g: g * (torch.arange(g.numel()).view_as(g) % 3 > 0))
+
+
+OPTIMIZED = ("sgd nesterov decay", "adam amsgrad", "adamw")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # as without a remainder, see test_completeness
+
+
+@pytest.mark.parametrize(
+    ("model", "capture", "dtype", "optimizer"), covering(MODELS, CAPTURES, TOLERANCE, OPTIMIZED, whole=2), ids=str
+)
+def test_terms_add_up_with_hooks_that_clip_every_other_tensor(
+    model: str, capture: str, dtype: torch.dtype, optimizer: str
+) -> None:
+    def hooked(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        for p in parameters[::2]:
+            p.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+        return OPTIMIZERS[optimizer](parameters)
+
+    trained = train(MemoryStore(), hooked, model, capture, dtype, remainder="account")
+    result = trained.attribute()
+    ledger = result.check(TOLERANCE[dtype])
+    assert ledger.identities["split"] <= {torch.float64: 1e-10, torch.float32: 1e-3}[dtype]
+    clipped = np.abs(result.remainder).sum(("query", "step"))
+    hooks = [name for name, _ in list(trained.model.named_parameters())[::2]]
+    assert float(clipped.sel(group=hooks).sum()) > 100 * TOLERANCE[dtype] * float(result.dataset["gross"].sum())
+    assert float(clipped.drop_sel(group=hooks).sum()) <= TOLERANCE[dtype] * float(result.dataset["gross"].sum())
 
 
 def clip(model: nn.Module) -> None:
@@ -346,6 +371,31 @@ def test_a_run_says_how_large_it_is() -> None:
     assert (sizes < 1 + 1 / norms).all()
     assert f"at most {sizes.max():.2e} of |p.grad|" in str(run)
     assert np.isnan(Recorded(remainder="refuse").run.log("remainder")).all()
+
+
+def test_a_run_goes_on_with_the_remainder_it_has(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Mlp().double(), pairs(12)
+    optimizer = SGD(model.parameters(), lr=0.1)
+
+    def trained(steps: int, remainder: str) -> None:
+        options = {"remainder": remainder, "resume": True, "block": 2}
+        recorder = attrib.record(optimizer, model, classify, tmp_path / "run", **options)
+        for _ in range(steps):
+            recorder.zero_grad()
+            classify(model, x, y).mean().backward()
+            value_clipping(model)
+            recorder.step(torch.arange(12), x, y)
+        recorder.__exit__(None, KeyboardInterrupt(), None)
+
+    trained(4, "account")
+    with pytest.raises(attrib.errors.ResumeError, match="got remainder= refuse, expected account"):
+        trained(1, "refuse")
+    trained(3, "account")
+    run = attrib.open_run(tmp_path / "run")
+    assert run.steps == 7
+    measurement = attrib.measure.log_prob(x[:2], y[:2])
+    attrib.attribute(run, model, measurement, loss=classify, progress=False).check(1e-10)
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
