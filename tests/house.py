@@ -13,7 +13,8 @@ class Floor(NamedTuple):
 FLOORS = (
     Floor("arrays", ("kernels",)),
     Floor(
-        "words and numbers", ("budget", "constants", "ending", "errors", "generators", "interrupt", "layout", "ledger")
+        "words and numbers",
+        ("autocast", "budget", "constants", "ending", "errors", "generators", "interrupt", "layout", "ledger"),
     ),
     Floor("nouns", ("functional", "marginals", "measure", "program", "wrapper")),
     Floor("sums", ("parts", "setup", "tally")),
