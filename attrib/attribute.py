@@ -159,7 +159,7 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     sizes = {"step": len(window), "example": len(run.numbers), "group": len(labels)}
     kept = choose(options.keep, query.count, sizes)
     budget = _divided(run, query.count, bytes_of(kept, query.count, sizes), options)
-    bound = share_bound(run.dtype, compute)
+    bound = share_bound(run.precision, compute)
     account = Account(labels, member, tuple(kept), options.cube is not None, bound)
     shares = Shares(run, model, options.loss, compute, budget.slices, member)
     limit = window.stop if "limit" in options.identities else None

@@ -75,5 +75,6 @@ def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
 
 def settled_facts(settled: Settled) -> dict[str, Any]:
     """What stands in the header of what the steps so far have shown."""
-    draws = settled.draws
-    return {"reduction": settled.reduction.kind, "stochastic": draws.stochastic, "beyond": draws.beyond}
+    draws, autocast = settled.draws, settled.autocast
+    facts = {"reduction": settled.reduction.kind, "stochastic": draws.stochastic, "beyond": draws.beyond}
+    return {**facts, "autocast": None if autocast is None else autocast.facts()}

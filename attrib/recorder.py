@@ -129,7 +129,7 @@ class Recorder(Wrapper):
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
         if resumed is not None:
             self._settled, self._inspected, self._ids = resumed.settled, resumed.inspected, resumed.ids
-            self._capture.prime(resumed.after, resumed.passes)
+            self._capture.prime(resumed.after, resumed.passes, resumed.settled.autocast)
         weakref.finalize(self, self._writer.drop).atexit = False
 
     def _begun(self, store: Any, loop: Loop, resumed: Resumed | None) -> Writer:

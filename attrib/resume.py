@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .autocast import from_facts
 from .capture import Settled
 from .checks import Draws, Reduction
 from .errors import ModelMismatchError, ResumeError, StoreError
@@ -233,4 +234,5 @@ def _settled(reader: Reader) -> Settled:
         draws=Draws(facts["stochastic"], facts["beyond"]),
         described=described,
         shapes={name: tuple(reader.array(name).shape[2:]) for name in names},
+        autocast=from_facts(facts["autocast"]),
     )

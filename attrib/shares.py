@@ -88,7 +88,7 @@ class Shares:
         self._gradients: gradients.ExampleGradients | None = None
         if loss is not None:
             with training_modes(model, run.header["training"]):
-                self._gradients = gradients.ExampleGradients(loss, model, run.layout, dtype, slices)
+                self._gradients = gradients.ExampleGradients(loss, model, run.layout, dtype, slices, run.autocast)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shares, self._made_of
@@ -212,7 +212,9 @@ class Shares:
         size = np.abs(found).sum((1, 2))[:, None]
 
         def fits(scale: float | None) -> bool:
-            bound = split_bound(self._dtype) * abs(scale or 0.0) * size
+            # to few bits p.grad is rounded once where it is summed, by half of eps
+            eps = float(torch.finfo(self._precision).eps)
+            bound = (eps if is_low(self._precision) else split_bound(self._dtype)) * abs(scale or 0.0) * size
             return scale is not None and bool((np.abs(scale * sums - wanted) <= bound).all())
 
         if fits(recorded):

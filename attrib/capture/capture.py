@@ -2,19 +2,22 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..autocast import Autocast, switched_off
 from ..checks import split_bound
 from ..functional import uncompiled
 from ..generators import generators, random_state
 from ..gradients import ExampleGradients
 from ..layout import Layout
 from .identities import Fit, Trial, check_split, check_sum, fitted, of_the_loop
-from .listen import Listeners
+from .listen import Heard, Listeners
 from .penalty import penalty_gradients
 from .records import Arrays, Captured, CaptureOptions, Factors, Settled, Step
+from .rounded import check_autocast, settled_autocast
 from .stored import factor_arrays, gradient_arrays
 
 log = logging.getLogger("attrib")
@@ -36,8 +39,8 @@ class Capture:
         options: CaptureOptions,
     ) -> None:
         self._model, self._layout, self._parameters, self._options = uncompiled(model), layout, parameters, options
-        self._shares = ExampleGradients(loss, self._model, layout, parameters[0].dtype)
-        self._noted = False
+        self._loss, self._noted = loss, False
+        self._shares = self._under(None)
         self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay")
         log.info(
             "recording %s: batch identity on the first %d steps, then every %d",
@@ -52,11 +55,14 @@ class Capture:
         """Take off all hooks."""
         self._listeners.remove()
 
-    def prime(self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]]) -> None:
+    def prime(
+        self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]], autocast: Autocast | None = None
+    ) -> None:
         """Learn from steps of before, active parameters and batch of each, which rows are whose: as the run had, when a
-        batch of that size came first. theta (P,): the parameters now."""
+        batch of that size came first. theta (P,): the parameters now. autocast: what the loss is computed under."""
+        self._shares = self._under(autocast)
         if self._stores:
-            with self._listeners.deaf(), torch.enable_grad(), random_state(generators()):
+            with self._listeners.deaf(), torch.enable_grad(), switched_off(), random_state(generators()):
                 for active, batch in passes:
                     self._shares.at(active).factors(theta, batch)
 
@@ -67,8 +73,9 @@ class Capture:
             BatchIdentityError, SplitIdentityError, BatchError, LossError, ChangedOutsideError: nothing has changed, and the
                 step may be taken again.
         """
-        with self._listeners.deaf(), torch.enable_grad():
-            trial = self._trial(step)
+        heard = self._listeners.heard(len(step.batch[0]))
+        with self._listeners.deaf(), torch.enable_grad(), switched_off():
+            trial = self._trial(self._settled(step, heard), heard)
             factors = self._watched(trial)
             due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
             fits = due or (self._stores and factors is None)
@@ -105,8 +112,19 @@ class Capture:
                 *(gap, trial.step.number, trial.shares.precision),
             )
 
-    def _trial(self, step: Step) -> Trial:
-        heard = self._listeners.heard(len(step.batch[0]))
+    def _under(self, autocast: Autocast | None) -> ExampleGradients:
+        dtype = self._parameters[0].dtype
+        return ExampleGradients(self._loss, self._model, self._layout, dtype, autocast=autocast)
+
+    def _settled(self, step: Step, heard: Heard) -> Step:
+        """The step under the autocast of the first."""
+        if step.number:
+            check_autocast(step, heard)
+            return step
+        self._shares, autocast = settled_autocast(self._under, step, heard)
+        return replace(step, settled=replace(step.settled, autocast=autocast))
+
+    def _trial(self, step: Step, heard: Heard) -> Trial:
         if step.number and heard.before is not None and heard.behind is not None:
             step.settled.draws.settled(step.number, heard.before, heard.behind)
         factor = 1 / len(step.batch[0]) if self._shares.coarse else 1.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..autocast import Autocast
 from ..checks import NormWatch, RandomWatch
 from ..functional import uncompiled
 from ..generators import generators
@@ -17,7 +18,8 @@ from ..gradients.assignment import Trace
 class Heard:
     """clip: the factor on all gradients since the backward pass. passes: how many went forward. before, behind: the state of
     the generators around the last of them, None where none was heard. start: `before`, or the state now. sites: of the one
-    pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is."""
+    pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is. autocasts:
+    what the passes ran under, each once, the last one first."""
 
     clip: float
     passes: int
@@ -26,6 +28,7 @@ class Heard:
     start: Tensor
     sites: tuple[Trace, list[Tensor | None]] | None
     compiled: bool
+    autocasts: tuple[Autocast | None, ...] = ()
 
 
 class Listeners:
@@ -48,7 +51,7 @@ class Listeners:
         start = random.before if random.before is not None else generators()
         sites = None if self._watch is None else self._watch.seen(size)
         clip, compiled = self._norms.clipping(), self._compiled
-        return Heard(clip, random.passes, random.before, random.behind, start, sites, compiled)
+        return Heard(clip, random.passes, random.before, random.behind, start, sites, compiled, random.autocasts)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

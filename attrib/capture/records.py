@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, nn
 
+from ..autocast import Autocast
 from ..checks import Draws, Reduction
 from ..gradients.stored import Described
 from ..kernels.factors import Factor
@@ -28,13 +29,15 @@ class CaptureOptions:
 class Settled:
     """What the steps so far have shown of the loop; nothing before the first.
 
-    described, shapes: of stored factors what they are, and of one example each array's shape.
+    described, shapes: of stored factors what they are, and of one example each array's shape. autocast: what the loss is
+    computed under.
     """
 
     reduction: Reduction = field(default_factory=Reduction)
     draws: Draws = field(default_factory=Draws)
     described: Described | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    autocast: Autocast | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import Autocast, current
 from ..errors import ChangedOutsideError
 from ..functional import uncompiled
 from ..generators import generators
@@ -19,13 +20,15 @@ class RandomWatch:
     compiled model is heard whether it is called itself or the one within; what is compiled holds no trace of the hooks.
 
     before, behind: the state around the last forward pass with gradients, None before the first: torch's generator, Python's
-    and numpy's global ones. passes: how many there were since `clear`. busy: while the recorder runs the model itself.
+    and numpy's global ones. passes: how many there were since `clear`. autocasts: what they ran under, each once, the last
+    one first. busy: while the recorder runs the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.before: Tensor | None = None
         self.behind: Tensor | None = None
         self.passes = 0
+        self.autocasts: tuple[Autocast | None, ...] = ()
         self.busy = False
         self._hooks = [
             handle
@@ -36,6 +39,8 @@ class RandomWatch:
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled():
             self.before, self.passes = generators(), self.passes + 1
+            on = current(next((p.device.type for p in module.parameters()), "cpu"))
+            self.autocasts = tuple(dict.fromkeys((on, *self.autocasts)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         heard = not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled()
@@ -45,11 +50,12 @@ class RandomWatch:
     def __deepcopy__(self, memo: Any) -> "RandomWatch":
         copied = object.__new__(RandomWatch)
         copied.before, copied.behind, copied.passes, copied.busy, copied._hooks = None, None, 0, True, []
+        copied.autocasts = ()
         return copied
 
     def clear(self) -> None:
         """The step is over."""
-        self.passes = 0
+        self.passes, self.autocasts = 0, ()
 
     def remove(self) -> None:
         for hook in self._hooks:
