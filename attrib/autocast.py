@@ -117,5 +117,7 @@ def _around(autocast: Autocast, model: nn.Module) -> Iterator[None]:
 
 
 def candidates(heard: tuple[Autocast | None, ...]) -> list[Autocast | None]:
-    """What the loop may have had around its loss, from what was on when the model was called: the likelier first."""
-    return [c for a in heard for c in ((None,) if a is None else (a, replace(a, around="model")))]
+    """What the loop may have around its loss, from what was on when the model was called, the likelier first; None: nothing,
+    the loss enters it by itself."""
+    on = [a for a in heard if a is not None]
+    return [*(c for a in on for c in (a, replace(a, around="model"))), None]

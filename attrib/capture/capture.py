@@ -75,7 +75,8 @@ class Capture:
         """
         heard = self._listeners.heard(len(step.batch[0]))
         with self._listeners.deaf(), torch.enable_grad(), switched_off():
-            trial = self._trial(self._settled(step, heard), heard)
+            step = self._settled(step, heard)
+            trial = self._trial(step, heard, self._shares)
             factors = self._watched(trial)
             due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
             fits = due or (self._stores and factors is None)
@@ -121,14 +122,14 @@ class Capture:
         if step.number:
             check_autocast(step, heard)
             return step
-        self._shares, autocast = settled_autocast(self._under, step, heard)
+        self._shares, autocast = settled_autocast(self._under, lambda shares: self._trial(step, heard, shares), heard)
         return replace(step, settled=replace(step.settled, autocast=autocast))
 
-    def _trial(self, step: Step, heard: Heard) -> Trial:
+    def _trial(self, step: Step, heard: Heard, shares: ExampleGradients) -> Trial:
         if step.number and heard.before is not None and heard.behind is not None:
             step.settled.draws.settled(step.number, heard.before, heard.behind)
-        factor = 1 / len(step.batch[0]) if self._shares.coarse else 1.0
-        shares, penalty = self._shares.at(step.active, factor), self._options.penalty
+        factor = 1 / len(step.batch[0]) if shares.coarse else 1.0
+        shares, penalty = shares.at(step.active, factor), self._options.penalty
         if penalty is None:
             return Trial(step, heard, shares, step.gradient, None, factor)
         gradients = penalty_gradients(penalty, self._model, self._parameters)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import log2
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +46,8 @@ class Fit(NamedTuple):
 
 def of_the_loop(trial: Trial) -> Trial:
     """The trial with the multiple of the loss that the loop differentiates: where a pass rounds to few bits, that of another
-    multiple rounds otherwise. It is the mean, the sum, or what p.grad says, which comes out nearer with each pass."""
+    multiple rounds otherwise. It is the mean, the sum, either times the power of two that a GradScaler scales losses by, or
+    what p.grad says, which comes out nearer with each pass."""
     step, size = trial.step, trial.size
     for _ in range(TRIES):
         with random_state(trial.heard.start):
@@ -54,11 +56,15 @@ def of_the_loop(trial: Trial) -> Trial:
         near = 1.0 if scale is None else scale / trial.heard.clip
         if abs(near - 1) <= torch.finfo(total.dtype).eps ** 0.75:
             break
-        factor = next(
-            (known for known in (1 / size, 1.0) if abs(near * trial.factor / known - 1) < 0.01), near * trial.factor
-        )
+        wanted = near * trial.factor
+        factor = next((m for m in _multiples(wanted, size) if abs(wanted / m - 1) < 0.01), wanted)
         trial = replace(trial, shares=trial.shares.at(step.active, factor), factor=factor)
     return trial
+
+
+def _multiples(near: float, size: int) -> list[float]:
+    """Of the mean and the sum those by the power of two that is nearest to `near`."""
+    return [known * 2.0 ** round(log2(near / known)) for known in (1 / size, 1.0)] if near > 0 else []
 
 
 def fitted(trial: Trial) -> Fit:

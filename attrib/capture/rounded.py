@@ -8,31 +8,32 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from ..autocast import Autocast, candidates
 from ..checks import fit_scale
 from ..constants import is_low
 from ..errors import ChangedOutsideError
 from ..generators import random_state
 from ..gradients import ExampleGradients
+from .identities import Trial, of_the_loop
 from .listen import Heard
 from .records import Step
 
 log = logging.getLogger("attrib")
 
-Made = Callable[[Autocast | None], ExampleGradients]
+TrialOf = Callable[[ExampleGradients], Trial]
 
 
-def settled_autocast(made: Made, step: Step, heard: Heard) -> tuple[ExampleGradients, Autocast | None]:
-    """The gradients under the autocast of the loop, and which it is; made: from an autocast."""
+def settled_autocast(
+    made: Callable[[Autocast | None], ExampleGradients], trial: TrialOf, heard: Heard
+) -> tuple[ExampleGradients, Autocast | None]:
+    """The gradients under the autocast of the loop, and which it is. made: from an autocast; trial: of the first step."""
     tried: list[tuple[float, ExampleGradients, Autocast | None]] = []
-    known = candidates(heard.autocasts or (None,))
+    known = candidates(heard.autocasts)
     for autocast in known:
         shares = made(autocast)
         try:
-            gap = _gap(shares, step, heard) if len(known) > 1 else _passed(shares, step, heard)
+            device = _pass(shares, trial(shares))
+            gap = _gap(of_the_loop(trial(shares))) if len(known) > 1 else 0.0
         except RuntimeError as error:  # of types that do not go together, where the loop's do
             if not tried and autocast == known[-1]:
                 raise
@@ -40,11 +41,11 @@ def settled_autocast(made: Made, step: Step, heard: Heard) -> tuple[ExampleGradi
             continue
         tried.append((gap, shares, autocast))
     _, shares, autocast = min(tried, key=lambda t: t[0])
-    if autocast is None and is_low(shares.precision):
-        autocast = Autocast(step.theta.device.type, shares.precision, "inside")
+    if autocast is None and (len(known) > 1 or is_low(shares.precision)):
+        autocast = replace(known[0] or Autocast(device, shares.precision), around="inside")
     if autocast is not None:
         log.info(
-            "passes round to %s: autocast around the loss, the model or inside: %s", shares.precision, autocast.around
+            "passes round to %s, by what is around the loss, the model, or inside: %s", autocast.dtype, autocast.around
         )
     return shares, autocast
 
@@ -52,7 +53,9 @@ def settled_autocast(made: Made, step: Step, heard: Heard) -> tuple[ExampleGradi
 def check_autocast(step: Step, heard: Heard) -> None:
     """Raise ChangedOutsideError where the model was called under another autocast than at the first step."""
     settled = step.settled.autocast
-    known = None if settled is None or settled.around == "inside" else replace(settled, around="loss")
+    if settled is not None and settled.around == "inside":
+        return
+    known = None if settled is None else replace(settled, around="loss")
     if heard.autocasts and known not in heard.autocasts:
         raise ChangedOutsideError(
             f"the model ran under another autocast than at the first step: got {_said(heard.autocasts[0])}, expected "
@@ -60,21 +63,17 @@ def check_autocast(step: Step, heard: Heard) -> None:
         )
 
 
-def _gap(shares: ExampleGradients, step: Step, heard: Heard) -> float:
-    """Between p.grad and the gradient of the mean, whatever the scale between them."""
-    size = len(step.batch[0])
-    weights = torch.full((size,), 1 / size, dtype=step.theta.dtype, device=step.theta.device)
-    with random_state(heard.start):
-        named: dict[str, Tensor] = shares.at(step.active).vector.gradient(step.theta, step.batch, weights)[1]
-    mean = shares.layout.flatten(named.values())
-    return float((step.gradient - (fit_scale(step.gradient, mean) or 0.0) * mean).double().norm())
+def _pass(shares: ExampleGradients, trial: Trial) -> str:
+    """So that what it rounds to is known; returns the kind of device."""
+    with random_state(trial.heard.start):
+        return shares.vector.values(trial.step.theta, trial.step.batch).device.type
 
 
-def _passed(shares: ExampleGradients, step: Step, heard: Heard) -> float:
-    """A pass, so that what it rounds to is known; there is nothing to compare."""
-    with random_state(heard.start):
-        shares.vector.values(step.theta, step.batch)
-    return 0.0
+def _gap(trial: Trial) -> float:
+    """Between p.grad and the sum of the shares, whatever the scale between them."""
+    with random_state(trial.heard.start):
+        total = trial.shares.total(trial.step.theta, trial.step.batch)[1]
+    return float((trial.examples - (fit_scale(trial.examples, total) or 0.0) * total).double().norm())
 
 
 def _said(autocast: Autocast | None) -> str:

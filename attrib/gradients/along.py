@@ -49,12 +49,12 @@ WAYS = ("forward", "double", "single")
 def random_weights(size: int, seed: int, like: Tensor, coarse: bool = False) -> Tensor:
     """(B,) of a normal distribution, the same for a seed; no generator of the user's is drawn from.
 
-    coarse: powers of two of either sign. They pass through a backward pass that rounds to few bits and leave every rounding
-    as it is, so that the examples' parts of it stay comparable.
+    coarse: powers of two of either sign, none above 1, where float16 would overflow. They pass through a backward pass that
+    rounds to few bits and leave every rounding as it is, so that the examples' parts of it stay comparable.
     """
     random = np.random.default_rng(seed)
     if coarse:
-        return torch.from_numpy(np.ldexp(random.choice([-1.0, 1.0], size), random.integers(-4, 5, size))).to(like)
+        return torch.from_numpy(np.ldexp(random.choice([-1.0, 1.0], size), random.integers(-4, 1, size))).to(like)
     return torch.from_numpy(random.standard_normal(size)).to(like)
 
 
