@@ -192,6 +192,7 @@ class Shares:
         batch = tuple(b.to(self._device) for b in self.run.inputs(step.kind, step.rows))
         with training_modes(self._model, self.run.header["training"]), random_state(step.random):
             yield self._gradients.at(step.active, self._factor(step)), batch
+        torch.clear_autocast_cache()  # within a caller's autocast every rounded weight would be kept
 
     def _factor(self, step: RecordedStep) -> float:
         """Of the loss that is differentiated: the loop's own multiple where a pass rounds to few bits, as there."""

@@ -166,6 +166,11 @@ def _hint(trial: Trial, stochastic: bool, losses: Tensor) -> str:
             f" The step made {passes} forward passes and the loss draws random numbers (dropout), which are drawn again "
             f"as for one: make one forward pass a step, or put dropout into eval mode."
         )
+    if trial.step.number and trial.heard.surrounded:
+        return (
+            " Autocast is on at the step: entered once around the whole loop it keeps the weights as they were rounded when "
+            "it was entered. Enter it at every step, around the forward pass."
+        )
     with random_state(trial.heard.start):
         again = trial.shares.vector.values(trial.step.theta, trial.step.batch)
     if torch.equal(losses, again):

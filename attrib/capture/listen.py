@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..autocast import Autocast
+from ..autocast import DEVICES, Autocast, current
 from ..checks import NormWatch, RandomWatch
 from ..functional import uncompiled
 from ..generators import generators
@@ -19,7 +19,7 @@ class Heard:
     """clip: the factor on all gradients since the backward pass. passes: how many went forward. before, behind: the state of
     the generators around the last of them, None where none was heard. start: `before`, or the state now. sites: of the one
     pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is. autocasts:
-    what the passes ran under, each once, the last one first."""
+    what the passes ran under, each once, the last one first; surrounded: whether one is on still, at the step."""
 
     clip: float
     passes: int
@@ -29,6 +29,7 @@ class Heard:
     sites: tuple[Trace, list[Tensor | None]] | None
     compiled: bool
     autocasts: tuple[Autocast | None, ...] = ()
+    surrounded: bool = False
 
 
 class Listeners:
@@ -50,8 +51,8 @@ class Listeners:
         random = self._random
         start = random.before if random.before is not None else generators()
         sites = None if self._watch is None else self._watch.seen(size)
-        clip, compiled = self._norms.clipping(), self._compiled
-        return Heard(clip, random.passes, random.before, random.behind, start, sites, compiled, random.autocasts)
+        clip, compiled, on = self._norms.clipping(), self._compiled, any(map(current, DEVICES))
+        return Heard(clip, random.passes, random.before, random.behind, start, sites, compiled, random.autocasts, on)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..autocast import under
 from ..errors import ReplayError
 from ..generators import generators, random_state
 from ..optim import set_options
@@ -111,7 +112,9 @@ class Course:
         """Fill p.grad; returns the batch as it is recorded."""
         if (penalty := self.penalty(step, self.model)).requires_grad:
             penalty.backward()  # first, so that a backward that clips sees it
-        batch, losses = inputs, self.loss(self.model, *inputs)
+        torch.clear_autocast_cache()  # within a caller's autocast it would hold the weights as they were a step before
+        with under(self.run.autocast, self.model):
+            batch, losses = inputs, self.loss(self.model, *inputs)
         if self.has_weights:
             weights = self._weights(step, losses, ids)
             batch, losses = (*inputs, weights), weights * losses
