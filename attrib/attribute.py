@@ -175,7 +175,7 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
         sizes_of(run, bytes_of(kept, query.count, sizes)), averages=0 if averages is None else averages.count
     )
     budget = _divided(held, query.count, options)
-    bound = share_bound(run.dtype, compute)
+    bound = share_bound(run.precision, compute)
     losses = Losses(run.log("loss"), max(bound, split_bound(run.precision)))
     remainder = run.accounts_remainder, run.declares_remainder
     account = Account(labels, member, tuple(kept), options.cube is not None, bound, *remainder, losses)

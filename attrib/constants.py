@@ -34,6 +34,15 @@ def is_low(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
+ROUNDINGS = 8  # that two passes over the same numbers may differ by, in a row, where a pass rounds to few bits
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """By what part of themselves numbers may differ after a pass in a type of less than single precision: 2^-8 for each
+    rounding to bfloat16. What is rounded is rounded either way, so sums of it differ as their 2-norm does."""
+    return ROUNDINGS * torch.finfo(dtype).eps / 2
+
+
 def precision(types: Iterable[torch.dtype], dtype: torch.dtype) -> torch.dtype:
     """What a pass in `dtype` rounds to where it goes through tensors of these types; float8s are computed with in more."""
     low = set(filter(is_low, types))

@@ -6,7 +6,7 @@ The caller's module comes back as it was: parameters are handed in by name, buff
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from .autocast import Autocast, switched_off, under
 from .constants import is_low, precision
 from .errors import ChangedOutsideError
 from .layout import Layout
@@ -74,11 +75,12 @@ def mapped(function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | Non
 
 
 def differentiable(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with gradients on, whether or not it is called under `torch.no_grad` or `torch.inference_mode`."""
+    """The function with gradients on and without autocast, whether or not it is called under `torch.no_grad`,
+    `torch.inference_mode` or an autocast."""
 
     @wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), switched_off():
             return function(*args, **kwargs)
 
     return called
@@ -102,6 +104,25 @@ class Widened(TorchFunctionMode):
         return func(*wide, **named)
 
 
+class Roundings(TorchFunctionMode):
+    """Notes the types of less than single precision that parameters are carried on in while it is active: by an autocast
+    inside, by casts, by parts of that type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+        self.heard: set[Any] = set()  # the kinds of arguments that passes were heard of
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and is_low(t.dtype) and t.requires_grad:
+                self.types.add(t.dtype)
+        return out
+
+
 class Functional:
     """`function(model, *args)` with the model's state given: `f(parameters, *args)`.
 
@@ -112,10 +133,18 @@ class Functional:
         dtype: type that floating `args` are cast to, and buffers and frozen parameters where the trained parameters are of
             another one. Where they are of this one, what is of lower precision (a frozen base in bfloat16) is left to the
             model, which casts as it does in training.
+        autocast: what the function is called under, none but this.
     """
 
-    def __init__(self, model: nn.Module, function: Callable[..., Any], layout: Layout, dtype: torch.dtype) -> None:
-        self.layout, self.dtype = layout, dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Callable[..., Any],
+        layout: Layout,
+        dtype: torch.dtype,
+        autocast: Autocast | None = None,
+    ) -> None:
+        self.layout, self.dtype, self._autocast, self._roundings = layout, dtype, autocast, Roundings()
         self._model, self._function = model, function
         self._compiled = any(
             m._compiled_call_impl is not None or uncompiled(m) is not m for m in model.modules()
@@ -136,8 +165,11 @@ class Functional:
 
     @property
     def precision(self) -> torch.dtype:
-        """What it rounds to on its way: the compute type, or that of a part in less than single precision."""
-        return precision((t.dtype for t in self._constants.values()), self.dtype)
+        """What it rounds to on its way: the compute type, or that of a part in less than single precision, or of an
+        autocast. One that the function enters by itself is known from its first call on."""
+        types = {*(t.dtype for t in self._constants.values()), *self._roundings.types}
+        autocast = self._autocast
+        return precision(types | {autocast.dtype} if autocast and autocast.rounds(self.dtype) else types, self.dtype)
 
     @property
     def coarse(self) -> bool:
@@ -162,9 +194,22 @@ class Functional:
         """The function with the model as it is: within `bound`."""
         args = self.cast(args)
         eager = as_written() if self._compiled else nullcontext()
-        with eager, Widened(self.dtype) if self._widened else nullcontext():
+        with (
+            eager,
+            under(self._autocast, self._model),
+            Widened(self.dtype) if self._widened else nullcontext(),
+            self._listening(args),
+        ):
             values = self._function(self._model, *args)
         return values if self._factor == 1.0 else values * self._factor
+
+    def _listening(self, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+        """Of the first pass with arguments of a kind, what it rounds to is noted."""
+        kind = tuple((a.dim(), a.dtype) if isinstance(a, Tensor) else type(a) for a in args)
+        if kind in self._roundings.heard or not torch.is_grad_enabled():
+            return nullcontext()
+        self._roundings.heard.add(kind)
+        return self._roundings
 
     def hessian(self, theta: Tensor, *args: Any) -> Callable[[Tensor], Tensor]:
         """(P,) -> a function v (P,) -> H v (P,), H the Hessian of the sum of what the function returns; the graph of the

@@ -76,11 +76,12 @@ def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
 
 def settled_facts(settled: Settled) -> dict[str, Any]:
     """What stands in the header of what the steps so far have shown."""
-    draws, reduction = settled.draws, settled.reduction
+    draws, reduction, autocast = settled.draws, settled.reduction, settled.autocast
     return {
         "reduction": [list(reduction.kinds), reduction.common],
         "stochastic": draws.stochastic,
         "beyond": draws.beyond,
         "forwards": settled.forwards,
         "late": settled.late,
+        "autocast": None if autocast is None else autocast.facts(),
     }

@@ -132,7 +132,7 @@ class Recorder(Wrapper):
         if resumed is not None:
             self._settled, self._inspected = resumed.settled, resumed.inspected
             self._announced.ids = resumed.ids
-            self._capture.prime(resumed.after, resumed.passes)
+            self._capture.prime(resumed.after, resumed.passes, resumed.settled.autocast)
         weakref.finalize(self, self._writer.drop).atexit = False
 
     def _begun(self, store: Any, loop: Loop, resumed: Resumed | None) -> Writer:

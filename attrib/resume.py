@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .autocast import from_facts
 from .batch import Batch
 from .capture import Settled
 from .checks import Draws, Reduction
@@ -240,4 +241,5 @@ def _settled(reader: Reader) -> Settled:
         late=facts["late"],
         described=described,
         shapes={name: tuple(reader.array(name).shape[2:]) for name in names},
+        autocast=from_facts(facts["autocast"]),
     )

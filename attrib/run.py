@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .autocast import Autocast, from_facts
 from .batch import Batch
 from .constants import Constant, constant_of, is_low, precision, to_tensor
 from .errors import ModelMismatchError, StoreError
@@ -224,8 +225,16 @@ class Run:
 
     @property
     def precision(self) -> torch.dtype:
-        """What a pass rounds to on its way: the run's type, or that of a frozen part in less than single precision."""
-        return precision((getattr(torch, known.dtype) for known in self.digests.values()), self.dtype)
+        """What a pass rounds to on its way: the run's type, or that of a frozen part in less than single precision, or of an
+        autocast."""
+        types = [getattr(torch, known.dtype) for known in self.digests.values()]
+        autocast = self.autocast
+        return precision([*types, autocast.dtype] if autocast and autocast.rounds(self.dtype) else types, self.dtype)
+
+    @cached_property
+    def autocast(self) -> Autocast | None:
+        """What the loss was computed under; None for none."""
+        return from_facts(self.header["settled"]["autocast"])
 
     def constants(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters, by name; none where the run was recorded with constants="digest"."""

@@ -91,7 +91,7 @@ class Shares:
         self._gradients: gradients.ExampleGradients | None = None
         if loss is not None:
             with training_modes(model, run.header["training"]):
-                self._gradients = gradients.ExampleGradients(loss, model, run.layout, dtype, slices)
+                self._gradients = gradients.ExampleGradients(loss, model, run.layout, dtype, slices, run.autocast)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shares, self._made_of
@@ -210,6 +210,7 @@ class Shares:
         batch = self.run.inputs(recorded).map(lambda t: t.to(self._device))
         with training_modes(self._model, self.run.header["training"]), random_state(recorded.random):
             yield self._gradients.at(step.active, factor), batch, factor
+        torch.clear_autocast_cache()  # within a caller's autocast every rounded weight would be kept
 
     def _factors(self, step: RecordedStep) -> list[float]:
         count = len(step.passes)
@@ -245,7 +246,10 @@ class Shares:
             each = scales.tolist()
             total = sum(scale * s for scale, s in zip(each, seen, strict=True))
             size = sum(abs(scale) * s for scale, s in zip(each, sizes, strict=True))
-            return bool((np.abs(total - wanted) <= split_bound(self._dtype) * size).all())
+            # to few bits p.grad is rounded once where it is summed, by half of eps
+            eps = float(torch.finfo(self._precision).eps)
+            bound = eps if is_low(self._precision) else split_bound(self._dtype)
+            return bool((np.abs(total - wanted) <= bound * size).all())
 
         if fits(recorded):
             return recorded

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .autocast import without_autocast
 from .budget import slice_bytes
 from .checks import ShareBound, batch_identity, same_state, split_bound, step_identity
 from .errors import AttribError, BatchIdentityError, SplitIdentityError
@@ -42,6 +43,7 @@ class Verification:
         return "\n".join(lines)
 
 
+@without_autocast
 def verify(
     run: Run, progress: bool = True, model: nn.Module | None = None, loss: Callable[..., Tensor] | None = None
 ) -> Verification:

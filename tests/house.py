@@ -14,7 +14,7 @@ FLOORS = (
     Floor("arrays", ("kernels",)),
     Floor(
         "words and numbers",
-        ("budget", "constants", "ending", "errors", "generators", "interrupt", "layout", "ledger"),
+        ("autocast", "budget", "constants", "ending", "errors", "generators", "interrupt", "layout", "ledger"),
     ),
     Floor("nouns", ("batch", "functional", "marginals", "measure", "program", "wrapper")),
     Floor("sums", ("inputs", "parts", "setup", "tally")),

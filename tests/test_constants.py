@@ -212,7 +212,8 @@ def test_weights_for_a_coarse_pass_change_no_rounding() -> None:
     weights = random_weights(200, 0, torch.zeros(0), coarse=True)
     mantissas, exponents = np.frexp(weights.abs().numpy())
     assert (mantissas == 0.5).all()
-    assert len(set(exponents.tolist())) == 9
+    assert len(set(exponents.tolist())) == 5
+    assert weights.abs().max() == 1  # in float16 twice a gradient may be too large
     assert 60 < int((weights > 0).sum()) < 140
     x = torch.randn(200)
     assert torch.equal((weights * x).bfloat16().float(), weights * x.bfloat16().float())

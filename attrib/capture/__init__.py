@@ -9,6 +9,7 @@ goes in, a record of what was captured comes out, and nothing is settled until t
 
 - `records`: the step, what is captured of it, what the steps so far have settled
 - `listen`: what the hooks heard of the user's own passes
+- `rounded`: the autocast that the loop has around its loss
 - `penalty`: the gradient that is no example's
 - `identities`: the shares sum to p.grad, and each is its own example's
 - `stored`: the arrays to be stored

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..autocast import Autocast, switched_off
 from ..batch import Batch
 from ..checks import check_forwards, split_bound
 from ..errors import BatchIdentityError
@@ -16,9 +17,10 @@ from ..generators import generators, random_state
 from ..gradients import ExampleGradients
 from ..layout import Layout
 from .identities import Fit, PassTrial, Trial, check_split, check_sum, fitted, of_the_loop
-from .listen import Listeners
+from .listen import Heard, Listeners
 from .penalty import penalty_gradients
 from .records import Arrays, Captured, CaptureOptions, Factors, Step
+from .rounded import check_autocast, settled_autocast
 from .stored import factor_arrays, gradient_arrays, joined
 
 log = logging.getLogger("attrib")
@@ -38,8 +40,8 @@ class Capture:
         options: CaptureOptions,
     ) -> None:
         self._model, self._layout, self._parameters, self._options = uncompiled(model), layout, parameters, options
-        self._shares = ExampleGradients(loss, self._model, layout, parameters[0].dtype)
-        self._noted = False
+        self._loss, self._noted = loss, False
+        self._shares = self._under(None)
         accounts = options.remainder == "account"
         self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay", accounts)
         log.info(
@@ -64,11 +66,14 @@ class Capture:
         """The passes that follow are of another batch."""
         self._listeners.announce()
 
-    def prime(self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]]) -> None:
+    def prime(
+        self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]], autocast: Autocast | None = None
+    ) -> None:
         """Learn from steps of before, active parameters and batch of each, which rows are whose: as the run had, when a
-        batch of that size came first. theta (P,): the parameters now."""
+        batch of that size came first. theta (P,): the parameters now. autocast: what the loss is computed under."""
+        self._shares = self._under(autocast)
         if self._stores:
-            with self._listeners.deaf(), torch.enable_grad(), random_state(generators()):
+            with self._listeners.deaf(), torch.enable_grad(), switched_off(), random_state(generators()):
                 for active, batch in passes:
                     self._shares.at(active).factors(theta, batch)
 
@@ -79,8 +84,10 @@ class Capture:
             BatchIdentityError, SplitIdentityError, BatchError, LossError, ChangedOutsideError: nothing has changed, and the
                 step may be taken again.
         """
-        with self._listeners.deaf(), torch.enable_grad():
-            trial = self._trial(step)
+        heard = self._listeners.heard(step.sizes[0], len(step.passes))
+        with self._listeners.deaf(), torch.enable_grad(), switched_off():
+            step = self._settled(step, heard)
+            trial = self._trial(step, heard, self._shares)
             watched = self._watched(trial)
             due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
             fits = due or (self._stores and watched is None) or _unknown(trial)
@@ -128,20 +135,31 @@ class Capture:
                 *(gap, trial.step.number, trial.shares.precision),
             )
 
-    def _trial(self, step: Step) -> Trial:
-        heard = self._listeners.heard(step.sizes[0], len(step.passes))
+    def _under(self, autocast: Autocast | None) -> ExampleGradients:
+        dtype = self._parameters[0].dtype
+        return ExampleGradients(self._loss, self._model, self._layout, dtype, autocast=autocast)
+
+    def _settled(self, step: Step, heard: Heard) -> Step:
+        """The step as it was heard, under the autocast of the first."""
         settled = step.settled
         if step.number and heard.before is not None and heard.behind is not None:
             settled.draws.settled(step.number, heard.before, heard.behind)
         forwards = check_forwards(heard.forwards, settled.forwards, step.number)
         step = replace(step, settled=replace(settled, forwards=forwards))
+        if step.number:
+            check_autocast(step, heard)
+            return step
+        self._shares, autocast = settled_autocast(self._under, lambda shares: self._trial(step, heard, shares), heard)
+        return replace(step, settled=replace(step.settled, autocast=autocast))
+
+    def _trial(self, step: Step, heard: Heard, shares: ExampleGradients) -> Trial:
         passes = []
         for announced in step.passes:
-            factor = 1 / announced.batch.size / len(step.passes) if self._shares.coarse else 1.0
+            factor = 1 / announced.batch.size / len(step.passes) if shares.coarse else 1.0
             start = heard.start if announced.random is None else announced.random
-            passes.append(PassTrial(announced.batch, start, self._shares.at(step.active, factor), factor))
+            passes.append(PassTrial(announced.batch, start, shares.at(step.active, factor), factor))
         trial = Trial(step, heard, tuple(passes), step.gradient, None)
-        trial = late(trial) or trial if settled.late else trial
+        trial = late(trial) or trial if step.settled.late else trial
         penalty = self._options.penalty
         if penalty is None:
             return trial

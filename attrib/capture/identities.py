@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import log2
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +68,8 @@ class Fit(NamedTuple):
 
 def of_the_loop(trial: Trial) -> Trial:
     """The trial with the multiple of the loss that the loop differentiates: where a pass rounds to few bits, that of another
-    multiple rounds otherwise. It is the mean, the sum, or what p.grad says, which comes out nearer with each pass."""
+    multiple rounds otherwise. It is the mean, the sum, either times the power of two that a GradScaler scales losses by, or
+    what p.grad says, which comes out nearer with each pass."""
     for _ in range(TRIES):
         scales = trial.step.settled.reduction.refit(trial.examples, trial.totals())
         if scales is None:
@@ -75,17 +77,21 @@ def of_the_loop(trial: Trial) -> Trial:
         near = scales / trial.heard.clip / [p.factor for p in trial.passes]
         if (np.abs(near - 1) <= torch.finfo(trial.examples.dtype).eps ** 0.75).all():
             break
-        trial = replace(
-            trial,
-            passes=tuple(_nearer(p, n, len(trial.passes)) for p, n in zip(trial.passes, near.tolist(), strict=True)),
-        )
+        each = zip(trial.passes, near.tolist(), strict=True)
+        trial = replace(trial, passes=tuple(_nearer(p, n, trial.step.sizes) for p, n in each))
     return trial
 
 
-def _nearer(each: PassTrial, near: float, passes: int) -> PassTrial:
-    size, factor = each.batch.size, near * each.factor
-    factor = next((known for known in (1 / size / passes, 1 / size, 1.0) if abs(factor / known - 1) < 0.01), factor)
+def _nearer(each: PassTrial, near: float, sizes: Sequence[int]) -> PassTrial:
+    wanted = near * each.factor
+    multiples = _multiples(wanted, (1 / each.batch.size / len(sizes), 1 / sum(sizes), 1.0))
+    factor = next((m for m in multiples if abs(wanted / m - 1) < 0.01), wanted)
     return replace(each, shares=each.shares.at(each.shares.active, factor), factor=factor)
+
+
+def _multiples(near: float, known: Sequence[float]) -> list[float]:
+    """Of the reductions those by the power of two that is nearest to `near`."""
+    return [factor * 2.0 ** round(log2(near / factor)) for factor in known] if near > 0 else []
 
 
 def fitted(trial: Trial) -> Fit:
@@ -230,6 +236,11 @@ def _hint(trial: Trial, stochastic: bool, losses: Sequence[Tensor]) -> str:
             f" The step made {heard.passes} forward passes and the loss draws random numbers (dropout), which are drawn "
             f"again as for one: announce the batch of each before it, with recorder.batch(index, *batch), and call "
             f"recorder.step() without a batch; or put dropout into eval mode."
+        )
+    if trial.step.number and trial.heard.surrounded:
+        return (
+            " Autocast is on at the step: entered once around the whole loop it keeps the weights as they were rounded when "
+            "it was entered. Enter it at every step, around the forward pass."
         )
     for n, each in enumerate(trial.passes):
         with random_state(each.start):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..autocast import DEVICES, Autocast, current
 from ..checks import NormWatch, RandomWatch
 from ..functional import uncompiled
 from ..generators import generators
@@ -19,7 +20,8 @@ class Heard:
     of each announced batch. before, behind: the state of the generators around the last of them, None where none was heard.
     firsts: the state before the first forward pass of each announced batch. start: `before`, or the state now. sites: of
     the one pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is. norms
-    (K,): of the gradients as the last backward pass left them, None where there may be no remainder."""
+    (K,): of the gradients as the last backward pass left them, None where there may be no remainder. autocasts: what the
+    passes ran under, each once, the last one first; surrounded: whether one is on still, at the step."""
 
     clip: float
     passes: int
@@ -30,7 +32,9 @@ class Heard:
     start: Tensor
     sites: tuple[Trace, list[Tensor | None]] | None
     compiled: bool
-    norms: Tensor | None = None
+    norms: Tensor | None
+    autocasts: tuple[Autocast | None, ...]
+    surrounded: bool
 
 
 class Listeners:
@@ -62,12 +66,20 @@ class Listeners:
             BatchIdentityError: the gradients were changed by different factors, and that is not accounted for.
         """
         random = self._random
-        start = random.before if random.before is not None else generators()
-        sites = None if self._watch is None or announced > 1 else self._watch.seen(size)
-        clip, compiled = self._norms.clipping(), self._compiled
-        norms = self._norms.left() if self._accounts else None
-        forwards, firsts = tuple(random.forwards), tuple(random.firsts)
-        return Heard(clip, random.passes, forwards, random.before, random.behind, firsts, start, sites, compiled, norms)
+        return Heard(
+            clip=self._norms.clipping(),
+            passes=random.passes,
+            forwards=tuple(random.forwards),
+            before=random.before,
+            behind=random.behind,
+            firsts=tuple(random.firsts),
+            start=random.before if random.before is not None else generators(),
+            sites=None if self._watch is None or announced > 1 else self._watch.seen(size),
+            compiled=self._compiled,
+            norms=self._norms.left() if self._accounts else None,
+            autocasts=random.autocasts,
+            surrounded=any(map(current, DEVICES)),
+        )
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

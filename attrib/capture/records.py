@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, nn
 
+from ..autocast import Autocast
 from ..batch import Batch
 from ..checks import Draws, Reduction
 from ..gradients.stored import Described
@@ -42,7 +43,8 @@ class Settled:
 
     forwards: how many forward passes of the model were heard of each announced batch; None where that differs. late: whether
     the random numbers of a loss start from the state before its forward pass, not from that when it was announced.
-    described, shapes: of stored factors what they are, and of one example each array's shape.
+    described, shapes: of stored factors what they are, and of one example each array's shape. autocast: what the loss is
+    computed under.
     """
 
     reduction: Reduction = field(default_factory=Reduction)
@@ -51,6 +53,7 @@ class Settled:
     late: bool = False
     described: Described | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    autocast: Autocast | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import Autocast, current
 from ..errors import ChangedOutsideError
 from ..functional import uncompiled
 from ..generators import generators
@@ -20,7 +21,8 @@ class RandomWatch:
 
     before, behind: the state around the last forward pass with gradients, None before the first: torch's generator, Python's
     and numpy's global ones. passes: how many there were since `clear`. forwards, firsts: of each batch that was announced
-    how many followed, and the state before the first of them. busy: while the recorder runs the model itself.
+    how many followed, and the state before the first of them. autocasts: what they ran under, each once, the last one
+    first. busy: while the recorder runs the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,6 +31,7 @@ class RandomWatch:
         self.passes = 0
         self.forwards: list[int] = []
         self.firsts: list[Tensor | None] = []
+        self.autocasts: tuple[Autocast | None, ...] = ()
         self.busy = False
         self._hooks = [
             handle
@@ -42,6 +45,8 @@ class RandomWatch:
             if self.forwards:
                 self.forwards[-1] += 1
                 self.firsts[-1] = self.before if self.firsts[-1] is None else self.firsts[-1]
+            on = current(next((p.device.type for p in module.parameters()), "cpu"))
+            self.autocasts = tuple(dict.fromkeys((on, *self.autocasts)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         heard = not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled()
@@ -51,7 +56,7 @@ class RandomWatch:
     def __deepcopy__(self, memo: Any) -> "RandomWatch":
         copied = object.__new__(RandomWatch)
         copied.before, copied.behind, copied.passes, copied.busy, copied._hooks = None, None, 0, True, []
-        copied.forwards, copied.firsts = [], []
+        copied.forwards, copied.firsts, copied.autocasts = [], [], ()
         return copied
 
     def announce(self) -> None:
@@ -61,7 +66,7 @@ class RandomWatch:
 
     def clear(self) -> None:
         """The step is over."""
-        self.passes, self.forwards, self.firsts = 0, [], []
+        self.passes, self.forwards, self.firsts, self.autocasts = 0, [], [], ()
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..constants import is_low, rounding
 from ..generators import random_state
 from .along import random_weights
 from .batchwise import Batchwise, find
@@ -52,7 +53,7 @@ class Assignment:
 class Trace:
     """One traced forward pass. bytes: of what the calls on data returned, all examples together. start: the state of the
     generators before it. mixed: whether rows of the data met others, so that in another batch losses may depend on each
-    other. coarse: whether the pass rounds to less than single precision on its way."""
+    other. precision: what the pass rounds to on its way."""
 
     parameters: dict[str, Tensor]
     sites: list[Site]
@@ -61,7 +62,12 @@ class Trace:
     bytes: int = 0
     start: Tensor | None = None
     mixed: bool = False
-    coarse: bool = False
+    precision: torch.dtype = torch.float32
+
+    @property
+    def coarse(self) -> bool:
+        """Whether that is less than single precision."""
+        return is_low(self.precision)
 
 
 Follow = Callable[[Batch], Trace]  # a batch -> its forward pass, with the values at the sites
@@ -119,9 +125,7 @@ def unproven(trace: Trace, assignment: Assignment) -> dict[str, str]:
         found = _contracted(name, sites.get(name, []), trace, assignment.readings, deltas, want)
         if found is None:
             wrong[name] = "its sites cannot be contracted"
-        elif not found.within(
-            abs(float(weights.double() @ found.products) - found.direct) / float(weights.abs().max())
-        ):
+        elif not found.within(abs(float(weights.double() @ found.products) - found.direct), float(weights.abs().max())):
             wrong[name] = "its rows do not agree with a backward pass of the batch"
     return wrong
 
@@ -199,19 +203,26 @@ def _by_name(sites: Sequence[Site]) -> dict[str, list[int]]:
 class _Contracted:
     """products (B,): <U, g_i> of a parameter by its sites, along a fixed direction; direct: <U, gradient>.
 
-    What differs is within rounding where it is less than sqrt(eps) of what is summed: of the gradient's products, or where
-    those cancel (a key's bias in attention has no gradient) of what flows through the sites. A wrong split is wrong by order
-    one of that.
+    What differs is within rounding where it is less than `bound`, sqrt(eps) of the sum of what is summed: of the gradient's
+    products, or where those cancel (a key's bias in attention has no gradient) of what flows through the sites. A wrong
+    split is wrong by order one of that.
+
+    To few bits (`coarse`) a gradient is rounded where it is summed, entry by entry, and the examples' parts are not. Each
+    entry's rounding goes either way, so their sum is bounded by the 2-norm, of which a wrong split is wrong by order one;
+    the 1-norm, of as many entries as a matrix has, would let everything pass.
     """
 
     products: Tensor
     direct: float
-    size: float
+    bound: float
     flow: Callable[[], float]
+    coarse: bool
 
-    def within(self, gap: float) -> bool:
-        root = torch.finfo(self.products.dtype).eps ** 0.5
-        return gap <= root * self.size or gap <= root * (self.size + self.flow())
+    def within(self, gap: float, weight: float = 1.0) -> bool:
+        """weight: the largest of an example, where they were weighted. The gradient holds it, what flows does not."""
+        if self.coarse:
+            return gap <= self.bound or gap <= self.bound + weight * self.flow()
+        return gap <= weight * self.bound or gap <= weight * (self.bound + self.flow())
 
 
 def _unsplit(
@@ -252,15 +263,16 @@ def _contracted(
             products += sum(contract(t, along[name])[0] for t in terms_at(site, reading, delta, along, size))
     except (NotImplementedError, RuntimeError, IndexError):
         return None
-    each = (direction * gradient).double()
+    each, kind = (direction * gradient).double(), torch.finfo(gradient.dtype)
+    root = rounding(trace.precision) if trace.coarse else kind.eps**0.5
+    order = 2 if trace.coarse else 1
 
     def flow() -> float:
-        return sum(jvp_flow(site, name, delta, direction) for site, _, delta in reached)
+        return root * sum(jvp_flow(site, name, delta, direction, order) for site, _, delta in reached)
 
-    kind = torch.finfo(gradient.dtype)
-    eps = kind.eps / torch.finfo(products.dtype).eps
-    summed = float(each.abs().sum()) + kind.smallest_normal  # numbers below it have few digits, or one
-    return _Contracted(products, float(each.sum()), summed * eps**0.5, lambda: flow() * eps**0.5)
+    # numbers below the smallest normal have few digits, or one
+    bound = root * (float(torch.linalg.vector_norm(each, order)) + kind.smallest_normal)
+    return _Contracted(products, float(each.sum()), bound, flow, trace.coarse)
 
 
 def direction_like(like: Tensor) -> Tensor:

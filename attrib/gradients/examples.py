@@ -19,6 +19,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
+from ..autocast import Autocast
 from ..batch import Batch
 from ..budget import slice_bytes
 from ..functional import Functional
@@ -48,6 +49,7 @@ class ExampleGradients:
         layout: the parameters that are trained.
         dtype: compute type.
         slices: bytes of what the calls of a forward pass return for the examples of a slice; None chooses.
+        autocast: what the loss is computed under.
     """
 
     def __init__(
@@ -57,10 +59,11 @@ class ExampleGradients:
         layout: Layout,
         dtype: torch.dtype,
         slices: int | None = None,
+        autocast: Autocast | None = None,
     ) -> None:
         refuse_written_buffers(model)
         self.layout = layout
-        self._loss = Functional(model, loss, layout, dtype)
+        self._loss = Functional(model, loss, layout, dtype, autocast)
         self.vector = LossVector(self._loss, layout)
         self._forms = Forms(self._loss, self.vector, slices or slice_bytes(layout.size, dtype.itemsize))
         self._programs, self._factor = Programs(), 1.0
@@ -257,7 +260,7 @@ class ExampleGradients:
             with random_state(start):
                 weights = random_weights(batch.size, batch.size, theta, self.coarse)
                 pulled = self.vector.gradient(theta, batch, weights)[1] if mapped else {}
-            out |= {n: rows for n, rows in mapped.items() if agree(rows, pulled[n], weights)}
+            out |= {n: rows for n, rows in mapped.items() if agree(rows, pulled[n], weights, self.precision)}
         rest = [name for name in moving if name not in out]
         if rest:
             with random_state(start):

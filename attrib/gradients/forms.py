@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..constants import rounding
 from ..errors import ChangedOutsideError, LossError
 from ..functional import Functional
 from ..generators import generators, random_state, set_generators
@@ -94,7 +95,7 @@ class Forms:
                 log.debug("a slice of the batch has no losses: %s", first_line(error))
                 return False
             whole = self.vector.values(theta, batch)
-        bound = torch.finfo(whole.dtype).eps ** 0.75
+        bound = self._bound(whole)
         return torch.allclose(found, whole, rtol=bound, atol=bound * float(whole.abs().max()))
 
     def _judge(self, theta: Tensor, batch: Batch) -> Form:
@@ -125,8 +126,13 @@ class Forms:
         except Exception as error:  # a loss that walks its batch in a way of its own
             log.debug("the batch is not cut: a few of its examples have no loss by themselves: %s", first_line(error))
             return False
-        bound = torch.finfo(losses.dtype).eps ** 0.75
+        bound = self._bound(losses)
         return torch.allclose(alone, losses[: len(alone)], rtol=bound, atol=bound * float(losses.abs().max()))
+
+    def _bound(self, losses: Tensor) -> float:
+        """On how far losses of parts of a batch are from those of the whole, which sums in another order."""
+        coarse = self._loss.coarse
+        return rounding(self._loss.precision) if coarse else float(torch.finfo(losses.dtype).eps ** 0.75)
 
     def slices(self, form: Form, batch: Batch) -> Iterator[tuple[Batch, int]]:
         """The batch in slices of one size, so the last may begin with examples seen already: how many."""
@@ -179,8 +185,8 @@ class Forms:
         if checked:
             self._loss.check_constants()
             check_losses(losses, batch)
-        coarse = self._loss.coarse
-        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed, coarse)
+        precision = self._loss.precision
+        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed, precision)
 
     def misread(self, gaps: dict[str, Tensor]) -> list[str]:
         """Parameters with a site whose rows are other examples' in this batch than in the one that they were assigned on."""

@@ -26,10 +26,12 @@ Rule = Callable[[Bound, Tensor, Split], Factor]
 
 @dataclass(frozen=True)
 class Function:
-    """Argument names in order, and the rule of each weight among them."""
+    """Argument names in order, and the rule of each weight among them. rounds: whether autocast has it read its arguments
+    rounded to the type that it returns."""
 
     names: tuple[str, ...]
     rules: dict[str, Rule]
+    rounds: bool = False
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Bound:
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -159,14 +161,14 @@ _RMS_NORM = ("input", "normalized_shape", "weight", "eps")
 _GROUP_NORM = ("input", "num_groups", "weight", "bias", "eps")
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
-_CONVOLVED = Function(_CONVOLUTION, {"weight": _convolution, "bias": _bias_of_channel})
+_CONVOLVED = Function(_CONVOLUTION, {"weight": _convolution, "bias": _bias_of_channel}, rounds=True)
 
 FUNCTIONS: dict[Callable[..., Any], Function] = {
-    F.linear: Function(_LINEAR, {"weight": _linear, "bias": _bias_of_last}),
+    F.linear: Function(_LINEAR, {"weight": _linear, "bias": _bias_of_last}, rounds=True),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _CONVOLVED),
     **dict.fromkeys(
         (torch.addmm, Tensor.addmm),
-        Function(("input", "mat1", "mat2"), {"input": _addmm_bias, "mat2": _addmm_matrix}),
+        Function(("input", "mat1", "mat2"), {"input": _addmm_bias, "mat2": _addmm_matrix}, rounds=True),
     ),
     F.embedding: Function(_EMBEDDING, {"weight": _embedding}),
     F.layer_norm: _norm_last(F.layer_norm, _LAYER_NORM),
@@ -175,5 +177,8 @@ FUNCTIONS: dict[Callable[..., Any], Function] = {
     F.batch_norm: _norm_channel(F.batch_norm, _BATCH_NORM),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _elementwise(product=False)),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _elementwise(product=True)),
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), Function(("input", "other"), {"other": _matmul})),
+    **dict.fromkeys(
+        (torch.matmul, Tensor.matmul, Tensor.__matmul__),
+        Function(("input", "other"), {"other": _matmul}, rounds=True),
+    ),
 }

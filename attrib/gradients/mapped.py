@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batch import Batch
+from ..constants import is_low, rounding
 from ..functional import Functional, mapped
 
 log = logging.getLogger("attrib")
@@ -35,8 +36,14 @@ def rows_by_vmap(
         return {}
 
 
-def agree(rows: Tensor, gradient: Tensor, weights: Tensor) -> bool:
-    """Whether rows (B, *parameter), times weights (B,), sum to the gradient of the losses so weighted."""
+def agree(rows: Tensor, gradient: Tensor, weights: Tensor, precision: torch.dtype) -> bool:
+    """Whether rows (B, *parameter), times weights (B,), sum to the gradient of the losses so weighted, in passes that round
+    to `precision`. To few bits each row is rounded by itself, and the gradient once more."""
     terms = rows * weights.view(-1, *(1,) * (rows.dim() - 1))
-    bound = torch.finfo(rows.dtype).eps ** 0.5 * float(terms.abs().sum(0).max()) if rows.numel() else 0.0
+    if not rows.numel():
+        return True
+    if is_low(precision):
+        bound = rounding(precision) * float(terms.norm(dim=0).max() + gradient.abs().max())
+    else:
+        bound = torch.finfo(rows.dtype).eps ** 0.5 * float(terms.abs().sum(0).max())
     return bool(((terms.sum(0) - gradient).abs() <= bound).all())

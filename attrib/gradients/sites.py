@@ -17,6 +17,7 @@ example i along a direction U of the parameters is sum over sites of <dl_i/dy, d
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import FunctionType
@@ -30,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..autocast import Autocast, current
 from ..generators import random_state
 from .functions import FUNCTIONS
 
@@ -48,7 +50,7 @@ class Call:
     """One torch call: flat arguments, and which of them are weights (position in `leaves` -> Weight).
 
     output: which element, where the call returns a tuple. random: the generator's state before the call, where it has
-    no closed form and may have to run again (dropout inside attention).
+    no closed form and may have to run again (dropout inside attention). autocast: what it ran under.
     """
 
     function: Callable[..., Any]
@@ -57,12 +59,14 @@ class Call:
     weights: dict[int, Weight]
     output: int | None = None
     random: Tensor | None = None
+    autocast: Autocast | None = None
 
     def run(self, replaced: dict[int, Tensor]) -> Tensor:
         """Call again with some of the flat arguments replaced."""
         leaves = [replaced.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        out = self.function(*args, **kwargs)
+        with self.autocast.entered() if self.autocast else nullcontext():
+            out = self.function(*args, **kwargs)
         return out if self.output is None else out[self.output]
 
     @property
@@ -133,7 +137,8 @@ class SiteTracer(TorchFunctionMode):
             if ragged or _writes(func):
                 self.unsplit.update(*(w.names for w in weights.values()))
             else:
-                self._note(Call(func, tuple(leaves), spec, weights, None, random), out, volatile)
+                on = current(outputs[0].device.type)
+                self._note(Call(func, tuple(leaves), spec, weights, None, random, on), out, volatile)
         return out
 
     def _meet(self, tensors: Iterable[Tensor]) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..constants import is_low
 from ..kernels.factors import Dense, Factor
 from .batchwise import Batchwise
-from .functions import FUNCTIONS
+from .functions import FUNCTIONS, Bound
 from .sites import Site, Weight, jvp, remade, tangent
 
 Reached = list[tuple[Site, Batchwise, Tensor]]  # sites with the reading of their output and its gradient
@@ -70,10 +71,24 @@ def factor_at(site: Site, reading: Batchwise, delta: Tensor, weight: Weight, siz
     if rule is None:
         return None
     bound = tree_map_only(Tensor, Tensor.detach, bound)
+    if is_low(delta.dtype):
+        bound, delta = _widened(bound, delta, function.rounds, _source(weight, min(weight.names)).dtype)
     try:
         return rule(bound, delta, lambda t: reading.split(t, size))
     except NotImplementedError:
         return None
+
+
+def _widened(bound: Bound, delta: Tensor, rounds: bool, dtype: torch.dtype) -> tuple[Bound, Tensor]:
+    """What a call read and the gradient of what it returned, in the parameters' type: training rounds the sum of their
+    products, once, and not the products. What autocast rounded for the call is rounded again first."""
+
+    def wide(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        return (t.to(delta.dtype) if rounds else t).to(dtype)
+
+    return tree_map_only(Tensor, wide, bound), delta.to(dtype)
 
 
 def factors_of(reached: Reached, name: str, size: int) -> list[Factor] | None:
@@ -94,14 +109,15 @@ def rows_of(found: Sequence[Factor]) -> Tensor | float:
     return sum((factor.rows() for factor in found), 0.0)
 
 
-def jvp_flow(site: Site, name: str, delta: Tensor, direction: Tensor) -> float:
-    """sum |delta * dy/dU|: what the share of a parameter along a direction is the sum of, before anything cancels."""
+def jvp_flow(site: Site, name: str, delta: Tensor, direction: Tensor, order: int = 1) -> float:
+    """The norm of delta * dy/dU: of what the share of a parameter along a direction is the sum, before anything cancels."""
     flow = 0.0
     with torch.no_grad():
         for position, weight in site.call.weights.items():
             if name in weight.names:
                 moved = jvp(site.call, {position: (weight.tensor, tangent(weight, name, direction))})
-                flow += float((delta * moved).abs().sum())
+                each = delta.float() * moved.float() if is_low(delta.dtype) else delta * moved
+                flow += float(torch.linalg.vector_norm(each, order))
     return flow
 
 
@@ -111,6 +127,7 @@ def _forward(
     """<dl_i/dy, dy/dweight U> by forward-mode derivative, (B,) float64."""
     moved = jvp(site.call, {position: (weight.tensor, direction)})
     a, b = (reading.split(t.detach(), size).reshape(size, -1) for t in (delta, moved))
+    a, b = (a.float(), b.float()) if is_low(a.dtype) else (a, b)
     return (a * b).sum(1, dtype=torch.float64)
 
 
@@ -122,7 +139,7 @@ def _through_maker(weight: Weight, name: str, factor: Factor) -> Dense:
     leaf = _source(weight, name).detach().requires_grad_()
     with torch.enable_grad():
         again = remade(weight, {name: leaf})
-    pulled = torch.autograd.grad(again, leaf, grad_outputs=rows, is_grads_batched=True)
+    pulled = torch.autograd.grad(again, leaf, grad_outputs=rows.to(again.dtype), is_grads_batched=True)
     return Dense(pulled[0])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..autocast import under
 from ..batch import Batch
 from ..errors import ReplayError
 from ..generators import generators, random_state
@@ -131,7 +132,7 @@ class Course:
         weights: list[Tensor] = []
         if self.has_weights:
             with random_state(generators()):
-                weights = [self._weights(step, self.loss(self.model, *Batch.of(inputs, len(ids)).args), ids)]
+                weights = [self._weights(step, self._losses(ids, inputs), ids)]
         stepper.batch(ids, *inputs, *weights)
 
     def _batch(self, step: int, scheduled: ScheduledPass) -> tuple[np.ndarray, tuple[Any, ...], Tensor | None]:
@@ -142,10 +143,15 @@ class Course:
 
     def _differentiate(self, step: int, ids: np.ndarray, inputs: tuple[Any, ...], sizes: Sequence[int]) -> list[Tensor]:
         """Add to p.grad; returns the weights of the examples, one tensor or none. sizes: of all passes."""
-        losses = self.loss(self.model, *Batch.of(inputs, len(ids)).args)
+        losses = self._losses(ids, inputs)
         weights = [self._weights(step, losses, ids)] if self.has_weights else []
         self.backward(weights[0] * losses if weights else losses, self.model, sizes)
         return weights
+
+    def _losses(self, ids: np.ndarray, inputs: tuple[Any, ...]) -> Tensor:
+        torch.clear_autocast_cache()  # within a caller's autocast it would hold the weights as they were a step before
+        with under(self.run.autocast, self.model):
+            return self.loss(self.model, *Batch.of(inputs, len(ids)).args)
 
     def _changed(self, step: int) -> None:
         """The gradients, after all backward passes."""
