@@ -9,7 +9,7 @@ replay of its update; a first step that fails there leaves no store either.
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import ordinary, uncompiled
 from .interrupt import shielded
 from .layout import Layout
-from .loop import Loop, RecordOptions, header_of, settled_facts
-from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rule_of
+from .loop import Loop, RecordOptions, check_unmodelled, header_of, settled_facts
+from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rules_of, together
 from .resume import Resumed
 from .resume import resume as resume_run
 from .store import StepRecord, Writer, close_dropped
@@ -36,7 +36,7 @@ CHECK_EVERY = 50  # a check costs about one step: 2 % of the training time
 
 
 def record(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     model: nn.Module,
     loss: Callable[..., Tensor],
     store: Any,
@@ -49,11 +49,14 @@ def record(
     states_every: int = 1,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     constants: str = "values",
+    rule: str | None = None,
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
     Args:
-        optimizer: torch.optim.SGD, Adam or AdamW over parameters of `model`, in one dtype (float32 or float64).
+        optimizer: one of `torch.optim` but LBFGS and SparseAdam, or Lion or a schedule-free one where its package is
+            installed, over parameters of `model`, in one dtype (float32 or float64); or a list of several over disjoint
+            parameters, which step together, in that order.
         model: the model under training, as the loop calls it: compiled, if that is; left as it is.
         loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         store: path or zarr Store.
@@ -73,6 +76,8 @@ def record(
             stored, and its contribution stands with weight decay in the ledger. It must draw no random numbers.
         constants: "values" stores buffers and frozen parameters, of whatever type, bit for bit; "digest" only what they are
             recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
+        rule: "frozen" for an optimizer of a type that has no rule: its coefficients are read off each update, and what they
+            cannot explain of it has a row of its own. Such a run has no states_every, no resume and no replay.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
@@ -91,8 +96,8 @@ def record(
     """
     check_options(capture, constants, check_every=check_every, block=block, states_every=states_every)
     captured = CaptureOptions(capture, check_every, penalty)
-    options = RecordOptions(captured, overwrite, resume, block, states_every, constants)
-    return Recorder(optimizer, model, loss, store, options)
+    options = RecordOptions(captured, overwrite, resume, block, states_every, constants, rule)
+    return Recorder(together(optimizer), model, loss, store, options)
 
 
 class Recorder(Wrapper):
@@ -108,13 +113,15 @@ class Recorder(Wrapper):
     ) -> None:
         if options.overwrite and options.resume:
             raise ValueError("a run is either replaced or gone on with: got overwrite=True and resume=True. Pass one.")
-        self._rule = rule_of(optimizer)
+        self._rules = rules_of(optimizer, options.rule)
+        check_unmodelled(self._rules, options)
         super().__init__(optimizer)
         self.model, self._options = uncompiled(model), options
         check_group_options(optimizer)
         names = names_of(optimizer, self.model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
+        self._loose = self._rules.unmodelled_among(names)
         self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
         self._batch: list[np.ndarray] = []
@@ -123,7 +130,7 @@ class Recorder(Wrapper):
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
         close_dropped()
-        loop = Loop(self.model, optimizer, self._rule, self._layout, self._parameters, self._guard)
+        loop = Loop(self.model, optimizer, self._rules, self._layout, self._parameters, self._guard)
         resumed = resume_run(store, loop, options) if options.resume else None
         self._writer = self._begun(store, loop, resumed)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
@@ -177,7 +184,7 @@ class Recorder(Wrapper):
         self._writer.update_header(**facts)
 
     def __repr__(self) -> str:
-        return f"Recorder({type(self.optimizer).__name__}, capture={self.capture!r}, steps={self._writer.steps})"
+        return f"Recorder({self._rules}, capture={self.capture!r}, steps={self._writer.steps})"
 
     # the journey of one step
 
@@ -242,11 +249,11 @@ class Recorder(Wrapper):
 
     def _recorded(self, step: Step, captured: Captured, ids: np.ndarray, rows: list[np.ndarray]) -> StepRecord:
         """The record of a step before it is made."""
-        states = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else {}
+        states = read_state(self._rules, self.optimizer, self._parameters) if self._writer.wants_state else {}
         return StepRecord(
             theta=_array(step.theta),
             gradient=_array(step.gradient),
-            hyper=read_hyper(self._rule, self.optimizer),
+            hyper=read_hyper(self._rules, self.optimizer),
             ids=ids,
             batch=self._held(rows),
             scale=captured.scale,
@@ -294,13 +301,13 @@ class Recorder(Wrapper):
             return {}
         known = {key: torch.from_numpy(value) for key, value in record.state.items()}
         theta, gradient, after = step.theta.cpu(), step.gradient.cpu(), after.cpu()
-        _, delta = Replay(self._rule, self._layout, known).step(record.hyper, gradient, theta)
+        _, delta = Replay(self._rules, self._layout, known).step(record.hyper, gradient, theta, after)
         self._inspected = number
         try:
             if self._options.states_every > 1:
-                rerun = Rerun(type(self.optimizer), self._rule, self._layout, theta, known, record.hyper)
+                rerun = Rerun(self._rules, self._layout, theta, known, record.hyper)
                 same_bits(self._layout, after, rerun.step(record.hyper, gradient), number)
-            return {"step_identity": step_identity(self._layout, theta, after, delta, number)}
+            return {"step_identity": step_identity(self._layout, theta, after, delta, number, self._loose)}
         except StepIdentityError:
             self._finish(complete=False)
             raise

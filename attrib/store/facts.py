@@ -49,6 +49,14 @@ def _factor(value: Any) -> bool:
     return isinstance(value, dict) and _text(value.get("kind"))
 
 
+def _optimizer(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(map(_text, map(value.get, ("type", "rule"))))
+        and _list_of(_text)(value.get("hyper"))
+    )
+
+
 def _anything(value: Any) -> bool:
     return True
 
@@ -61,7 +69,9 @@ FACTS_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("committed_steps", "written_steps", "slots"), _count),
     "rows": _list_of(_count),
     "ids": lambda value: _list_of(_count)(value) and len(value) == 2,
-    **dict.fromkeys(("hyper", "training", "constants"), _list_of(_text)),
+    **dict.fromkeys(("training", "constants"), _list_of(_text)),
+    "optimizers": _list_of(_optimizer),
+    "owners": _list_of(_count),
     "complete": lambda value: isinstance(value, bool),
     "layout": _layout,
     "digests": _dict_of(_constant),
@@ -79,6 +89,9 @@ def check_facts(header: dict[str, Any], where: Any) -> None:
                 f"the header is not one that a recorder writes: got {name} {str(header.get(name))[:60]!r}, at {where}. If "
                 f"it came from somebody else, do not trust it."
             )
+    owners, optimizers = header["owners"], header["optimizers"]
+    if sorted(set(owners)) != list(range(len(optimizers))) or len(owners) != len(header["layout"]["names"]):
+        raise StoreError(f"the header is not one that a recorder writes: got owners that do not fit, at {where}.")
     factors = None if header["factors"] is None else sorted(header["factors"])
     if factors != (sorted(header["layout"]["names"]) if header["capture"] == "factors" else None):
         raise StoreError(f"the header is not one that a recorder writes: got factors that do not fit, at {where}.")
