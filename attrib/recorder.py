@@ -54,9 +54,8 @@ def record(
     """Wrap `optimizer` so that every step is recorded to `store`.
 
     Args:
-        optimizer: one of `torch.optim` but LBFGS and SparseAdam, or Lion or a schedule-free one where its package is
-            installed, over parameters of `model`, in one dtype (float32 or float64); or a list of several over disjoint
-            parameters, which step together, in that order.
+        optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float32 or float64); or several, a
+            list, which step one after the other.
         model: the model under training, as the loop calls it: compiled, if that is; left as it is.
         loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         store: path or zarr Store.
@@ -64,9 +63,8 @@ def record(
             per-example gradient shares too, (B, P) a step; "factors" stores them losslessly in the form that the layers
             give, (activation, output gradient), where that is shorter.
         overwrite: replace the run that is there.
-        resume: go on with a run that ended early, if one is there: parameters, optimizer and random generators are put to
-            what they were after its last step, and what follows is appended. `recorder.steps` says how many steps it has;
-            scheduler and place in the data are put there by the loop. A run that is not there is begun.
+        resume: go on with a run that ended early, if one is there, else begin it: parameters, optimizer and random generators
+            are put to what they were after its last step, `recorder.steps`; scheduler and place in the data by the loop.
         check_every: the batch identity is checked on the first two steps and every so many after; the step identity on the
             first, and at the start of a block, not more often than that.
         block: steps written and committed together; None chooses by size, and commits every few seconds too.
@@ -76,8 +74,7 @@ def record(
             stored, and its contribution stands with weight decay in the ledger. It must draw no random numbers.
         constants: "values" stores buffers and frozen parameters, of whatever type, bit for bit; "digest" only what they are
             recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
-        rule: "frozen" for an optimizer of a type that has no rule: its coefficients are read off each update, and what they
-            cannot explain of it has a row of its own. Such a run has no states_every, no resume and no replay.
+        rule: "frozen" for an optimizer that has no rule: its coefficients are read off each update, see `optim.frozen`.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.

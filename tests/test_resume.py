@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import MODELS, OPTIMIZERS, Optimizers, covering
+from cases import FEW, MODELS, OPTIMIZERS, Optimizers, few_first
 from torch import nn
 from training import assert_same_arrays
 
@@ -81,7 +81,7 @@ def ended_early(store: Any, steps: int, killed: bool = False, **options: Any) ->
         held[0]._writer.release()
 
 
-CASES = covering(OPTIMIZERS, CAPTURES, (1, 8), (4, 5, 7, 8, 11), (False, True))
+CASES = few_first(OPTIMIZERS, CAPTURES, (1, 8), (4, 5, 7, 8, 11), (False, True), few=FEW)
 
 
 @pytest.mark.parametrize(("name", "capture", "states_every", "steps", "killed"), CASES)

@@ -54,13 +54,20 @@ def decays(o: Options, gradient: Tensor, theta: Tensor) -> tuple[float, float, f
     return (-1.0, 0.0, decoupled, -gradient) if o["maximize"] else (1.0, 0.0, decoupled, gradient)
 
 
-def averaged(sign: float, averaging: Any, direct: Any, beta1: Any, dtype: torch.dtype, **decay: float) -> Coefficients:
+def averaged(
+    sign: float,
+    averaging: Any,
+    direct: Any,
+    beta1: Any,
+    dtype: torch.dtype,
+    coupled: float = 0.0,
+    decoupled: float = 0.0,
+) -> Coefficients:
     """Of an update averaging * m + direct * g with m + (1 - beta1) (g - m) for the next m, as torch has it."""
     feed = realised(1 - beta1, dtype)
     keep = 1 - feed
-    return Coefficients(
-        keep=keep, feed=feed * sign, apply_old=averaging * keep, apply_new=(averaging * feed + direct) * sign, **decay
-    )
+    old, new = averaging * keep, (averaging * feed + direct) * sign
+    return Coefficients(keep=keep, feed=feed * sign, apply_old=old, apply_new=new, coupled=coupled, decoupled=decoupled)
 
 
 def inverse_size(u: Tensor) -> Tensor:

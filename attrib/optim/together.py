@@ -64,21 +64,14 @@ class Together(torch.optim.Optimizer):
         self._states = States(self.optimizers)
         super().__init__(self.param_groups, {})
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    @param_groups.setter
-    def param_groups(self, value: Any) -> None:
-        """What torch's constructor sets is let go."""
+    def _let_go(self, value: Any) -> None:
+        """What torch's constructor sets."""
 
-    @property
-    def state(self) -> States:  # type: ignore[override]
-        return self._states
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        """What torch's constructor sets is let go."""
+    param_groups: Any = property(_groups, _let_go)
+    state: Any = property(lambda self: self._states, _let_go)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused, but for the groups that are there already: those are what torch's constructor adds."""
