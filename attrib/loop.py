@@ -43,9 +43,7 @@ class Loop:
 
 
 def check_unmodelled(rules: Rules, options: RecordOptions) -> None:
-    """Raise ValueError at an option or an optimizer that cannot go with rule="frozen", or where there is no such rule."""
-    if options.rule not in (None, "frozen"):
-        raise ValueError(f"unknown rule: got {options.rule!r}, expected 'frozen' or None.")
+    """Raise ValueError at an option that cannot go with rule="frozen"."""
     if not rules.unmodelled:
         return
     for name, refused in (("states_every=", options.states_every > 1), ("resume=", options.resume)):

@@ -63,8 +63,8 @@ def record(
             per-example gradient shares too, (B, P) a step; "factors" stores them losslessly in the form that the layers
             give, (activation, output gradient), where that is shorter.
         overwrite: replace the run that is there.
-        resume: go on with a run that ended early, if one is there, else begin it: parameters, optimizer and random generators
-            are put to what they were after its last step, `recorder.steps`; scheduler and place in the data by the loop.
+        resume: go on with a run that ended early, if one is there, else begin it: parameters, optimizer and generators are
+            put to what they were after its last step, `recorder.steps`; scheduler and place in the data by the loop.
         check_every: the batch identity is checked on the first two steps and every so many after; the step identity on the
             first, and at the start of a block, not more often than that.
         block: steps written and committed together; None chooses by size, and commits every few seconds too.

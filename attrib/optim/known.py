@@ -74,6 +74,8 @@ def rules_of(optimizer: torch.optim.Optimizer, rule: str | None = None) -> Rules
     Raises:
         UnsupportedOptimizerError: a type has no rule; subclasses included, since they may compute something else.
     """
+    if rule not in (None, FROZEN.name):
+        raise ValueError(f"unknown rule: got {rule!r}, expected {FROZEN.name!r} or None.")
     return assigned(members(optimizer), [_moved(member, rule) for member in members(optimizer)])
 
 
@@ -86,11 +88,26 @@ def rules_in(header: dict[str, Any], where: Any) -> Rules:
     return Rules(tuple(_known(entry, where) for entry in header["optimizers"]), tuple(header["owners"]))
 
 
+_NEVER = {  # with no rule at all: why not, and what to do
+    torch.optim.LBFGS: (
+        "it evaluates the loss several times a step, at parameters between the recorded ones. Use one that steps by the "
+        "gradient in p.grad, such as torch.optim.SGD"
+    ),
+    torch.optim.SparseAdam: (
+        "it takes sparse gradients alone, of which the shares of the examples are none. Build the embedding with sparse=False "
+        "and use torch.optim.Adam"
+    ),
+}
+
+
 def _moved(optimizer: torch.optim.Optimizer, rule: str | None) -> Moved:
     place, kind = place_of(optimizer), type(optimizer)
     if place is not None:
         return Moved(place, RULES[place])
     place = f"{kind.__module__}.{kind.__qualname__}"
+    for never, reason in _NEVER.items():
+        if isinstance(optimizer, never):
+            raise UnsupportedOptimizerError(f"this optimizer cannot be recorded: got {place}, but {reason}.")
     if rule == FROZEN.name:
         return Moved(place, FROZEN)
     raise UnsupportedOptimizerError(
