@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .optim import Segments, decay_rates, pullback
+from .optim import Segments, decay_rates, entrywise_decay, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
 from .sensitivity import Adjoint, Products, Terms, Traced, along_tensors
 from .steps import Steps
@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
     """Of n steps: Gbar (n, Q, P) float64, None once it is pulled back; the coefficients of the updates; <Gbar, v> over each
     tensor (n, Q, K) for v the change of the parameters, the replayed update, the parameters; the measurement at both ends
     and sum_p |Gbar_p theta_p|, which times eps bounds what rounding of the stored parameters can do, (n, Q); the rates of
-    decay (n, 2, K); and where it was looked at, the limit."""
+    decay (n, 2, K); where it was looked at, the limit; and what decay that is coupled entry by entry added, (n, Q, K)."""
 
     vectors: Tensor | None
     coefficients: list[Segments]
@@ -43,6 +43,7 @@ class Prepared(NamedTuple):
     leverage: np.ndarray
     rates: np.ndarray
     limit: Limit | None
+    entrywise: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,23 @@ class Accounting:
         return Prepared(vectors, coefficients, moved, replayed, along_theta, start, end, lever, rates, limit)
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
-        carry, backwards = adjoint.state, []
+        carry, backwards, decays = adjoint.state, [], []
         assert prepared.vectors is not None
         for vectors, segments in zip(reversed(prepared.vectors), reversed(prepared.coefficients), strict=True):
-            sensitivity, carry = pullback([s.to(carry.device) for s in segments], carry, vectors)
+            here = [s.to(carry.device) for s in segments]
+            sensitivity, carry = pullback(here, carry, vectors)
             backwards.append(sensitivity)
+            theta = steps.theta[len(prepared.coefficients) - len(backwards)]
+            decays.append(entrywise_decay(here, self.measured.layout, sensitivity, theta))
         several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
-        return Traced(several, prepared._replace(vectors=None, coefficients=[])), Adjoint(carry)
+        entrywise = _stacked(decays[::-1])
+        return Traced(several, prepared._replace(vectors=None, coefficients=[], entrywise=entrywise)), Adjoint(carry)
 
     def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:
         p: Prepared = traced.prepared
         eps = torch.finfo(steps.theta.dtype).eps
         decay = p.rates[:, None, 0] * products.theta - p.rates[:, None, 1] * p.along_theta
+        decay = decay if p.entrywise is None else decay + p.entrywise
         decay = decay if products.penalty is None else decay + products.penalty
         off, moved = p.moved - p.replayed, np.abs(p.moved).sum(2)
         # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
@@ -150,6 +156,14 @@ class Accounting:
                 f"path=attrib.GaussLegendre(nodes=4)."
             )
         return replace(terms, gaps={**terms.gaps, "limit": gaps}, failures=failures)
+
+
+def _stacked(decays: list[Tensor | None]) -> np.ndarray | None:
+    """(n, Q, K), zeros at the steps without one; None where no step has one."""
+    some = next((d for d in decays if d is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if d is None else d for d in decays]).cpu().numpy()
 
 
 def over_tensors(layout: Layout, values: Tensor) -> np.ndarray:

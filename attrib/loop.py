@@ -44,7 +44,7 @@ class Loop:
 
 def check_unmodelled(rules: Rules, options: RecordOptions) -> None:
     """Raise ValueError at an option that cannot go with rule="frozen"."""
-    if not rules.unmodelled:
+    if not rules.read_off:
         return
     for name, refused in (("states_every=", options.states_every > 1), ("resume=", options.resume)):
         if refused:

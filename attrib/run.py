@@ -66,7 +66,7 @@ class Run:
 
     @property
     def unmodelled(self) -> bool:
-        """Whether there is an optimizer without a rule, whose update its coefficients need not explain."""
+        """Whether there is an optimizer whose update its coefficients need not explain: by signs, or without a rule."""
         return self.rules.unmodelled
 
     @cached_property

@@ -70,7 +70,7 @@ class Trajectory:
 
     def optimizer(self, step: int, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Torch's optimizer over `parameters` as it was before a step, 0 .. T."""
-        if self.rules.unmodelled:
+        if self.rules.read_off:
             raise ReplayError(
                 f'the optimizer cannot be had again: got a run of {self.rules} with rule="frozen", whose state is not '
                 f"recorded, only what it did, at {self.reader.target}. Use the parameters alone: run.load."

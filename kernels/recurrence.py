@@ -63,18 +63,23 @@ class Coefficients:
     apply_old: float | Tensor
     apply_new: float | Tensor
     matrix: Matrix | None = None
-    coupled: float = 0.0
+    coupled: float | Tensor = 0.0
     decoupled: float = 0.0
 
     def apply(self, momentum: Tensor, gradient: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """(z_{s-1}, gradient_s, theta_s), each (P,) -> (Delta_s, z_s), each (P,)."""
-        # in one operation, as torch has it: the coefficients were frozen on the very bits of g
-        g = torch.add(gradient, theta, alpha=self.coupled) if self.coupled else gradient
+        g = self._with_decay(gradient, theta)
         taken = self.apply_old * momentum + self.apply_new * g
         update = -(taken if self.matrix is None else self.matrix.apply(taken))
         if self.decoupled:
             update = update - self.decoupled * theta
         return update, self.keep * momentum + self.feed * g
+
+    def _with_decay(self, gradient: Tensor, theta: Tensor) -> Tensor:
+        """In one operation, as torch has it: the coefficients were frozen on the very bits of g."""
+        if isinstance(self.coupled, Tensor):
+            return torch.addcmul(gradient, self.coupled, theta)
+        return torch.add(gradient, theta, alpha=self.coupled) if self.coupled else gradient
 
     def transpose(self, momentum: Tensor, path_gradient: Tensor) -> tuple[Tensor, Tensor]:
         """(sensitivity to z_s, Gbar_s), each (Q, P) -> (sensitivity U_s to g_s, sensitivity to z_{s-1}).

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -146,6 +147,35 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizers]] = {
     ],
 }
 
+
+def in_train_mode(optimizer: Any) -> Any:
+    """One that is schedule-free."""
+    optimizer.train()
+    return optimizer
+
+
+if find_spec("lion_pytorch"):
+    from lion_pytorch import Lion
+
+    OPTIMIZERS |= {
+        "lion": lambda p: Lion(p, lr=0.01, betas=(0.8, 0.9), weight_decay=0.5),
+        "lion groups": lambda p: two_groups(p, Lion, lr=0.01),
+    }
+
+if find_spec("schedulefree"):
+    from schedulefree import AdamWScheduleFree, SGDScheduleFree
+
+    OPTIMIZERS |= {
+        "schedule-free sgd": lambda p: in_train_mode(SGDScheduleFree(p, lr=0.1, weight_decay=0.1, warmup_steps=3)),
+        "schedule-free sgd one by one": lambda p: in_train_mode(
+            SGDScheduleFree(p, lr=0.1, momentum=0.7, r=1.0, foreach=False)
+        ),
+        "schedule-free adamw": lambda p: in_train_mode(AdamWScheduleFree(p, lr=0.01, weight_decay=0.5, warmup_steps=3)),
+        "schedule-free adamw one by one": lambda p: in_train_mode(
+            AdamWScheduleFree(p, lr=0.01, betas=(0.8, 0.9), r=0.5, weight_lr_power=1.0, foreach=False)
+        ),
+    }
+
 # one of each rule, and of each way in which torch or the store treats them differently: what the fast tier goes through
 FEW = (
     "sgd groups",
@@ -164,6 +194,7 @@ FEW = (
     "muon + adamw",
     "muon + sgd + adafactor",
     "nadam + adagrad",
+    *(name for name in ("lion", "schedule-free sgd", "schedule-free adamw") if name in OPTIMIZERS),
 )
 
 

@@ -44,7 +44,7 @@ class Frozen(NamedTuple):
 
     matrix: list[list[np.ndarray]]  # [s][r], r <= s: (P,) for entry by entry, or (P, P)
     own: list[float]
-    coupled: float
+    coupled: float | list[np.ndarray]  # for every step, or of each
 
 
 def frozen_sgd(
@@ -137,7 +137,8 @@ def contributions(
             matrix = frozen.matrix[s][r]
             pulled = bars[s] @ matrix if matrix.ndim == 2 else bars[s] * matrix
             total += pulled[:, None, :] * shares[r][None]
-            decay[:, r] += (pulled * frozen.coupled * thetas[r]).sum(1)
+            coupled = frozen.coupled if isinstance(frozen.coupled, float) else frozen.coupled[r]
+            decay[:, r] += (pulled * coupled * thetas[r]).sum(1)
         decay[:, r] += (bars[r] * frozen.own[r] * thetas[r]).sum(1)
         found.append(total)
     return Decomposition(found, decay)

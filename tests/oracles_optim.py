@@ -246,6 +246,59 @@ def frozen_lion(
     return Frozen(matrix, [-rate * weight_decay for rate in lr], 0.0)
 
 
+def averaging(lr: Sequence[float], beta: float, r: float, warmup_steps: int, power: float) -> list[list[float]]:
+    """[s][r]: what y moves at step s per unit of the (normalised) gradient of step r, from x, y and z themselves.
+
+    z_{s+1} = z_s - rate_s g_s, x_{s+1} = (1 - c_s) x_s + c_s z_{s+1}, y = (1 - beta) z + beta x; each a row of what it owes
+    to every gradient.
+    """
+    steps = len(lr)
+    rates = [rate * min(1.0, (s + 1) / warmup_steps if warmup_steps else 1.0) for s, rate in enumerate(lr)]
+    weights = [(s + 1) ** r * max(rates[: s + 1]) ** power for s in range(steps)]
+    x, z, y = (np.zeros(steps) for _ in range(3))
+    rows = []
+    for s in range(steps):
+        c = weights[s] / sum(weights[: s + 1])
+        z = z - rates[s] * np.eye(steps)[s]
+        x = (1 - c) * x + c * z
+        before, y = y, (1 - beta) * z + beta * x
+        rows.append(list((y - before)[: s + 1]))
+    return rows
+
+
+def frozen_schedule_free_sgd(
+    gradients: Vectors,
+    thetas: Vectors,
+    lr: Sequence[float],
+    shapes: Shapes,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    r: float = 0.0,
+    warmup_steps: int = 0,
+) -> Frozen:
+    rows = averaging(lr, momentum, r, warmup_steps, 2.0)
+    one = np.ones_like(gradients[0])
+    return Frozen([[w * one for w in row] for row in rows], [0.0] * len(rows), weight_decay)
+
+
+def frozen_schedule_free_adamw(
+    gradients: Vectors,
+    thetas: Vectors,
+    lr: Sequence[float],
+    shapes: Shapes,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Frozen:
+    """coupled: of each step, entry by entry, since the decay stands beside the division."""
+    b1, b2 = betas
+    rows = averaging(lr, b1, 0.0, 0, 2.0)
+    squares = [g**2 for g in gradients]
+    roots = [np.sqrt(decayed(squares, b2, s) / (1 - b2 ** (s + 1))) + eps for s in range(len(rows))]
+    matrix = [[w / root for w, root in zip(row, roots, strict=False)] for row in rows]
+    return Frozen(matrix, [0.0] * len(rows), [weight_decay * root for root in roots])
+
+
 def frozen_muon_and_adamw(
     gradients: Vectors,
     thetas: Vectors,

@@ -17,6 +17,7 @@ from attrib.optim import (
     Rerun,
     check_group_options,
     decay_rates,
+    entrywise_decay,
     pullback,
     read_hyper,
     read_state,
@@ -234,6 +235,8 @@ def test_steps_are_pulled_back_piece_by_piece_and_nothing_given_is_changed(
     assert torch.equal(path, given[1])
     coupled, decoupled = torch.from_numpy(decay_rates(parts, 4).repeat(np.diff(layout.bounds), axis=1))
     decay = sensitivity @ (coupled * theta) - path @ (decoupled * theta)
+    entrywise = entrywise_decay(parts, layout, sensitivity, theta)
+    decay = decay if entrywise is None else decay + entrywise.sum(1)
     moved = path @ delta + carry @ replay.state[MOMENTUM]
     # sums of some hundred float64 terms of size one
     torch.testing.assert_close(sensitivity @ gradient + earlier @ before + decay, moved, rtol=0, atol=1e-13)

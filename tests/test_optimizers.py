@@ -148,7 +148,7 @@ def test_schedulers_stay_with_their_optimizers_and_every_state_comes_back(tmp_pa
 def test_parameters_that_begin_to_move_later_are_kept_still_by_requires_grad(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """As the recorder advises, whichever the optimizer: they and their state stay, their age begins with their first step."""
+    """As the recorder advises, whichever the optimizer: they and their state stay, their age begins with their step."""
     torch.manual_seed(0)
     case = MODELS["mlp"]
     model = case.build().to(dtype)

@@ -21,11 +21,13 @@ from cases import (
     MODELS,
     MUON,
     NADAM,
+    OPTIMIZERS,
     RADAM,
     RMSPROP,
     RPROP,
     SGD,
     crossed,
+    in_train_mode,
     matrices,
 )
 from torch import nn
@@ -72,6 +74,25 @@ CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         plain.frozen_muon_and_adamw,
     ),
 }
+
+if "lion" in OPTIMIZERS:
+    from lion_pytorch import Lion
+
+    CASES["lion"] = (Lion, dict(lr=0.01, betas=(0.8, 0.9), weight_decay=0.5), plain.frozen_lion)
+
+if "schedule-free sgd" in OPTIMIZERS:
+    from schedulefree import AdamWScheduleFree, SGDScheduleFree
+
+    CASES["schedule-free sgd"] = (
+        lambda p, **o: in_train_mode(SGDScheduleFree(p, **o)),
+        dict(lr=0.1, momentum=0.8, weight_decay=0.1, r=0.5, warmup_steps=2),
+        plain.frozen_schedule_free_sgd,
+    )
+    CASES["schedule-free adamw"] = (
+        lambda p, **o: in_train_mode(AdamWScheduleFree(p, **o)),
+        dict(lr=0.02, weight_decay=0.5, betas=(0.8, 0.9)),
+        plain.frozen_schedule_free_adamw,
+    )
 
 
 def decompose(trained, kind, options, freeze, bars) -> oracles.Decomposition:  # type: ignore[no-untyped-def]

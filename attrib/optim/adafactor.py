@@ -6,7 +6,8 @@
     u = g / max(sqrt(V), eps1)             theta' = theta - lr weight_decay theta - a_t u / max(1, rms(u) / d)
 
 Frozen: all that stands before g: V, the size of theta and the clipping of u. Linear in the gradients: the update itself;
-there is no momentum.
+there is no momentum. Where V is tiny beside its tensor the gradients are zero but for rounding (eps1 is next to nothing): that
+update is no example's, and goes to a row of its own.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
 from .numbers import Numbers, choice, flag, number
-from .rule import Options, Rule, Shape, State, taken_off
+from .rule import Options, Rule, Shape, State, quotient_by, taken_off
 
 
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -25,14 +26,14 @@ def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[
     least, smallest = o["eps"]
     least = torch.finfo(theta.dtype).eps if least is None else least
     variance, after = _variance(state, sign * gradient, t ** o["beta2_decay"], least)
-    inverse = variance.clamp(min=least * least).rsqrt_()
+    root = variance.clamp(min=least * least).sqrt_()
     size = max(smallest, theta.norm(2).item() / theta.numel() ** 0.5) * min(o["lr"], 1 / t**0.5)
-    clipped = max(1.0, (inverse * gradient).norm(2).item() / (theta.numel() ** 0.5 * o["d"]))
+    clipped = max(1.0, (gradient / root).norm(2).item() / (theta.numel() ** 0.5 * o["d"]))
     frozen = Coefficients(
         keep=1.0,
         feed=0.0,
         apply_old=0.0,
-        apply_new=(sign * float(size / clipped) * inverse).reshape(-1),
+        apply_new=(sign * float(size / clipped) * quotient_by(root)).reshape(-1),
         decoupled=taken_off(o["lr"] * o["weight_decay"], theta.dtype),
     )
     return frozen, after
@@ -81,4 +82,5 @@ ADAFACTOR = Rule(
     ),
     freeze=_freeze,
     whole=True,
+    unmodelled=True,
 )

@@ -6,24 +6,19 @@ Frozen: D, entry by entry, read off the update that was made. Linear in the grad
 There is no momentum: what an earlier gradient still does counts for the gradient of the step, as does weight decay; so the
 contributions are no double sum over steps, and the next state cannot be had from the one before. What D cannot explain is
 the rest, as where g is 0.
-
-Tiny: p.grad is a sum of shares of the size of the tensor's gradient, so its entries are known to about eps of that size (its
-root mean square). An entry of sqrt(eps) of it is known to sqrt(eps) of itself, the bound of the step identity; D of smaller
-ones would be a quotient of rounding, and would blow up the shares, which cancel in them.
+Tiny: see `rule.known_entries`.
 """
 
 import torch
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
-from .rule import Options, Rule, State
+from .rule import Options, Rule, State, known_entries
 
 
 def read_off(gradient: Tensor, delta: Tensor) -> Coefficients:
     """Of one tensor, (P,) each: its gradient and the update that was made."""
-    eps = torch.finfo(gradient.dtype).eps
-    size = float(gradient.double().square().mean().sqrt()) if len(gradient) else 0.0
-    known = gradient.abs() > eps**0.5 * size
+    known = known_entries(gradient)
     quotient = torch.where(known, -delta / torch.where(known, gradient, 1.0), 0.0)
     return Coefficients(keep=1.0, feed=0.0, apply_old=0.0, apply_new=quotient)
 
@@ -32,4 +27,4 @@ def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[
     raise NotImplementedError("what was done to a tensor is read off, not foreseen")
 
 
-FROZEN = Rule(name="frozen", numbers=(), freeze=_freeze, whole=True, unmodelled=True)
+FROZEN = Rule(name="frozen", numbers=(), freeze=_freeze, whole=True, unmodelled=True, read_off=True)

@@ -27,6 +27,7 @@ from .rmsprop import RMSPROP
 from .rprop import RPROP
 from .rule import Rule
 from .rules import Moved, Rules, assigned
+from .schedulefree import ADAMW_SCHEDULE_FREE, SGD_SCHEDULE_FREE
 from .sgd import SGD
 from .together import members
 
@@ -45,7 +46,11 @@ _TORCH = {
     "Adafactor": ADAFACTOR,
     "Muon": MUON,
 }
-_OTHERS = {"lion_pytorch.Lion": LION}
+_OTHERS = {
+    "lion_pytorch.Lion": LION,
+    "schedulefree.SGDScheduleFree": SGD_SCHEDULE_FREE,
+    "schedulefree.AdamWScheduleFree": ADAMW_SCHEDULE_FREE,
+}
 
 RULES: dict[str, Rule] = {
     **{f"torch.optim.{name}": rule for name, rule in _TORCH.items() if hasattr(torch.optim, name)},
@@ -94,8 +99,8 @@ _NEVER = {  # with no rule at all: why not, and what to do
         "gradient in p.grad, such as torch.optim.SGD"
     ),
     torch.optim.SparseAdam: (
-        "it takes sparse gradients alone, of which the shares of the examples are none. Build the embedding with sparse=False "
-        "and use torch.optim.Adam"
+        "it takes sparse gradients alone, of which the shares of the examples are none. Build the embedding with "
+        "sparse=False and use torch.optim.Adam"
     ),
 }
 

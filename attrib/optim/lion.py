@@ -4,7 +4,7 @@
     m = beta2 m + (1 - beta2) g            sign(u) = u / |u|
 
 Frozen: 1 / |u|, 0 where u is 0. Linear in the gradients: m, and u, of which only the sign is left: the examples share lr as
-they share |u|.
+they share |u|. Where |u| is tiny, and its sign that of rounding, the update is no example's: it is left to a row of its own.
 """
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from .rule import MOMENTUM, Options, Rule, State, always, inverse_size, realised
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
     lr, (beta1, beta2) = o["lr"], o["betas"]
     u = (state[MOMENTUM] * beta1).add_(gradient, alpha=1 - beta1)
-    size = realised(lr, theta.dtype) * inverse_size(u)
+    size = (realised(lr, theta.dtype) * inverse_size(u)).reshape(-1)
     frozen = Coefficients(
         keep=realised(beta2, theta.dtype),
         feed=realised(1 - beta2, theta.dtype),
@@ -36,4 +36,6 @@ LION = Rule(
     accumulators={"exp_avg": always},
     numbers=(number("lr"), several("betas", "beta1", "beta2"), number("weight_decay")),
     freeze=_freeze,
+    whole=True,
+    unmodelled=True,
 )

@@ -60,7 +60,7 @@ class Replay:
             rule, g, before = self.rules[tensors.start], gradient[piece], theta[piece]
             known = {key: value[piece] for key, value in self.state.items()}
             coefficients, moments = IDLE, known
-            if row[-1] and rule.unmodelled:
+            if row[-1] and rule.read_off:
                 assert after is not None
                 coefficients = read_off(g, after[piece] - before)
             elif row[-1]:
@@ -119,8 +119,22 @@ def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tenso
 
 def decay_rates(segments: Segments, tensors: int) -> np.ndarray:
     """(2, K): coupled and decoupled decay of each tensor, which add coupled <U, theta> - decoupled <Gbar, theta> to the
-    measurement."""
+    measurement; 0 for one that is coupled entry by entry."""
     rates = np.zeros((2, tensors))
     for segment in segments:
-        rates[:, segment.tensors] = [[segment.coefficients.coupled], [segment.coefficients.decoupled]]
+        coupled = segment.coefficients.coupled
+        rates[0, segment.tensors] = 0.0 if isinstance(coupled, Tensor) else coupled
+        rates[1, segment.tensors] = segment.coefficients.decoupled
     return rates
+
+
+def entrywise_decay(segments: Segments, layout: Layout, sensitivity: Tensor, theta: Tensor) -> Tensor | None:
+    """<U, coupled theta> over each tensor, (Q, K), of decay that is coupled entry by entry; None where there is none.
+    sensitivity: U, (Q, P). theta: (P,)."""
+    coupled = [(s.entries, s.coefficients.coupled) for s in segments if isinstance(s.coefficients.coupled, Tensor)]
+    if not coupled:
+        return None
+    pulled = torch.zeros_like(sensitivity[0])
+    for entries, rate in coupled:
+        pulled[entries] = rate * theta[entries].to(pulled)
+    return torch.stack([sensitivity[:, part] @ pulled[part] for _, part in layout.slices()], 1)

@@ -5,8 +5,9 @@
     g = 0 where g p < 0
     theta' = theta - s sign(g)                         sign(g) = g / |g|
 
-Frozen: s / |g|, 0 where g is 0. Linear in the gradients: the update itself, of which only the sign of the gradient is left:
-the examples share s as they share |g|. There is no momentum.
+Frozen: s / |g|, 0 where g is 0. Linear in the gradients: the update itself, of which only the sign of g is left:
+the examples share s as they share |g|. Where |g| is tiny, and its sign that of rounding, the update is no example's: it goes
+to a row of its own. There is no momentum.
 """
 
 import torch
@@ -26,7 +27,7 @@ def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[
     factor = torch.ones_like(g).masked_fill_(agrees > 0, more).masked_fill_(agrees < 0, less)
     size = (size * factor).clamp_(*map(float, o["step_sizes"]))
     g = g.masked_fill(agrees < 0, 0.0)
-    frozen = Coefficients(keep=1.0, feed=0.0, apply_old=0.0, apply_new=sign * size * inverse_size(g))
+    frozen = Coefficients(keep=1.0, feed=0.0, apply_old=0.0, apply_new=(sign * size * inverse_size(g)).reshape(-1))
     return frozen, {"prev": g, "step_size": size}
 
 
@@ -42,4 +43,6 @@ RPROP = Rule(
         choice("foreach"),
     ),
     freeze=_freeze,
+    whole=True,
+    unmodelled=True,
 )

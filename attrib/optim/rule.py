@@ -70,10 +70,26 @@ def averaged(
     return Coefficients(keep=keep, feed=feed * sign, apply_old=old, apply_new=new, coupled=coupled, decoupled=decoupled)
 
 
+def known_entries(u: Tensor) -> Tensor:
+    """Where |u| is not tiny beside its tensor, so that a coefficient may be divided by it.
+
+    A gradient is a sum of shares of the size of its tensor's, so its entries are known to about eps of that size (the root
+    mean square). One of sqrt(eps) of it is known to sqrt(eps) of itself, the bound of the step identity. A quotient by a
+    smaller one is a quotient by rounding, and blows up the shares, which cancel in it.
+    """
+    size = float(u.norm()) / max(1, u.numel()) ** 0.5
+    return u.abs() > torch.finfo(u.dtype).eps ** 0.5 * size
+
+
 def inverse_size(u: Tensor) -> Tensor:
-    """1 / |u|, with which sign(u) = u / |u| is linear; 0 where u is 0, or so small that there is no such number."""
-    inverse = u.abs().reciprocal_()
-    return inverse.masked_fill_(inverse.isinf(), 0.0)
+    """1 / |u|, with which sign(u) = u / |u| is linear; 0 where u is 0, or tiny: its sign is that of rounding."""
+    return quotient_by(u.abs())
+
+
+def quotient_by(denominator: Tensor) -> Tensor:
+    """1 / denominator, 0 where that is tiny beside its tensor: it is the size of gradients that are zero but for rounding."""
+    known = known_entries(denominator)
+    return torch.where(known, 1.0 / torch.where(known, denominator, 1.0), 0.0)
 
 
 def always(options: Options, shape: Shape) -> Shape | None:
@@ -103,6 +119,7 @@ class Rule:
         (coefficients of the step, as of vectors, and the state after it; a momentum that it has not is the recurrence's).
         Scalars are computed from the options as torch does it.
     unmodelled: what the coefficients do not explain of an update is expected, and has a row of its own.
+    read_off: the coefficients are had from the update that was made, so that it cannot be made again.
     """
 
     name: str
@@ -117,6 +134,7 @@ class Rule:
     counts: tuple[str, ...] = ()
     whole: bool = False
     unmodelled: bool = False
+    read_off: bool = False
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -66,6 +66,10 @@ class Rules:
     def unmodelled(self) -> bool:
         return any(mover.rule.unmodelled for mover in self.movers)
 
+    @property
+    def read_off(self) -> bool:
+        return any(mover.rule.read_off for mover in self.movers)
+
     def unmodelled_among(self, names: Sequence[str]) -> frozenset[str]:
         """Of the names of the tensors those whose update need not be explained."""
         return frozenset(name for rule, name in zip(self, names, strict=True) if rule.unmodelled)
