@@ -6,8 +6,8 @@
     u = g / max(sqrt(V), eps1)             theta' = theta - lr weight_decay theta - a_t u / max(1, rms(u) / d)
 
 Frozen: all that stands before g: V, the size of theta and the clipping of u. Linear in the gradients: the update itself;
-there is no momentum. Where V is tiny beside its tensor the gradients are zero but for rounding (eps1 is next to nothing): that
-update is no example's, and goes to a row of its own.
+there is no momentum. Where V is tiny beside its tensor the gradients are zero but for rounding, since eps1 is so small: that
+update is no example's, and has a row of its own.
 """
 
 from collections.abc import Sequence

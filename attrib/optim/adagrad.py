@@ -3,8 +3,8 @@
     g = sign * gradient + weight_decay * theta         s = s + g^2,  initial_accumulator_value from the start
     theta' = theta - lr / (1 + (t - 1) lr_decay) * g / (sqrt(s) + eps)
 
-Frozen: the division, of s. Linear in the gradients: the update itself; there is no momentum. Where s is tiny beside its tensor
-the gradients are zero but for rounding (eps is next to nothing): that update is no example's, and goes to a row of its own.
+Frozen: the division, of s. Linear in the gradients: the update itself; there is no momentum. Where s is tiny beside its
+tensor the gradients are zero but for rounding, since eps is so small: that update is no example's, and has a row of its own.
 """
 
 from torch import Tensor

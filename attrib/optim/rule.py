@@ -87,7 +87,7 @@ def inverse_size(u: Tensor) -> Tensor:
 
 
 def quotient_by(denominator: Tensor) -> Tensor:
-    """1 / denominator, 0 where that is tiny beside its tensor: it is the size of gradients that are zero but for rounding."""
+    """1 / denominator, 0 where that is tiny beside its tensor: the size of gradients that are zero but for rounding."""
     known = known_entries(denominator)
     return torch.where(known, 1.0 / torch.where(known, denominator, 1.0), 0.0)
 
