@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .optim import Segments, decay_rates, pullback
+from .optim import Segments, decay_rates, entrywise_decay, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
 from .sensitivity import Adjoint, Products, Terms, Traced, along_tensors
 from .steps import Steps
@@ -40,7 +40,8 @@ class Along(NamedTuple):
 class Prepared(NamedTuple):
     """Of n steps: the vectors (n, Q, P) float64 that are pulled back, Gbar, None once they are; the coefficients of the
     updates; what goes along the vectors, None where they are not known yet; the measurement at both ends
-    (n, Q); the rates of decay (n, 2, K); and where it was looked at, the limit."""
+    (n, Q); the rates of decay (n, 2, K); where it was looked at, the limit; and what decay that is coupled entry by entry
+    added, (n, Q, K)."""
 
     vectors: Tensor | None
     coefficients: list[Segments]
@@ -49,6 +50,16 @@ class Prepared(NamedTuple):
     end: np.ndarray
     rates: np.ndarray
     limit: Limit | None
+    entrywise: np.ndarray | None = None
+
+
+class Pulled(NamedTuple):
+    """sensitivity: U (n, Q, P) of n steps; carry (Q, P): to the accumulator before them; entrywise (n, Q, K): what decay
+    that is coupled entry by entry added, None for nothing."""
+
+    sensitivity: Tensor
+    carry: Tensor
+    entrywise: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -91,13 +102,10 @@ class Accounting:
         return Prepared(vectors, coefficients, along, start, end, self.rates(coefficients), limit)
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
-        carry, backwards = adjoint.state, []
         assert prepared.vectors is not None
-        for vectors, segments in zip(reversed(prepared.vectors), reversed(prepared.coefficients), strict=True):
-            sensitivity, carry = pullback([s.to(carry.device) for s in segments], carry, vectors)
-            backwards.append(sensitivity)
-        several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
-        return Traced(several, prepared._replace(vectors=None, coefficients=[])), Adjoint(carry)
+        pulled = self.pulled(steps, prepared.coefficients, prepared.vectors, adjoint.state)
+        left = prepared._replace(vectors=None, coefficients=[], entrywise=pulled.entrywise)
+        return Traced(pulled.sensitivity, left), Adjoint(pulled.carry)
 
     def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:
         p: Prepared = traced.prepared
@@ -119,6 +127,17 @@ class Accounting:
             return backwards[0]
         return PathGradient(*map(torch.cat, zip(*backwards[::-1], strict=True)))
 
+    def pulled(self, steps: Steps, coefficients: list[Segments], vectors: Tensor, carry: Tensor) -> "Pulled":
+        """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P)."""
+        backwards, decays = [], []
+        for n in reversed(range(len(coefficients))):
+            here = [segment.to(carry.device) for segment in coefficients[n]]
+            sensitivity, carry = pullback(here, carry, vectors[n])
+            backwards.append(sensitivity)
+            decays.append(entrywise_decay(here, self.measured.layout, sensitivity, steps.theta[n]))
+        several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
+        return Pulled(several, carry, _stacked(decays[::-1]))
+
     def limit(self, steps: Steps, states: Tensor) -> Limit | None:
         """Where it is due, at the last of the states (n + 1, P)."""
         if steps.range.stop != self.limit_before:
@@ -134,6 +153,7 @@ class Accounting:
         """along: what goes along the vectors that are pulled back. timeline (n, Q, K): the changes of the measurement."""
         p, eps = prepared, torch.finfo(steps.theta.dtype).eps
         decay = p.rates[:, None, 0] * products.theta - p.rates[:, None, 1] * along.theta
+        decay = decay if p.entrywise is None else decay + p.entrywise
         decay = decay if products.penalty is None else decay + products.penalty
         off, moved, changed = along.moved - along.replayed, np.abs(along.moved).sum(2), np.abs(timeline).sum(2)
         # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
@@ -183,6 +203,14 @@ def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
         leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
     moved, replayed, before = along_tensors(layout, vectors, along)
     return Along(moved, replayed, before, leverage.cpu().numpy())
+
+
+def _stacked(decays: list[Tensor | None]) -> np.ndarray | None:
+    """(n, Q, K), zeros at the steps without one; None where no step has one."""
+    some = next((d for d in decays if d is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if d is None else d for d in decays]).cpu().numpy()
 
 
 def over_tensors(layout: Layout, values: Tensor) -> np.ndarray:

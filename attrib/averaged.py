@@ -25,7 +25,6 @@ from torch import Tensor
 
 from .accounting import Accounting, Prepared, along_updates, over_tensors
 from .measure import Average
-from .optim import pullback
 from .run import Run
 from .sensitivity import Adjoint, Products, Terms, Traced, along_tensors
 from .steps import Steps
@@ -135,16 +134,15 @@ class Averaged:
 
     def scan(self, steps: Steps, prepared: Any, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         p, timeline = prepared
-        carry, through, sensitivities, pulled = adjoint.state, adjoint.theta, [], []
+        through, backwards = adjoint.theta, []
         assert through is not None
-        pairs = zip(p.vectors, p.coefficients, self.averages.weights(steps), strict=True)
-        for vectors, segments, weight in reversed(list(pairs)):
+        for vectors, weight in reversed(list(zip(p.vectors, self.averages.weights(steps), strict=True))):
             through = weight * vectors + (1 - weight) * through
-            sensitivity, carry = pullback([s.to(carry.device) for s in segments], carry, through)
-            sensitivities.append(sensitivity)
-            pulled.append(through)
-        later = p._replace(vectors=torch.stack(pulled[::-1]), coefficients=[])
-        return Traced(torch.stack(sensitivities[::-1]), (later, timeline)), Adjoint(carry, through)
+            backwards.append(through)
+        vectors = torch.stack(backwards[::-1])
+        pulled = self.accounting.pulled(steps, p.coefficients, vectors, adjoint.state)
+        later = p._replace(vectors=vectors, coefficients=[], entrywise=pulled.entrywise)
+        return Traced(pulled.sensitivity, (later, timeline)), Adjoint(pulled.carry, through)
 
     def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:
         p, timeline = traced.prepared

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .capture import CaptureOptions, Settled
 from .checks import Guard
 from .layout import Layout
-from .optim import Rule
+from .optim import Rules
 from .store import FORMAT
 
 
@@ -27,6 +27,7 @@ class RecordOptions:
     block: int | None
     states_every: int
     constants: str
+    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,22 @@ class Loop:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    rule: Rule
+    rules: Rules
     layout: Layout
     parameters: Sequence[Tensor]
     guard: Guard
+
+
+def check_unmodelled(rules: Rules, options: RecordOptions) -> None:
+    """Raise ValueError at an option that cannot go with rule="frozen"."""
+    if not rules.read_off:
+        return
+    for name, refused in (("states_every=", options.states_every > 1), ("resume=", options.resume)):
+        if refused:
+            raise ValueError(
+                f'the optimizer cannot be run again: got {name} with rule="frozen", expected none, since the state of '
+                f"{rules} is not recorded, only what it did. Leave it out."
+            )
 
 
 def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
@@ -50,9 +63,7 @@ def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
         "format": FORMAT,
         "layout": {"names": list(loop.layout.names), "shapes": [list(s) for s in loop.layout.shapes]},
         "dtype": str(loop.parameters[0].dtype).removeprefix("torch."),
-        "optimizer": type(loop.optimizer).__name__,
-        "rule": loop.rule.name,
-        "hyper": [*loop.rule.hyper, "active"],
+        **loop.rules.described(),
         "capture": options.capture.kind,
         "check_every": options.capture.check_every,
         "remainder": options.capture.remainder,

@@ -84,7 +84,7 @@ def sizes_of(run: Run, kept: int) -> Sizes:
         itemsize=run.dtype.itemsize,
         batch=int(run.header["slots"]),
         block=int(run.header["block"]),
-        accumulators=len(run.rule.state),
+        accumulators=len(run.rules.state),
         kept=kept,
     )
 

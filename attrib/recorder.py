@@ -24,8 +24,8 @@ from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import uncompiled
 from .interrupt import shielded
 from .layout import Layout
-from .loop import Loop, RecordOptions, header_of, settled_facts
-from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rule_of
+from .loop import Loop, RecordOptions, check_unmodelled, header_of, settled_facts
+from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rules_of, together
 from .resume import Resumed
 from .resume import resume as resume_run
 from .store import PassRecord, StepRecord, Writer, close_dropped
@@ -37,7 +37,7 @@ CHECK_EVERY = 50  # a check costs about one step: 2 % of the training time
 
 
 def record(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     model: nn.Module,
     loss: Callable[..., Tensor],
     store: Any,
@@ -51,20 +51,21 @@ def record(
     penalty: Callable[[nn.Module], Tensor] | None = None,
     constants: str = "values",
     remainder: str = "refuse",
+    rule: str | None = None,
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
     Args:
-        optimizer: torch.optim.SGD, Adam or AdamW over parameters of `model`, in one dtype (float32 or float64).
+        optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float32 or float64); or several, a
+            list, which step one after the other.
         model: the model under training, as the loop calls it: compiled, if that is; left as it is.
         loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         store: path or zarr Store.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of
             the examples too, (B, P) a step; "factors" the same in the form that layers give, where that is shorter.
         overwrite: replace the run that is there.
-        resume: go on with a run that ended early, if one is there: parameters, optimizer and random generators are put to
-            what they were after its last step, and what follows is appended. `recorder.steps` says how many steps it has;
-            scheduler and place in the data are put there by the loop. A run that is not there is begun.
+        resume: go on with a run that ended early, if one is there, else begin it: parameters, optimizer and generators are
+            put to what they were after its last step, `recorder.steps`; scheduler and place in the data by the loop.
         check_every: the batch identity is checked on the first two steps and every so many after; the step identity on the
             first, and at the start of a block, not more often than that.
         block: steps written and committed together; None chooses by size, and commits every few seconds too.
@@ -76,6 +77,7 @@ def record(
             recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
         remainder: "refuse" steps whose p.grad is not the sum of the shares (noise, hooks, clipping by value, but not by a
             common norm), or "account" for what is left in a row of the ledger.
+        rule: "frozen" for an optimizer that has no rule: its coefficients are read off each update, see `optim.frozen`.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
@@ -94,8 +96,8 @@ def record(
     """
     check_options(capture, constants, remainder, check_every=check_every, block=block, states_every=states_every)
     captured = CaptureOptions(capture, check_every, penalty, remainder)
-    options = RecordOptions(captured, overwrite, resume, block, states_every, constants)
-    return Recorder(optimizer, model, loss, store, options)
+    options = RecordOptions(captured, overwrite, resume, block, states_every, constants, rule)
+    return Recorder(together(optimizer), model, loss, store, options)
 
 
 class Recorder(Wrapper):
@@ -111,13 +113,15 @@ class Recorder(Wrapper):
     ) -> None:
         if options.overwrite and options.resume:
             raise ValueError("a run is either replaced or gone on with: got overwrite=True and resume=True. Pass one.")
-        self._rule = rule_of(optimizer)
+        self._rules = rules_of(optimizer, options.rule)
+        check_unmodelled(self._rules, options)
         super().__init__(optimizer)
         self.model, self._options = uncompiled(model), options
         check_group_options(optimizer)
         names = names_of(optimizer, self.model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
+        self._loose = self._rules.unmodelled_among(names)
         self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
         self._announced = Announcements()
@@ -125,7 +129,7 @@ class Recorder(Wrapper):
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
         close_dropped()
-        loop = Loop(self.model, optimizer, self._rule, self._layout, self._parameters, self._guard)
+        loop = Loop(self.model, optimizer, self._rules, self._layout, self._parameters, self._guard)
         resumed = resume_run(store, loop, options) if options.resume else None
         self._writer = self._begun(store, loop, resumed)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
@@ -181,7 +185,7 @@ class Recorder(Wrapper):
         self._writer.update_header(**facts)
 
     def __repr__(self) -> str:
-        return f"Recorder({type(self.optimizer).__name__}, capture={self.capture!r}, steps={self._writer.steps})"
+        return f"Recorder({self._rules}, capture={self.capture!r}, steps={self._writer.steps})"
 
     # the journey of one step
 
@@ -275,12 +279,12 @@ class Recorder(Wrapper):
 
     def _recorded(self, step: Step, captured: Captured, announced: Sequence[AnnouncedBatch]) -> StepRecord:
         """The record of a step before it is made."""
-        states = read_state(self._rule, self.optimizer, self._parameters) if self._writer.wants_state else {}
+        states = read_state(self._rules, self.optimizer, self._parameters) if self._writer.wants_state else {}
         each = zip(announced, captured.scales.tolist(), captured.left.tolist(), captured.random, strict=True)
         return StepRecord(
             theta=_array(step.theta),
             gradient=_array(step.gradient),
-            hyper=read_hyper(self._rule, self.optimizer),
+            hyper=read_hyper(self._rules, self.optimizer),
             ids=np.concatenate([a.ids for a in announced]),
             passes=tuple(PassRecord(len(a.ids), a.inputs, *rest) for a, *rest in each),
             state={key: _array(value) for key, value in states.items()} or None,
@@ -319,13 +323,13 @@ class Recorder(Wrapper):
             return {}
         known = {key: torch.from_numpy(value) for key, value in record.state.items()}
         theta, gradient, after = step.theta.cpu(), step.gradient.cpu(), after.cpu()
-        _, delta = Replay(self._rule, self._layout, known).step(record.hyper, gradient, theta)
+        _, delta = Replay(self._rules, self._layout, known).step(record.hyper, gradient, theta, after)
         self._inspected = number
         try:
             if self._options.states_every > 1:
-                rerun = Rerun(type(self.optimizer), self._rule, self._layout, theta, known, record.hyper)
+                rerun = Rerun(self._rules, self._layout, theta, known, record.hyper)
                 same_bits(self._layout, after, rerun.step(record.hyper, gradient), number)
-            return {"step_identity": step_identity(self._layout, theta, after, delta, number)}
+            return {"step_identity": step_identity(self._layout, theta, after, delta, number, self._loose)}
         except StepIdentityError:
             self._finish(complete=False)
             raise

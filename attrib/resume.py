@@ -23,7 +23,7 @@ from .checks import Draws, Reduction
 from .errors import ModelMismatchError, ResumeError, StoreError
 from .generators import set_generators
 from .loop import Loop, RecordOptions, header_of
-from .optim import read_hyper, rule_by_name, torch_states
+from .optim import Rule, members, read_hyper, torch_states
 from .store import Reader, Reopened, lease, reopen, stands
 from .trajectory import Trajectory
 
@@ -31,6 +31,8 @@ log = logging.getLogger("attrib")
 
 SAME = {  # of the header: what must not differ -> how it is called
     "optimizer": "the optimizer",
+    "optimizers": "the optimizers",
+    "owners": "the optimizer of each parameter, by its number,",
     "dtype": "the parameters' type",
     "capture": "capture=",
     "check_every": "check_every=",
@@ -69,7 +71,7 @@ def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
             return None
         _check(reader, loop, header_of(loop, options))
         steps = int(reader.header["written_steps"])
-        trajectory = Trajectory(reader, rule_by_name(reader.header["rule"]), loop.layout)
+        trajectory = Trajectory(reader, loop.rules, loop.layout)
         reopened, settled, passes = reopen(reader, held), _settled(reader), _passes(reader, loop, steps)
         looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
         after = _moved(trajectory, loop, steps)  # last: until now nothing was changed
@@ -129,17 +131,16 @@ def _shapes(layout: dict[str, Any]) -> dict[str, list[int]]:
 
 def _check_options(reader: Reader, loop: Loop) -> None:
     """The optimizer's options but the learning rate, which schedules move, are those of the first step or of the last."""
-    rule = rule_by_name(reader.header["rule"])
-    numbers = [n for n, name in enumerate(rule.hyper) if name not in ("lr", "age")]
-    here = read_hyper(rule, loop.optimizer)
-    ends = [reader.read("hyper", step) for step in (0, int(reader.header["written_steps"]) - 1)]
-    for n in numbers:
-        if not any(np.array_equal(here[:, n], there[:, n]) for there in ends):
-            tensor = int(np.flatnonzero(here[:, n] != ends[0][:, n])[0])
-            raise ResumeError(
-                f"the optimizer's options are not those of the run: got {rule.hyper[n]} {here[tensor, n]:g}, expected "
-                f"{ends[0][tensor, n]:g}, at parameter {loop.layout.names[tensor]!r}. Build the optimizer as it was."
-            )
+    rules = loop.rules
+    here = rules.named(read_hyper(rules, loop.optimizer))
+    ends = [rules.named(reader.read("hyper", step)) for step in (0, int(reader.header["written_steps"]) - 1)]
+    for tensor, rule in enumerate(rules):
+        for name in (name for n in rule.numbers if n.key != "lr" and n.key not in rule.counts for name in n.names):
+            if not any(here[tensor][name] == there[tensor][name] for there in ends):
+                raise ResumeError(
+                    f"the optimizer's options are not those of the run: got {name} {here[tensor][name]:g}, expected "
+                    f"{ends[0][tensor][name]:g}, at parameter {loop.layout.names[tensor]!r}. Build the optimizer as it was."
+                )
 
 
 def _moved(trajectory: Trajectory, loop: Loop, steps: int) -> Tensor:
@@ -150,37 +151,59 @@ def _moved(trajectory: Trajectory, loop: Loop, steps: int) -> Tensor:
     """
     optimizer, layout = loop.optimizer, loop.layout
     first = (steps - 1) // trajectory.block * trajectory.block
-    before = layout.flatten(loop.parameters), optimizer.state_dict()
+    before = layout.flatten(loop.parameters), [member.state_dict() for member in members(optimizer)]
     options = [dict(group) for group in optimizer.param_groups]
     try:
         start = trajectory.state(first), trajectory.accumulators(first)
         hyper = trajectory.reader.read("hyper", slice(first, steps))
         _put(loop, start[0])
-        states = torch_states(trajectory.rule, layout, start[1], hyper[0])
-        optimizer.load_state_dict(
-            {"state": {n: state for n, state in enumerate(states) if state}, "param_groups": before[1]["param_groups"]}
-        )
-        with _unhooked(optimizer):
-            return _rerun(trajectory, loop, range(first, steps), hyper)
+        _load(loop, torch_states(loop.rules, layout, start[1], hyper[0]), before[1])
+        with _unhooked(*members(optimizer)):
+            theta = _rerun(trajectory, loop, range(first, steps), hyper)
+        counted = [rule.counts for rule, _ in _groups(loop)]
     except BaseException:
         _put(loop, before[0])
-        optimizer.load_state_dict(before[1])
+        for member, state in zip(members(optimizer), before[1], strict=True):
+            member.load_state_dict(state)
+        counted = [()] * len(options)
         raise
     finally:
-        for group, values in zip(optimizer.param_groups, options, strict=True):
-            group.update({name: value for name, value in values.items() if name != "params"})
+        for group, values, counts in zip(optimizer.param_groups, options, counted, strict=True):
+            group.update({name: value for name, value in values.items() if name != "params" and name not in counts})
         for p in loop.parameters:
             p.grad = None
+    return theta
+
+
+def _load(loop: Loop, states: list[dict[str, Tensor]], before: list[dict[str, Any]]) -> None:
+    """Torch's state of each parameter into the optimizers, whose state dicts those were; where torch casts scalars to the
+    parameters' type, with which the next would be computed otherwise, they stay what they were."""
+    at = 0
+    for member, known in zip(members(loop.optimizer), before, strict=True):
+        held = [p for group in member.param_groups for p in group["params"]]
+        mine = states[at : at + len(held)]
+        member.load_state_dict({**known, "state": {n: state for n, state in enumerate(mine) if state}})
+        for p, state, rule in zip(held, mine, loop.rules[at : at + len(held)], strict=True):
+            for key in rule.scalars if state else ():
+                member.state[p][key] = state[key].to(member.state[p][key].device)
+        at += len(held)
+
+
+def _groups(loop: Loop) -> Iterator[tuple[Rule, int]]:
+    """Of each param group the rule, and its first tensor."""
+    at = 0
+    for group in loop.optimizer.param_groups:
+        yield loop.rules[min(at, len(loop.parameters) - 1)], at
+        at += len(group["params"])
 
 
 def _rerun(trajectory: Trajectory, loop: Loop, steps: range, hyper: np.ndarray) -> Tensor:
-    reader, rule, layout = trajectory.reader, trajectory.rule, loop.layout
+    reader, layout = trajectory.reader, loop.layout
     gradients = torch.from_numpy(reader.read("gradient", slice(steps.start, steps.stop)))
-    numbers = {id(p): n for n, p in enumerate(loop.parameters)}
     for n, step in enumerate(steps):
-        for group in loop.optimizer.param_groups:
-            row = hyper[n][numbers[id(group["params"][0])]]
-            group.update(rule.options(dict(zip(rule.hyper, row.tolist(), strict=False))))
+        rows = loop.rules.named(hyper[n])
+        for group, (rule, first) in zip(loop.optimizer.param_groups, _groups(loop), strict=True):
+            group.update(rule.options(rows[first]) if group["params"] else {})
         for p, (_, part), row in zip(loop.parameters, layout.slices(), hyper[n], strict=True):
             p.grad = gradients[n][part].view_as(p).clone().to(p.device) if row[-1] else None
         loop.optimizer.step()
@@ -218,16 +241,16 @@ def _put(loop: Loop, theta: Tensor) -> None:
 
 
 @contextmanager
-def _unhooked(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _unhooked(*optimizers: torch.optim.Optimizer) -> Iterator[None]:
     """Steps within it are not the user's: what hangs on them is not called."""
     names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    hooks = {name: getattr(optimizer, name) for name in names}
-    for name in names:
+    hooks = [(optimizer, name, getattr(optimizer, name)) for optimizer in optimizers for name in names]
+    for optimizer, name, _ in hooks:
         setattr(optimizer, name, OrderedDict())
     try:
         yield
     finally:
-        for name, value in hooks.items():
+        for optimizer, name, value in hooks:
             setattr(optimizer, name, value)
 
 

@@ -17,7 +17,7 @@ from .functional import constants_of, uncompiled
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
-from .optim import KIND_NAMES, RULE_NAMES, Rule, describe_options, rule_by_name
+from .optim import Rules, describe_options, rules_in
 from .steps import Blocks, RecordedPass, Rows, Steps, passes_of
 from .store import Ids, Passes, Reader, local_path
 from .trajectory import Trajectory
@@ -38,14 +38,14 @@ class Run:
             )
         layout = self.header["layout"]
         self.layout = Layout(tuple(layout["names"]), tuple(tuple(s) for s in layout["shapes"]))
-        dtype, rule, kind = (self.header[name] for name in ("dtype", "rule", "optimizer"))
-        known = rule in RULE_NAMES and self.header["hyper"] == [*rule_by_name(rule).hyper, "active"]
-        if not (known and kind in KIND_NAMES and isinstance(getattr(torch, dtype, None), torch.dtype)):
+        dtype = self.header["dtype"]
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise StoreError(
-                f"this attrib cannot read the run: got type {dtype} and optimizer {kind} by rule {rule}, expected a type of "
-                f"torch's and one of {', '.join(sorted(KIND_NAMES))}, at {reader.target}. Update attrib."
+                f"this attrib cannot read the run: got type {dtype}, expected one of torch's, at {reader.target}. Update "
+                f"attrib."
             )
         self.dtype: torch.dtype = getattr(torch, dtype)
+        self.rules: Rules = rules_in(self.header, reader.target)
 
     @property
     def steps(self) -> int:
@@ -67,8 +67,9 @@ class Run:
         return str(self.header["capture"])
 
     @property
-    def rule(self) -> Rule:
-        return rule_by_name(self.header["rule"])
+    def unmodelled(self) -> bool:
+        """Whether there is an optimizer whose update its coefficients need not explain: by signs, or without a rule."""
+        return self.rules.unmodelled
 
     @cached_property
     def ids(self) -> Ids:
@@ -89,18 +90,13 @@ class Run:
 
     @cached_property
     def trajectory(self) -> Trajectory:
-        return Trajectory(self.reader, self.rule, self.layout)
+        return Trajectory(self.reader, self.rules, self.layout)
 
     @cached_property
     def options(self) -> dict[str, list[Any]]:
-        """Options of the optimizer: name -> the smallest and the largest value over steps and parameter groups."""
-        hyper = self.reader.read("hyper", slice(0, self.steps))[..., :-1]
-        low, high = (
-            self.rule.untyped().options(dict(zip(self.rule.hyper, v.tolist(), strict=True)))
-            for v in (hyper.min((0, 1)), hyper.max((0, 1)))
-        )
-        ends = {n: [list(v) if isinstance(v, tuple) else v for v in (low[n], high[n])] for n in low}
-        return {name: values for name, values in ends.items() if None not in values}
+        """Options of the optimizer: name -> the smallest and the largest value over steps and parameter groups. Of several
+        optimizers, with the optimizer's name before it: "AdamW lr"."""
+        return self.rules.options(self.reader.read("hyper", slice(0, self.steps)))
 
     def index(self, step: int) -> np.ndarray:
         """(B,): ids of the examples in the batch of a step, int64 or strings (objects)."""
@@ -212,7 +208,11 @@ class Run:
 
     def optimizer(self, model: nn.Module | dict[str, Tensor], step: int) -> torch.optim.Optimizer:
         """Torch's optimizer over the parameters of a model, or over tensors by name, as it was at a state, 0 .. T:
-        accumulators and options bit for bit, a group per parameter tensor; at T with the options of the last step."""
+        accumulators and options bit for bit, a group per parameter tensor; at T with the options of the last step. Of a run
+        of several optimizers all of them together: one `Together`, whose `optimizers` they are.
+
+        Raises:
+            ReplayError: an optimizer has no rule, so that its state is not known."""
         if not 0 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
         own = dict(uncompiled(model).named_parameters()) if isinstance(model, nn.Module) else model

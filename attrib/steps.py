@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .optim import Replay, Segments
+from .optim import MOMENTUM, Replay, Segments
 from .store import Passes, Reader
 from .trajectory import Trajectory
 
@@ -81,18 +81,21 @@ class Block:
     @cached_property
     def replayed(self) -> tuple[Updates, dict[str, Tensor]]:
         replay = self._replay()
-        updates = [replay.step(self.hyper[n], self.gradient[n], self.theta[n]) for n in range(self.stop - self.first)]
+        updates = [self._step(replay, n) for n in range(self.stop - self.first)]
         return updates, replay.state
 
     def state_at(self, step: int) -> dict[str, Tensor]:
         """The accumulators before a step, (P,) each."""
         replay = self._replay()
         for n in range(step - self.first):
-            replay.step(self.hyper[n], self.gradient[n], self.theta[n])
+            self._step(replay, n)
         return replay.state
 
     def _replay(self) -> Replay:
-        return Replay(self.trajectory.rule, self.trajectory.layout, self.state)
+        return Replay(self.trajectory.rules, self.trajectory.layout, self.state)
+
+    def _step(self, replay: Replay, n: int) -> tuple[Segments, Tensor]:
+        return replay.step(self.hyper[n], self.gradient[n], self.theta[n], self.theta[n + 1])
 
 
 class RecordedPass(NamedTuple):
@@ -195,7 +198,7 @@ class Steps:
     @property
     def momentum(self) -> Tensor:
         """(P,): the accumulator that is linear in the gradients, before the first step."""
-        return self.state[self.block.trajectory.rule.momentum]
+        return self.state[MOMENTUM]
 
     @property
     def state_after(self) -> dict[str, Tensor]:

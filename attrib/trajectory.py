@@ -11,9 +11,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from .errors import StoreError
+from .errors import ReplayError, StoreError
 from .layout import Layout
-from .optim import Rerun, Rule, kind_by_name, resume
+from .optim import Rerun, Rules, resume
 from .store import Reader
 
 KEPT = 16  # states between two key frames that are kept to run on from, at most
@@ -24,8 +24,8 @@ Start = tuple[Tensor, dict[str, Tensor]]  # theta (P,) and the accumulators, (P,
 class Trajectory:
     """theta of every state 0 .. T, and the accumulators before the first step of every block."""
 
-    def __init__(self, reader: Reader, rule: Rule, layout: Layout) -> None:
-        self.reader, self.rule, self.layout = reader, rule, layout
+    def __init__(self, reader: Reader, rules: Rules, layout: Layout) -> None:
+        self.reader, self.rules, self.layout = reader, rules, layout
         self.block, self._every = int(reader.header["block"]), int(reader.header["states_every"])
         self._frame = max(self.block, self._every)
         blocks = self._frame // self.block
@@ -70,13 +70,17 @@ class Trajectory:
 
     def optimizer(self, step: int, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Torch's optimizer over `parameters` as it was before a step, 0 .. T."""
+        if self.rules.read_off:
+            raise ReplayError(
+                f'the optimizer cannot be had again: got a run of {self.rules} with rule="frozen", whose state is not '
+                f"recorded, only what it did, at {self.reader.target}. Use the parameters alone: run.load."
+            )
         begin = min(step, self.reader.steps - 1) // self.block * self.block
         rerun = self._rerun(begin, self._start(begin))
         for _ in self._steps(rerun, begin, step):
             pass
-        kind = kind_by_name(self.reader.header["optimizer"])
         hyper = self.reader.read("hyper", step) if step < self.reader.steps else rerun.hyper()
-        return resume(kind, self.rule, self.layout, parameters, rerun.state(), hyper)
+        return resume(self.rules, self.layout, parameters, rerun.state(), hyper)
 
     def stored(self, step: int) -> Tensor | None:
         """(P,): the state that a step started from, where it stands in the store as it is."""
@@ -103,7 +107,7 @@ class Trajectory:
 
     def _rerun(self, first: int, start: Start) -> Rerun:
         hyper = self.reader.read("hyper", min(first, self.reader.steps - 1))
-        return Rerun(kind_by_name(self.reader.header["optimizer"]), self.rule, self.layout, *start, hyper)
+        return Rerun(self.rules, self.layout, *start, hyper)
 
     def _steps(self, rerun: Rerun, first: int, stop: int) -> Iterator[Tensor]:
         """The states after the steps first .. stop - 1."""
@@ -129,7 +133,7 @@ class Trajectory:
             )
 
     def _stored(self, step: int) -> dict[str, Tensor]:
-        return {key: self._read(f"state/{key}", step // self._frame) for key in self.rule.state}
+        return {key: self._read(f"state/{key}", step // self._frame) for key in self.rules.state}
 
     def _read(self, name: str, row: int) -> Tensor:
         return torch.from_numpy(self.reader.read(name, row))

@@ -1,6 +1,8 @@
 """The tables that property tests run over: optimizers, models, layers, operations, measurements. A new row is a new test."""
 
 from collections.abc import Callable, Collection
+from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -43,6 +45,13 @@ def crossed(*tables: Collection[Any], fast: Collection[tuple[Any, ...]] = ()) ->
     ]
 
 
+def few_first(*tables: Collection[Any], few: Collection[Any]) -> list[Any]:
+    """The covering rows of some tables; slow are those whose first entry is not among the few."""
+    fast = covering(few, *tables[1:])
+    slow = [row for row in covering(*tables) if row[0] not in few]
+    return [*fast, *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]
+
+
 def two_groups(parameters: list[nn.Parameter], kind: Callable[..., Any], **rest: Any) -> torch.optim.Optimizer:
     """Every other tensor in a group of its own hyper-parameters."""
     first, second = parameters[::2], parameters[1::2]
@@ -50,8 +59,22 @@ def two_groups(parameters: list[nn.Parameter], kind: Callable[..., Any], **rest:
 
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+RMSPROP, ADAGRAD, ADADELTA, ADAMAX = torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax
+NADAM, RADAM, ASGD, RPROP = torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD, torch.optim.Rprop
+ADAFACTOR, MUON = torch.optim.Adafactor, torch.optim.Muon
 
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+
+def matrices(parameters: list[nn.Parameter], *kinds: Callable[..., Any]) -> list[torch.optim.Optimizer]:
+    """Several optimizers: the first for the matrices, the others in turn for the rest."""
+    flat = [p for p in parameters if p.dim() == 2]
+    rest = [p for p in parameters if p.dim() != 2]
+    first, *others = kinds
+    return [first(flat), *(kind(rest[n :: len(others)]) for n, kind in enumerate(others))]
+
+
+Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizers]] = {
     "sgd": lambda p: SGD(p, lr=0.1),
     "sgd momentum": lambda p: SGD(p, lr=0.1, momentum=0.9),
     "sgd momentum dampening decay": lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.1),
@@ -72,7 +95,107 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw foreach": lambda p: ADAMW(p, lr=0.01, weight_decay=0.5, foreach=True),
     "adamw fused": lambda p: ADAMW(p, lr=0.01, weight_decay=0.5, amsgrad=True, fused=True),
     "adamw groups": lambda p: two_groups(p, ADAMW, lr=0.01, weight_decay=0.5),
+    "rmsprop": lambda p: RMSPROP(p, lr=0.01, alpha=0.9),
+    "rmsprop momentum centered decay": lambda p: RMSPROP(p, lr=0.003, momentum=0.9, centered=True, weight_decay=0.1),
+    "rmsprop maximize foreach": lambda p: RMSPROP(
+        p, lr=0.001, momentum=0.5, maximize=True, weight_decay=0.1, foreach=True
+    ),
+    "rmsprop groups": lambda p: two_groups(p, RMSPROP, lr=0.01, centered=True),
+    "adagrad": lambda p: ADAGRAD(p, lr=0.1),
+    "adagrad begun decay": lambda p: ADAGRAD(p, lr=0.1, lr_decay=0.1, initial_accumulator_value=0.3, weight_decay=0.1),
+    "adagrad maximize foreach": lambda p: ADAGRAD(
+        p, lr=0.01, lr_decay=0.1, maximize=True, weight_decay=0.1, foreach=True
+    ),
+    "adagrad fused": lambda p: ADAGRAD(p, lr=0.1, lr_decay=0.1, weight_decay=0.1, fused=True),
+    "adadelta": lambda p: ADADELTA(p, lr=1.0, eps=1e-4),
+    "adadelta decay": lambda p: ADADELTA(p, lr=2.0, rho=0.8, eps=1e-4, weight_decay=0.1),
+    "adadelta maximize foreach": lambda p: ADADELTA(p, lr=0.2, eps=1e-4, maximize=True, weight_decay=0.1, foreach=True),
+    "adamax": lambda p: ADAMAX(p, lr=0.01),
+    "adamax decay": lambda p: ADAMAX(p, lr=0.01, betas=(0.7, 0.8), weight_decay=0.1),
+    "adamax maximize foreach": lambda p: ADAMAX(p, lr=0.001, maximize=True, weight_decay=0.1, foreach=True),
+    "nadam": lambda p: NADAM(p, lr=0.01),
+    "nadam decay": lambda p: NADAM(p, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1, momentum_decay=0.1),
+    "nadam decoupled foreach": lambda p: NADAM(
+        p, lr=0.01, weight_decay=0.5, decoupled_weight_decay=True, momentum_decay=0.1, foreach=True
+    ),
+    "nadam maximize": lambda p: NADAM(p, lr=0.001, maximize=True, weight_decay=0.1),
+    "radam": lambda p: RADAM(p, lr=0.01),
+    "radam decay": lambda p: RADAM(p, lr=0.01, betas=(0.8, 0.9999), weight_decay=0.1),
+    "radam decoupled foreach": lambda p: RADAM(p, lr=0.01, weight_decay=0.5, decoupled_weight_decay=True, foreach=True),
+    "radam maximize": lambda p: RADAM(p, lr=0.001, maximize=True, weight_decay=0.1),
+    "asgd": lambda p: ASGD(p, lr=0.1),
+    "asgd averaging decay": lambda p: ASGD(p, lr=0.1, lambd=0.1, alpha=0.6, t0=2, weight_decay=0.1),
+    "asgd maximize foreach": lambda p: ASGD(p, lr=0.01, lambd=0.1, t0=2, maximize=True, weight_decay=0.1, foreach=True),
+    "rprop": lambda p: RPROP(p, lr=0.01),
+    "rprop bounded": lambda p: RPROP(p, lr=0.01, etas=(0.3, 2.0), step_sizes=(0.005, 0.03)),
+    "rprop maximize foreach": lambda p: RPROP(p, lr=0.001, maximize=True, foreach=True),
+    "adafactor": lambda p: ADAFACTOR(p, lr=0.1),
+    "adafactor decay": lambda p: ADAFACTOR(p, lr=0.1, beta2_decay=-0.5, eps=(1e-3, 0.1), d=1.5, weight_decay=0.5),
+    "adafactor maximize foreach": lambda p: ADAFACTOR(p, lr=0.01, maximize=True, weight_decay=0.5, foreach=True),
+    "muon + adamw": lambda p: matrices(p, partial(MUON, lr=0.02), partial(ADAMW, lr=0.01)),
+    "muon + sgd + adafactor": lambda p: matrices(
+        p,
+        partial(
+            MUON, lr=0.02, momentum=0.8, nesterov=False, ns_steps=3, adjust_lr_fn="match_rms_adamw", weight_decay=0.5
+        ),
+        partial(SGD, lr=0.1, momentum=0.9),
+        partial(ADAFACTOR, lr=0.1),
+    ),
+    "nadam + adagrad": lambda p: [
+        two_groups(p[:2], NADAM, lr=0.01),
+        ADAGRAD(p[2:], lr=0.1, initial_accumulator_value=0.1),
+    ],
 }
+
+
+def in_train_mode(optimizer: Any) -> Any:
+    """One that is schedule-free."""
+    optimizer.train()
+    return optimizer
+
+
+if find_spec("lion_pytorch"):
+    from lion_pytorch import Lion
+
+    OPTIMIZERS |= {
+        "lion": lambda p: Lion(p, lr=0.01, betas=(0.8, 0.9), weight_decay=0.5),
+        "lion groups": lambda p: two_groups(p, Lion, lr=0.01),
+    }
+
+if find_spec("schedulefree"):
+    from schedulefree import AdamWScheduleFree, SGDScheduleFree
+
+    OPTIMIZERS |= {
+        "schedule-free sgd": lambda p: in_train_mode(SGDScheduleFree(p, lr=0.1, weight_decay=0.1, warmup_steps=3)),
+        "schedule-free sgd one by one": lambda p: in_train_mode(
+            SGDScheduleFree(p, lr=0.1, momentum=0.7, r=1.0, foreach=False)
+        ),
+        "schedule-free adamw": lambda p: in_train_mode(AdamWScheduleFree(p, lr=0.01, weight_decay=0.5, warmup_steps=3)),
+        "schedule-free adamw one by one": lambda p: in_train_mode(
+            AdamWScheduleFree(p, lr=0.01, betas=(0.8, 0.9), r=0.5, weight_lr_power=1.0, foreach=False)
+        ),
+    }
+
+# one of each rule, and of each way in which torch or the store treats them differently: what the fast tier goes through
+FEW = (
+    "sgd groups",
+    "sgd nesterov decay",
+    "adam amsgrad",
+    "adamw fused",
+    "rmsprop momentum centered decay",
+    "adagrad begun decay",
+    "adadelta decay",
+    "adamax decay",
+    "nadam decoupled foreach",
+    "radam",
+    "asgd averaging decay",
+    "rprop bounded",
+    "adafactor decay",
+    "muon + adamw",
+    "muon + sgd + adafactor",
+    "nadam + adagrad",
+    *(name for name in ("lion", "schedule-free sgd", "schedule-free adamw") if name in OPTIMIZERS),
+)
 
 
 class Mlp(nn.Module):

@@ -40,11 +40,11 @@ def single_gradients(
 
 
 class Frozen(NamedTuple):
-    """delta_s = sum_r matrix[s][r] * g_r + own[s] * theta_s, with g_r = sum of shares + coupled * theta_r."""
+    """delta_s = sum_r matrix[s][r] g_r + own[s] * theta_s, with g_r = sum of shares + coupled * theta_r."""
 
-    matrix: list[list[np.ndarray]]  # [s][r], r <= s: (P,)
+    matrix: list[list[np.ndarray]]  # [s][r], r <= s: (P,) for entry by entry, or (P, P)
     own: list[float]
-    coupled: float
+    coupled: float | list[np.ndarray]  # for every step, or of each
 
 
 def frozen_sgd(
@@ -134,8 +134,11 @@ def contributions(
     for r in range(steps):
         total = np.zeros((len(bars[0]), *shares[r].shape))
         for s in range(r, steps):
-            total += (bars[s] * frozen.matrix[s][r])[:, None, :] * shares[r][None]
-            decay[:, r] += (bars[s] * frozen.matrix[s][r] * frozen.coupled * thetas[r]).sum(1)
+            matrix = frozen.matrix[s][r]
+            pulled = bars[s] @ matrix if matrix.ndim == 2 else bars[s] * matrix
+            total += pulled[:, None, :] * shares[r][None]
+            coupled = frozen.coupled if isinstance(frozen.coupled, float) else frozen.coupled[r]
+            decay[:, r] += (pulled * coupled * thetas[r]).sum(1)
         decay[:, r] += (bars[r] * frozen.own[r] * thetas[r]).sum(1)
         found.append(total)
     return Decomposition(found, decay)

@@ -41,7 +41,7 @@ def test_verify_checks_every_step(store: str, capsys: pytest.CaptureFixture[str]
     assert "verified" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("array", ["theta", "gradient", "gradients", "hyper", "state/exp_avg"])
+@pytest.mark.parametrize("array", ["theta", "gradient", "gradients", "hyper", "state/momentum"])
 def test_verify_finds_a_changed_number(array: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A well-formed chunk with a wrong number in it: only the identities can tell."""
     found = zarr.open_group(store, mode="r+")[array]

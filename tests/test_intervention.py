@@ -262,12 +262,12 @@ def test_optimizer_state_is_kept_reset_or_taken_along(kind: str, tmp_path: Path)
             moved = name.startswith("hidden.")
             own = next(trained.run.blocks(START, START + 1)).momentum[part]
             other = trained.run.optimizer(trained.model, STEPS).state[named(trained.model)[name]]
-            taken = other[trained.run.rule.momentum].reshape(-1)
+            taken = other[trained.run.rules[0].momentum].reshape(-1)
             if moved and state == "reset":
                 assert not momentum[part].any()
             else:
                 torch.testing.assert_close(momentum[part], taken if moved and state == "taken" else own, rtol=0, atol=0)
-        ages = again.reader.read("hyper", 0)[:, again.rule.hyper.index("age")]
+        ages = again.reader.read("hyper", 0)[:, again.rules[0].hyper.index("age")]
         moved_age = {"kept": START, "reset": 0, "taken": STEPS}[state]
         expected = [moved_age if n.startswith("hidden.") else START for n in again.groups]
         np.testing.assert_array_equal(ages, np.minimum(expected, 1) if "sgd" in kind else expected)

@@ -12,15 +12,18 @@ from torch import nn
 from attrib.errors import UnsupportedOptimizerError
 from attrib.layout import Layout
 from attrib.optim import (
-    RULES,
+    MOMENTUM,
     Replay,
     Rerun,
     check_group_options,
     decay_rates,
+    entrywise_decay,
     pullback,
     read_hyper,
     read_state,
-    rule_of,
+    rules_of,
+    together,
+    torch_states,
 )
 
 
@@ -28,11 +31,11 @@ from attrib.optim import (
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_replayed_updates_are_torchs(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(n, dtype=dtype)) for n in (50, 1, 30)]
-    optimizer = OPTIMIZERS[name](parameters)
-    rule = rule_of(optimizer)
+    parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 10), (), (10, 3), (2, 4, 4))]
+    optimizer = together(OPTIMIZERS[name](parameters))
+    rule = rules_of(optimizer)
     mine = [p for group in optimizer.param_groups for p in group["params"]]
-    layout = Layout(tuple("abc"), tuple((p.numel(),) for p in mine))
+    layout = Layout(tuple("abcd"), tuple(tuple(p.shape) for p in mine))
     replay = Replay(rule, layout, read_state(rule, optimizer, mine))
     eps = torch.finfo(dtype).eps
     for _ in range(6):
@@ -55,7 +58,7 @@ def test_decay_in_float32_is_frozen_as_torch_rounds_it(fused: bool) -> None:
     the decay, the same at every step, unless it is followed."""
     p = nn.Parameter(torch.ones(64))
     optimizer = torch.optim.AdamW([p], lr=0.01, weight_decay=1.0, fused=fused)
-    rule = RULES[torch.optim.AdamW]
+    rule = rules_of(optimizer)
     layout = Layout(("p",), ((64,),))
     replay = Replay(rule, layout, read_state(rule, optimizer, [p]))
     p.grad = torch.zeros_like(p)
@@ -72,7 +75,7 @@ def test_decay_in_float32_is_frozen_as_torch_rounds_it(fused: bool) -> None:
 def test_a_skipped_parameter_keeps_its_state_and_its_age() -> None:
     p, q = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
     optimizer = torch.optim.AdamW([p, q], lr=0.1)
-    rule = rule_of(optimizer)
+    rule = rules_of(optimizer)
     layout = Layout(("p", "q"), ((2,), (2,)))
     replay = Replay(rule, layout, read_state(rule, optimizer, [p, q]))
     for step in range(4):
@@ -127,7 +130,7 @@ def test_options_that_are_tensors_are_replayed_and_run_again(
     if how == "foreach" and kind is not SGD:  # where torch takes numbers alone
         options |= {"lr": float(options["lr"]), "betas": tuple(map(float, options.get("betas", (0.9, 0.99))))}
     optimizer = kind(parameters, **options, **({how: True} if how else {}))
-    rule = rule_of(optimizer)
+    rule = rules_of(optimizer)
     layout = Layout(tuple("abc"), tuple(tuple(p.shape) for p in parameters))
     state = read_state(rule, optimizer, parameters)
     replay, rerun, eps = Replay(rule, layout, state), None, torch.finfo(dtype).eps
@@ -136,7 +139,7 @@ def test_options_that_are_tensors_are_replayed_and_run_again(
             p.grad = torch.randn_like(p)
         theta, gradient = layout.flatten(parameters), layout.flatten(p.grad for p in parameters)
         hyper = read_hyper(rule, optimizer)
-        rerun = rerun or Rerun(kind, rule, layout, theta, state, hyper)
+        rerun = rerun or Rerun(rule, layout, theta, state, hyper)
         optimizer.step()
         _, delta = replay.step(hyper, gradient, theta)
         after = layout.flatten(parameters)
@@ -186,22 +189,23 @@ NOT_STORED = {"params", "capturable", "differentiable"}  # how torch computes a 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_numbers_of_a_step_give_its_options_and_its_state_again(name: str) -> None:
-    parameters = [nn.Parameter(torch.randn(3)) for _ in range(4)]
-    optimizer = OPTIMIZERS[name](parameters)
-    rule = rule_of(optimizer)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((3, 2), (3,), (2, 3), (3, 2, 2))]
+    optimizer = together(OPTIMIZERS[name](parameters))
+    rules = rules_of(optimizer)
+    mine = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = [group for group in optimizer.param_groups for _ in group["params"]]
+    layout = Layout(tuple("abcd"), tuple(tuple(p.shape) for p in mine))
     for _ in range(3):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                state = optimizer.state.get(p, {})
-                hyper = dict(zip(rule.hyper, rule.read(group, state), strict=True))
-                options = rule.options(hyper)
-                assert set(group) - NOT_STORED == set(options)
-                assert {**group, **options} == group
-                assert all(isinstance(options[k], bool) == isinstance(group[k], bool) for k in options)
-                resumed = rule.resume(hyper, {k: state.get(k, torch.zeros(3)) for k in rule.state})
-                torch.testing.assert_close(resumed, dict(state), rtol=0, atol=0)
-        for p in parameters:
-            p.grad = torch.randn(3)
+        hyper, state = read_hyper(rules, optimizer), read_state(rules, optimizer, mine)
+        for rule, row, group in zip(rules, rules.named(hyper), groups, strict=True):
+            options = rule.options(row)
+            assert set(group) - NOT_STORED == set(options)
+            assert {**group, **options} == group
+            assert all(isinstance(options[k], bool) == isinstance(group[k], bool) for k in options)
+        for p, resumed in zip(mine, torch_states(rules, layout, state, hyper), strict=True):
+            torch.testing.assert_close(resumed, dict(optimizer.state.get(p, {})), rtol=0, atol=0)
+        for p in mine:
+            p.grad = torch.randn_like(p)
         optimizer.step()
 
 
@@ -212,16 +216,16 @@ def test_steps_are_pulled_back_piece_by_piece_and_nothing_given_is_changed(
     """<Gbar, Delta> + <carry, z'> = <U, gradient> + <carry', z> + decay, over pieces of a few queries and entries."""
     monkeypatch.setattr("attrib.optim.replay.CACHED", 8)
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (20, 1, 5)]
-    optimizer = OPTIMIZERS[name](parameters)
+    parameters = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((4, 5), (), (7, 3), (3,))]
+    optimizer = together(OPTIMIZERS[name](parameters))
     mine = [p for group in optimizer.param_groups for p in group["params"]]
-    rule, layout = rule_of(optimizer), Layout(tuple("abc"), tuple((p.numel(),) for p in mine))
+    rule, layout = rules_of(optimizer), Layout(tuple("abcd"), tuple(tuple(p.shape) for p in mine))
     replay = Replay(rule, layout, read_state(rule, optimizer, mine))
     for _ in range(3):  # the last with a momentum that is not zero
         for p in mine:
             p.grad = torch.randn_like(p)
         theta, gradient = layout.flatten(mine), layout.flatten(p.grad for p in mine)
-        before = replay.state[rule.momentum]
+        before = replay.state[MOMENTUM]
         parts, delta = replay.step(read_hyper(rule, optimizer), gradient, theta)
         optimizer.step()
     carry, path = torch.randn(2, 5, layout.size, dtype=torch.float64)
@@ -229,8 +233,10 @@ def test_steps_are_pulled_back_piece_by_piece_and_nothing_given_is_changed(
     sensitivity, earlier = pullback(parts, carry, path)
     assert torch.equal(carry, given[0])
     assert torch.equal(path, given[1])
-    coupled, decoupled = torch.from_numpy(decay_rates(parts, 3).repeat(np.diff(layout.bounds), axis=1))
+    coupled, decoupled = torch.from_numpy(decay_rates(parts, 4).repeat(np.diff(layout.bounds), axis=1))
     decay = sensitivity @ (coupled * theta) - path @ (decoupled * theta)
-    moved = path @ delta + carry @ replay.state[rule.momentum]
+    entrywise = entrywise_decay(parts, layout, sensitivity, theta)
+    decay = decay if entrywise is None else decay + entrywise.sum(1)
+    moved = path @ delta + carry @ replay.state[MOMENTUM]
     # sums of some hundred float64 terms of size one
     torch.testing.assert_close(sensitivity @ gradient + earlier @ before + decay, moved, rtol=0, atol=1e-13)

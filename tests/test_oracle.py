@@ -1,29 +1,98 @@
 """Every single contribution against a double sum over steps with batch-size-one gradients."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
+import oracles_optim as plain
 import pytest
 import torch
 import xarray as xr
-from cases import MODELS, crossed
+from cases import (
+    ADADELTA,
+    ADAFACTOR,
+    ADAGRAD,
+    ADAM,
+    ADAMAX,
+    ADAMW,
+    ASGD,
+    MODELS,
+    MUON,
+    NADAM,
+    OPTIMIZERS,
+    RADAM,
+    RMSPROP,
+    RPROP,
+    SGD,
+    crossed,
+    in_train_mode,
+    matrices,
+)
 from torch import nn
 from training import train
 from zarr.storage import MemoryStore
 
 import attrib
 
-SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
-CASES = {
+def muon_and_adamw(
+    parameters: list[nn.Parameter], lr: float, adam_lr: float, match: bool = False, **options: Any
+) -> Any:
+    adjust = "match_rms_adamw" if match else None
+    return matrices(parameters, partial(MUON, lr=lr, adjust_lr_fn=adjust, **options), partial(ADAMW, lr=adam_lr))
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "sgd": (SGD, dict(lr=0.1), oracles.frozen_sgd),
     "momentum": (SGD, dict(lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1), oracles.frozen_sgd),
     "nesterov": (SGD, dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1), oracles.frozen_sgd),
     "adam": (ADAM, dict(lr=0.02, weight_decay=0.1), oracles.frozen_adam),
     "amsgrad": (ADAM, dict(lr=0.02, betas=(0.5, 0.6), amsgrad=True), oracles.frozen_adam),
     "adamw": (ADAMW, dict(lr=0.02, weight_decay=0.5, betas=(0.9, 0.98)), oracles.frozen_adam),
+    "rmsprop": (RMSPROP, dict(lr=0.02, alpha=0.9, weight_decay=0.1), plain.frozen_rmsprop),
+    "rmsprop centered": (RMSPROP, dict(lr=0.005, momentum=0.9, centered=True, weight_decay=0.1), plain.frozen_rmsprop),
+    "adagrad": (
+        ADAGRAD,
+        dict(lr=0.1, lr_decay=0.2, initial_accumulator_value=0.1, weight_decay=0.1),
+        plain.frozen_adagrad,
+    ),
+    "adadelta": (ADADELTA, dict(lr=1.0, eps=1e-4, weight_decay=0.1), plain.frozen_adadelta),
+    "adamax": (ADAMAX, dict(lr=0.02, betas=(0.7, 0.8), weight_decay=0.1), plain.frozen_adamax),
+    "nadam": (NADAM, dict(lr=0.02, weight_decay=0.1, momentum_decay=0.1), plain.frozen_nadam),
+    "nadam decoupled": (NADAM, dict(lr=0.02, weight_decay=0.5, decoupled_weight_decay=True), plain.frozen_nadam),
+    "radam": (RADAM, dict(lr=0.02, weight_decay=0.1), plain.frozen_radam),
+    "radam decoupled": (RADAM, dict(lr=0.02, weight_decay=0.5, decoupled_weight_decay=True), plain.frozen_radam),
+    "asgd": (ASGD, dict(lr=0.1, lambd=0.1, alpha=0.6, t0=2, weight_decay=0.1), plain.frozen_asgd),
+    "rprop": (RPROP, dict(lr=0.01, etas=(0.3, 2.0), step_sizes=(0.005, 0.03)), plain.frozen_rprop),
+    "adafactor": (ADAFACTOR, dict(lr=0.1, weight_decay=0.5), plain.frozen_adafactor),
+    "muon": (muon_and_adamw, dict(lr=0.05, adam_lr=0.01, weight_decay=0.5), plain.frozen_muon_and_adamw),
+    "muon matched": (
+        muon_and_adamw,
+        dict(lr=0.05, adam_lr=0.01, nesterov=False, momentum=0.8, match=True),
+        plain.frozen_muon_and_adamw,
+    ),
 }
+
+if "lion" in OPTIMIZERS:
+    from lion_pytorch import Lion
+
+    CASES["lion"] = (Lion, dict(lr=0.01, betas=(0.8, 0.9), weight_decay=0.5), plain.frozen_lion)
+
+if "schedule-free sgd" in OPTIMIZERS:
+    from schedulefree import AdamWScheduleFree, SGDScheduleFree
+
+    CASES["schedule-free sgd"] = (
+        lambda p, **o: in_train_mode(SGDScheduleFree(p, **o)),
+        dict(lr=0.1, momentum=0.8, weight_decay=0.1, r=0.5, warmup_steps=2),
+        plain.frozen_schedule_free_sgd,
+    )
+    CASES["schedule-free adamw"] = (
+        lambda p, **o: in_train_mode(AdamWScheduleFree(p, **o)),
+        dict(lr=0.02, weight_decay=0.5, betas=(0.8, 0.9)),
+        plain.frozen_schedule_free_adamw,
+    )
 
 
 def decompose(trained, kind, options, freeze, bars) -> oracles.Decomposition:  # type: ignore[no-untyped-def]
@@ -34,7 +103,11 @@ def decompose(trained, kind, options, freeze, bars) -> oracles.Decomposition:  #
         oracles.single_gradients(model, theta, case.loss, (x, y)) / len(x)
         for theta, (_, x, y) in zip(trained.thetas, trained.batches, strict=False)
     ]
-    extra = {} if kind is not ADAMW else {"decoupled": True}
+    extra: dict[str, Any] = {} if kind is not ADAMW else {"decoupled": True}
+    if freeze not in (oracles.frozen_sgd, oracles.frozen_adam):
+        extra["shapes"] = [tuple(p.shape) for p in model.parameters()]
+    if freeze is plain.frozen_muon_and_adamw:
+        extra["after"] = trained.thetas[-1]
     rest = {k: v for k, v in options.items() if k != "lr"}
     frozen = freeze([s.sum(0) for s in shares], trained.thetas[:-1], trained.rates, **rest, **extra)
     return oracles.contributions(frozen, bars, shares, trained.thetas)

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import MODELS, OPTIMIZERS, crossed
+from cases import FEW, MODELS, OPTIMIZERS, covering, crossed
 from torch import nn
 from training import train
 from zarr.storage import MemoryStore
 
 import attrib
 from attrib import errors
+
+WAYS = ([3, 8, 0], [torch.float64, torch.float32])
 
 
 class Dropped(nn.Module):
@@ -22,9 +24,7 @@ class Dropped(nn.Module):
         return self.second(self.drop(torch.relu(self.first(x))))
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "start", "dtype"), crossed(OPTIMIZERS, [3, 8, 0], [torch.float64, torch.float32])
-)
+@pytest.mark.parametrize(("optimizer", "start", "dtype"), crossed(OPTIMIZERS, *WAYS, fast=covering(FEW, *WAYS)))
 def test_untouched_replay_is_the_run_bit_for_bit(optimizer: str, start: int, dtype: torch.dtype) -> None:
     trained = train(MemoryStore(), OPTIMIZERS[optimizer], dtype=dtype, steps=9, block=4)
     before = [p.detach().clone() for p in trained.model.parameters()]

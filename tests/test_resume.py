@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import MODELS, OPTIMIZERS, covering
+from cases import FEW, MODELS, OPTIMIZERS, Optimizers, few_first
 from torch import nn
 from training import assert_same_arrays
 
@@ -31,7 +31,7 @@ def build(width: int = 6) -> nn.Sequential:
 
 def loop(
     store: Any,
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = OPTIMIZERS["adamw"],
+    optimizer: Callable[[list[nn.Parameter]], Optimizers] = OPTIMIZERS["adamw"],
     stop_at: int | None = None,
     model: nn.Module | None = None,
     check: Callable[[attrib.Recorder, nn.Module], None] = lambda recorder, model: None,
@@ -43,13 +43,14 @@ def loop(
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(EXAMPLES, 4, generator=g).double(), torch.randint(0, 3, (EXAMPLES,), generator=g)
     batches = [torch.randperm(EXAMPLES, generator=g)[: 4 + n % 3] for n in range(STEPS)]
-    schedule = torch.optim.lr_scheduler.ExponentialLR(inner, 0.9)
+    single = inner if isinstance(inner, list) else [inner]
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(one, 0.9) for one in single]
     torch.manual_seed(5)
     recorder = attrib.record(inner, model, LOSS, store, **{"block": 4, **options})
     check(recorder, model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's, that the schedule moves before the optimizer
-        for _ in range(recorder.steps):
+        for schedule in schedules * recorder.steps:
             schedule.step()
     with recorder:
         for n in range(recorder.steps, STEPS):
@@ -59,7 +60,8 @@ def loop(
             LOSS(model, x[batches[n]], y[batches[n]]).mean().backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             recorder.step(batches[n], x[batches[n]], y[batches[n]])
-            schedule.step()
+            for schedule in schedules:
+                schedule.step()
     return recorder
 
 
@@ -79,7 +81,7 @@ def ended_early(store: Any, steps: int, killed: bool = False, **options: Any) ->
         held[0]._writer.release()
 
 
-CASES = covering(OPTIMIZERS, CAPTURES, (1, 8), (4, 5, 7, 8, 11), (False, True))
+CASES = few_first(OPTIMIZERS, CAPTURES, (1, 8), (4, 5, 7, 8, 11), (False, True), few=FEW)
 
 
 @pytest.mark.parametrize(("name", "capture", "states_every", "steps", "killed"), CASES)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import zarr
-from cases import MODELS, ModelCase
+from cases import MODELS, ModelCase, Optimizers
 from torch import Tensor, nn
 
 import attrib
@@ -44,7 +44,7 @@ def flat(model: nn.Module) -> np.ndarray:
 
 def train(
     store: Path | Any,
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    optimizer: Callable[[list[nn.Parameter]], Optimizers],
     model: str = "mlp",
     capture: str = "replay",
     dtype: torch.dtype = torch.float64,
@@ -73,7 +73,7 @@ def train(
         reduction(case.loss(net, x[index], y[index])).backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(net.parameters(), clip)
-        rates.append(inner.param_groups[0]["lr"])
+        rates.append(recorder.param_groups[0]["lr"])
         recorder.step(called(index), x[index], y[index])
         if schedule is not None:
             schedule.step()

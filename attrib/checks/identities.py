@@ -2,7 +2,7 @@
 own example."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -102,8 +102,10 @@ def split_gaps(
     return differences / np.where(floor > 0, floor, 1.0)
 
 
-def step_identity(layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int) -> float:
-    """|replayed - real update| over |real update|; vectors (P,).
+def step_identity(
+    layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int, unmodelled: Collection[str] = ()
+) -> float:
+    """|replayed - real update| over |real update|; vectors (P,). unmodelled: parameters whose update need not be explained.
 
     Real parameters are rounded to eps |theta|, so an update below sqrt(eps) |theta| is counted as of that size.
 
@@ -115,7 +117,7 @@ def step_identity(layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor
     for name, part in layout.slices():
         gap = float((replayed[part] - real[part]).norm())
         allowed = eps**0.5 * float(real[part].norm()) + 4 * eps * float(after[part].norm())
-        if not gap <= allowed:
+        if not gap <= allowed and name not in unmodelled:
             raise StepIdentityError(
                 f"the replayed update is not the optimizer's: got a gap of {gap:.3g}, expected at most {allowed:.3g}, at "
                 f"parameter {name!r}, step {step}. Recording ends before this step; the optimizer has made it. Was the "

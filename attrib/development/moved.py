@@ -92,8 +92,8 @@ def moves(
 
 def _remembers(run: Run) -> bool:
     """Whether the optimizer has momentum in any step."""
-    found = [run.options.get("momentum", [0.0, 0.0]), *([b[0]] for b in run.options.get("betas", []))]
-    return any(value != 0 for values in found for value in values)
+    named = ((name.rpartition(" ")[2], ends) for name, ends in run.options.items())  # of several, "AdamW betas"
+    return any(np.ravel(value)[0] != 0 for name, ends in named if name in ("momentum", "betas") for value in ends)
 
 
 def _at_once(window: Callable[..., Result], steps: range, examples: int) -> Iterator[Move]:

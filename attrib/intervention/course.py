@@ -101,7 +101,7 @@ class Course:
     def step(self, step: int, random: Tensor | None, stepper: Stepper) -> Tensor | None:
         """Make a step; random: the generators' state after the last one, where it is kept. Returns that after this one."""
         scheduled = self.schedule.step(step)
-        set_options(self.optimizer, self.run.rule, scheduled.hyper)
+        set_options(self.optimizer, self.run.rules, scheduled.hyper)
         for change in self.interventions:
             change.options(self.run, step, self.optimizer)
         batches = [self._batch(step, each) for each in scheduled.passes]

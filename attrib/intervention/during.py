@@ -112,8 +112,13 @@ class Options(Window):
 
     def check(self, run: Run, start: int, until: int) -> None:
         super().check(run, start, until)
-        chosen(run, self.groups, "Options")
-        known = [name for name in run.rule.options(dict.fromkeys(run.rule.hyper, 0.0)) if name not in _FLAGS]
+        names = chosen(run, self.groups, "Options")
+        theirs = [
+            [n.key for n in rule.numbers if n.key not in (*_FLAGS, *rule.counts)]
+            for rule, name in zip(run.rules, run.groups, strict=True)
+            if name in names
+        ]
+        known = [name for name in theirs[0] if all(name in others for others in theirs)]
         for name, value in self.values.items():
             if name not in known:
                 raise ReplayError(

@@ -38,6 +38,11 @@ class Loop:
 
 def prepare(run: Run, start: int, interventions: Interventions, loop: Loop) -> Course:
     """Everything checked and set up; a copy of the model at the changed state."""
+    if run.rules.read_off:
+        raise ReplayError(
+            f'the optimizer cannot be run again: got a run of {run.rules} with rule="frozen", whose state is not recorded, '
+            f"only what it did, at {run.reader.target}. Train again with the loop itself."
+        )
     steps = _steps(run, start, loop.until)
     changes = _checked(run, steps, interventions)
     check_model(run, loop.model, values=False)

@@ -58,19 +58,27 @@ class Transplant(Intervention):
             )
         if self.run.dtype != run.dtype:
             raise ReplayError(f"the runs differ in type: got {self.run.dtype}, expected {run.dtype}, at Transplant.")
-        if self.state == "taken" and self.run.rule.name != run.rule.name:
+        if self.state == "taken":
+            self._check_accumulators(run)
+        if not 0 < self.share <= 1:
+            raise ReplayError(f"the share is none: got {self.share}, expected 0 < share <= 1, at Transplant.")
+
+    def _check_accumulators(self, run: Run) -> None:
+        """That those of the donor's optimizers are such as the run's have, and of the same kind."""
+        rules = [dict(zip(r.groups, r.rules, strict=True)) for r in (self.run, run)]
+        if any(rules[0][name].name != rules[1][name].name for name in chosen(run, self.groups, "Transplant")):
             raise ReplayError(
                 f"the optimizer state cannot be taken along: got a run of {self.run.header['optimizer']}, expected one of "
                 f'{run.header["optimizer"]}, at Transplant. Choose state="reset" or "kept".'
             )
-        flags = [r.options.get("amsgrad") for r in (self.run, run)]
-        if self.state == "taken" and flags[0] != flags[1]:
-            raise ReplayError(
-                f"the optimizer state cannot be taken along: got amsgrad {flags[0]}, expected {flags[1]}, at Transplant. "
-                f'Choose state="reset" or "kept".'
-            )
-        if not 0 < self.share <= 1:
-            raise ReplayError(f"the share is none: got {self.share}, expected 0 < share <= 1, at Transplant.")
+        for option in ("amsgrad", "centered"):
+            flags = [{n: v for n, v in r.options.items() if n.split()[-1] == option} for r in (self.run, run)]
+            if flags[0] != flags[1]:
+                got, expected = (next(iter(f.values()), None) for f in flags)
+                raise ReplayError(
+                    f"the optimizer state cannot be taken along: got {option} {got}, expected {expected}, at Transplant. "
+                    f'Choose state="reset" or "kept".'
+                )
 
     def begin(self, run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         values = self.run.parameters(self.step)

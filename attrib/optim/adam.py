@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
 from .numbers import choice, flag, number, several
-from .rule import Options, Rule, State, realised
+from .rule import Options, Rule, State, always, realised, taken_off, where
 
 
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -47,13 +47,13 @@ def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[
 
 def _decoupled(product: Any, fused: bool, dtype: torch.dtype) -> float:
     """The share of theta that AdamW takes off: the fused kernel subtracts it, the others multiply by what is left."""
-    return realised(product, dtype) if fused else 1 - realised(1 - product, dtype)
+    return realised(product, dtype) if fused else taken_off(product, dtype)
 
 
 ADAM = Rule(
     name="Adam",
     momentum="exp_avg",
-    moments={"exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"},
+    accumulators={"exp_avg": always, "exp_avg_sq": always, "max_exp_avg_sq": where("amsgrad")},
     clock="step",
     numbers=(
         number("lr"),

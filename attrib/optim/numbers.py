@@ -64,6 +64,16 @@ def choice(key: str) -> Numbers:
     )
 
 
+def count(key: str) -> Numbers:
+    """A whole number."""
+    return Numbers(key, (key,), lambda value: (value,), lambda n: int(n[0]))
+
+
+def word(key: str, words: Sequence[str | None]) -> Numbers:
+    """One of a few words, stored as its place among them."""
+    return Numbers(key, (key,), lambda value: (words.index(value),), lambda n: words[int(n[0])])
+
+
 def _place(value: Any) -> int:
     return TYPES.index(value.dtype) if isinstance(value, Tensor) else 0
 

@@ -1,11 +1,12 @@
-"""From a torch optimizer to arrays, and a recorded step replayed over the whole parameter vector.
+"""A recorded step replayed over the whole parameter vector, and pulled back.
 
-The hyper-parameters of a step are stored per parameter tensor, (K, H), because torch keeps age and activity per
-tensor. Neighbouring tensors with equal rows are replayed together, as one slice.
+The hyper-parameters of a step are stored per parameter tensor, (K, H), because torch keeps age and activity per tensor.
+Neighbouring tensors of one rule with equal rows are replayed together, as one slice; where the rule needs whole tensors, one
+by one.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from ..kernels.recurrence import IDLE, Coefficients
 from ..layout import Layout
-from .rule import Rule
+from .frozen import read_off
+from .rule import MOMENTUM, Rule, packed, unpacked
+from .rules import Rules
 
 CACHED = 1 << 16  # entries worked on at once, to stay in the cache
 
@@ -34,67 +37,72 @@ class Segment(NamedTuple):
 Segments = list[Segment]
 
 
-def read_hyper(rule: Rule, optimizer: torch.optim.Optimizer) -> np.ndarray:
-    """(K, H + 1) float64: the rule's numbers for each parameter tensor before the step, and whether it takes part."""
-    rows = []
-    for group in optimizer.param_groups:
-        values = rule.values(group)
-        for p in group["params"]:
-            rows.append((*values, rule.age(optimizer.state.get(p, {})), float(p.grad is not None)))
-    return np.array(rows, dtype=np.float64)
-
-
-def read_state(rule: Rule, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The accumulators of all parameters as new vectors (P,), zeros where torch has made none yet."""
-    return {
-        key: torch.cat([_accumulator(optimizer.state.get(p, {}), key, p).detach().reshape(-1) for p in parameters])
-        for key in rule.state
-    }
-
-
-def _accumulator(state: dict[str, Any], key: str, like: Tensor) -> Tensor:
-    value = state.get(key)
-    return torch.zeros_like(like) if value is None else value
-
-
 class Replay:
-    """Runs a rule over recorded gradients from a known state: one `step` per recorded step, in order.
+    """Runs the rules over recorded gradients from a known state: one `step` per recorded step, in order.
 
     state: the accumulators before the next step, vectors (P,).
     """
 
-    def __init__(self, rule: Rule, layout: Layout, state: dict[str, Tensor]) -> None:
-        self.rule, self.layout, self.state = rule, layout, dict(state)
+    def __init__(self, rules: Rules, layout: Layout, state: dict[str, Tensor]) -> None:
+        self.rules, self.layout, self.state = rules, layout, dict(state)
 
-    def step(self, hyper: np.ndarray, gradient: Tensor, theta: Tensor) -> tuple[Segments, Tensor]:
-        """Advance by one step: (K, H + 1), (P,), (P,) -> coefficients per segment, the update Delta (P,)."""
+    def step(
+        self, hyper: np.ndarray, gradient: Tensor, theta: Tensor, after: Tensor | None = None
+    ) -> tuple[Segments, Tensor]:
+        """Advance by one step: (K, H + 1), (P,), (P,) -> coefficients per segment, the update Delta (P,).
+
+        after: the parameters after it, (P,), which a rule that is read off the update needs.
+        """
         segments: Segments = []
         delta = torch.empty_like(theta)
-        after = {key: torch.empty_like(value) for key, value in self.state.items()}
+        state = {key: torch.empty_like(value) for key, value in self.state.items()}
         for piece, tensors, row in self._pieces(hyper):
-            before = {key: value[piece] for key, value in self.state.items()}
-            coefficients, moments = IDLE, before
-            if row[-1]:
-                named = dict(zip(self.rule.hyper, row, strict=False))
-                options = {**self.rule.options(named), "age": named["age"]}
-                coefficients, moments = self.rule.freeze(options, before, gradient[piece], theta[piece])
-            for key in self.rule.moments:
-                after[key][piece] = moments.get(key, before[key])
-            delta[piece], after[self.rule.momentum][piece] = coefficients.apply(
-                before[self.rule.momentum], gradient[piece], theta[piece]
-            )
+            rule, g, before = self.rules[tensors.start], gradient[piece], theta[piece]
+            known = {key: value[piece] for key, value in self.state.items()}
+            coefficients, moments = IDLE, known
+            if row[-1] and rule.read_off:
+                assert after is not None
+                coefficients = read_off(g, after[piece] - before)
+            elif row[-1]:
+                options = rule.situation(dict(zip(rule.hyper, row, strict=False)))
+                freeze = _freeze_whole if rule.whole else _freeze
+                coefficients, moments = freeze(rule, options, known, g, before, self.layout.shapes[tensors.start])
+            delta[piece], momentum = coefficients.apply(known[MOMENTUM], g, before)
+            for key in state:
+                state[key][piece] = moments.get(key, momentum if key == MOMENTUM else known[key])
             segments.append(Segment(piece, tensors, coefficients))
-        self.state = after
+        self.state = state
         return segments, delta
 
     def _pieces(self, hyper: np.ndarray) -> Iterator[tuple[slice, slice, tuple[float, ...]]]:
-        """Slices of neighbouring tensors whose rows agree, cut where they are longer than the cache."""
-        starts = [0, *(np.flatnonzero((hyper[1:] != hyper[:-1]).any(axis=1)) + 1), len(hyper)]
-        for a, b in itertools.pairwise(starts):
+        """Slices of neighbouring tensors whose rules and rows agree, cut where they are longer than the cache; or a tensor
+        each."""
+        owners = np.array(self.rules.owners)
+        alone = np.array([rule.whole for rule in self.rules])
+        cut = (hyper[1:] != hyper[:-1]).any(axis=1) | (owners[1:] != owners[:-1]) | alone[1:]
+        for a, b in itertools.pairwise([0, *(np.flatnonzero(cut) + 1).tolist(), len(hyper)]):
             row = tuple(hyper[a].tolist())
             lo, hi = int(self.layout.bounds[a]), int(self.layout.bounds[b])
-            for start in range(lo, hi, CACHED):
-                yield slice(start, min(start + CACHED, hi)), slice(int(a), int(b)), row
+            size = hi - lo if alone[a] else CACHED
+            for start in range(lo, hi, max(1, size)):
+                yield slice(start, min(start + size, hi)), slice(a, b), row
+
+
+def _freeze(
+    rule: Rule, options: Any, known: dict[str, Tensor], g: Tensor, theta: Tensor, shape: Any
+) -> tuple[Coefficients, dict[str, Tensor]]:
+    return rule.freeze(options, known, g, theta)
+
+
+def _freeze_whole(
+    rule: Rule, options: Any, known: dict[str, Tensor], g: Tensor, theta: Tensor, shape: tuple[int, ...]
+) -> tuple[Coefficients, dict[str, Tensor]]:
+    """The same with a tensor and its accumulators in their shapes."""
+    shapes = {key: accumulator(options, shape) for key, accumulator in rule.accumulators.items() if key in rule.moments}
+    shapes[MOMENTUM] = shape
+    held = {key: unpacked(known[key], its) for key, its in shapes.items() if its is not None}
+    coefficients, after = rule.freeze(options, held, g.view(shape), theta.view(shape))
+    return coefficients, {key: packed(value, g.numel()) for key, value in after.items()}
 
 
 def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +110,7 @@ def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tenso
     sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
     sensitivity, before = torch.empty_like(gradient), torch.empty_like(carry)
     for segment in segments:
-        at_once = max(1, CACHED // (segment.entries.stop - segment.entries.start))
+        at_once = max(1, CACHED // max(1, segment.entries.stop - segment.entries.start))
         for lo in range(0, len(carry), at_once):
             here = slice(lo, lo + at_once), segment.entries
             sensitivity[here], before[here] = segment.coefficients.transpose(carry[here], gradient[here])
@@ -111,8 +119,22 @@ def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tenso
 
 def decay_rates(segments: Segments, tensors: int) -> np.ndarray:
     """(2, K): coupled and decoupled decay of each tensor, which add coupled <U, theta> - decoupled <Gbar, theta> to the
-    measurement."""
+    measurement; 0 for one that is coupled entry by entry."""
     rates = np.zeros((2, tensors))
     for segment in segments:
-        rates[:, segment.tensors] = [[segment.coefficients.coupled], [segment.coefficients.decoupled]]
+        coupled = segment.coefficients.coupled
+        rates[0, segment.tensors] = 0.0 if isinstance(coupled, Tensor) else coupled
+        rates[1, segment.tensors] = segment.coefficients.decoupled
     return rates
+
+
+def entrywise_decay(segments: Segments, layout: Layout, sensitivity: Tensor, theta: Tensor) -> Tensor | None:
+    """<U, coupled theta> over each tensor, (Q, K), of decay that is coupled entry by entry; None where there is none.
+    sensitivity: U, (Q, P). theta: (P,)."""
+    coupled = [(s.entries, s.coefficients.coupled) for s in segments if isinstance(s.coefficients.coupled, Tensor)]
+    if not coupled:
+        return None
+    pulled = torch.zeros_like(sensitivity[0])
+    for entries, rate in coupled:
+        pulled[entries] = rate * theta[entries].to(pulled)
+    return torch.stack([sensitivity[:, part] @ pulled[part] for _, part in layout.slices()], 1)

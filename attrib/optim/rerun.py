@@ -1,4 +1,4 @@
-"""The states of a run once more, bit for bit: torch's own optimizer, run again on recorded gradients.
+"""The states of a run once more, bit for bit: torch's own optimizers, run again on recorded gradients.
 
 `replay` gives the coefficients of a step, equal to torch's arithmetic up to rounding; this gives what torch itself computes.
 """
@@ -11,35 +11,29 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
-from .replay import read_hyper
-from .rule import Rule
+from .known import kind_at
+from .rules import Rules, read_hyper, read_state
+from .together import Together
 
 
 class Rerun:
-    """An optimizer of the recorded type over copies of the parameters.
+    """The optimizers of a run over copies of the parameters.
 
     Args:
-        kind: the optimizer's type.
         theta: (P,), the parameters before the next step. state: the accumulators there, (P,) each.
-        hyper: (K, H + 1), the numbers of the next step, as `replay.read_hyper` reads them.
+        hyper: (K, H + 1), the numbers of the next step, as `read_hyper` reads them.
     """
 
     def __init__(
-        self,
-        kind: type[torch.optim.Optimizer],
-        rule: Rule,
-        layout: Layout,
-        theta: Tensor,
-        state: dict[str, Tensor],
-        hyper: np.ndarray,
+        self, rules: Rules, layout: Layout, theta: Tensor, state: dict[str, Tensor], hyper: np.ndarray
     ) -> None:
-        self._rule, self._layout = rule, layout
+        self._rules, self._layout = rules, layout
         self.parameters = [t.clone() for t in layout.unflatten(theta).values()]
-        self._optimizer = resume(kind, rule, layout, self.parameters, state, hyper)
+        self._optimizer = resume(rules, layout, self.parameters, state, hyper)
 
     def step(self, hyper: np.ndarray, gradient: Tensor) -> Tensor:
         """(K, H + 1), (P,) -> the parameters after the step, (P,)."""
-        set_options(self._optimizer, self._rule, hyper)
+        set_options(self._optimizer, self._rules, hyper)
         for p, (_, part), row in zip(self.parameters, self._layout.slices(), hyper, strict=True):
             p.grad = gradient[part].view_as(p).clone() if row[-1] else None
         self._optimizer.step()
@@ -47,52 +41,42 @@ class Rerun:
 
     def hyper(self) -> np.ndarray:
         """(K, H + 1), the numbers of the next step where its options are those of the last."""
-        return read_hyper(self._rule, self._optimizer)
+        return read_hyper(self._rules, self._optimizer)
 
     def state(self) -> dict[str, Tensor]:
-        """The accumulators before the next step, (P,) each; zeros where torch has made none yet."""
-        states = [self._optimizer.state.get(p, {}) for p in self.parameters]
-        return {
-            key: self._layout.flatten(
-                torch.zeros_like(p) if s.get(key) is None else s[key]
-                for s, p in zip(states, self.parameters, strict=True)
-            )
-            for key in self._rule.state
-        }
+        """The accumulators before the next step, (P,) each; as they begin where torch has made none yet."""
+        return read_state(self._rules, self._optimizer, self.parameters)
 
 
 def resume(
-    kind: type[torch.optim.Optimizer],
-    rule: Rule,
-    layout: Layout,
-    parameters: Sequence[Tensor],
-    state: dict[str, Tensor],
-    hyper: np.ndarray,
+    rules: Rules, layout: Layout, parameters: Sequence[Tensor], state: dict[str, Tensor], hyper: np.ndarray
 ) -> torch.optim.Optimizer:
-    """Torch's optimizer over `parameters`, in the layout's order, a group each, as it was before the next step: with the
+    """Torch's optimizers over `parameters`, in the layout's order, a group each, as they were before the next step: with the
     accumulators `state` (P,) and the numbers `hyper` (K, H + 1)."""
-    groups = [{"params": [p], **rule.options(_named(rule, row))} for p, row in zip(parameters, hyper, strict=True)]
-    optimizer = cast(Any, kind)(groups)  # its other options are the defaults
-    for p, found in zip(parameters, torch_states(rule, layout, state, hyper), strict=True):
-        if found:
-            optimizer.state[p] = found
-    return optimizer
+    options = [rule.options(row) for rule, row in zip(rules, rules.named(hyper), strict=True)]
+    optimizers = []
+    for number, mover in enumerate(rules.movers):
+        mine = [tensor for tensor, owner in enumerate(rules.owners) if owner == number]
+        groups = [{"params": [parameters[tensor]], **options[tensor]} for tensor in mine]
+        optimizer = cast(Any, kind_at(mover.place))(groups)  # its other options are the defaults
+        optimizer.defaults.update({key: options[mine[0]][key] for key in optimizer.defaults if key in options[mine[0]]})
+        optimizers.append(optimizer)
+    whole = optimizers[0] if len(optimizers) == 1 else Together(optimizers)
+    for p, held in zip(parameters, torch_states(rules, layout, state, hyper), strict=True):
+        if held:
+            whole.state[p] = held
+    return whole
 
 
-def torch_states(rule: Rule, layout: Layout, state: dict[str, Tensor], hyper: np.ndarray) -> list[dict[str, Tensor]]:
+def torch_states(rules: Rules, layout: Layout, state: dict[str, Tensor], hyper: np.ndarray) -> list[dict[str, Tensor]]:
     """Torch's state of each parameter tensor, from the accumulators (P,) and the numbers (K, H + 1) of the next step."""
-    parts = {key: layout.unflatten(value) for key, value in state.items()}
     return [
-        rule.resume(_named(rule, row), {key: value[name].clone() for key, value in parts.items()})
-        for name, row in zip(layout.names, hyper, strict=True)
+        rule.resume(row, {key: value[part] for key, value in state.items()}, shape)
+        for rule, row, (_, part), shape in zip(rules, rules.named(hyper), layout.slices(), layout.shapes, strict=True)
     ]
 
 
-def set_options(optimizer: torch.optim.Optimizer, rule: Rule, hyper: np.ndarray) -> None:
+def set_options(optimizer: torch.optim.Optimizer, rules: Rules, hyper: np.ndarray) -> None:
     """The options of the next step, (K, H + 1), for an optimizer made by `resume`."""
-    for group, row in zip(optimizer.param_groups, hyper, strict=True):
-        group.update(rule.options(_named(rule, row)))
-
-
-def _named(rule: Rule, row: np.ndarray) -> dict[str, float]:
-    return dict(zip(rule.hyper, row.tolist(), strict=False))
+    for group, rule, row in zip(optimizer.param_groups, rules, rules.named(hyper), strict=True):
+        group.update(rule.options(row))

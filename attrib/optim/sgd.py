@@ -3,13 +3,15 @@
 g = sign * gradient + weight_decay * theta
 b = momentum b + (1 - dampening) g                      (b = g the first time)
 theta' = theta - lr b,  with Nesterov: theta - lr (g + momentum b)
+
+Frozen: nothing but the options. Linear in the gradients: b.
 """
 
 from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
 from .numbers import choice, flag, number
-from .rule import Options, Rule, State, realised
+from .rule import Options, Rule, State, always, realised
 
 
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -33,8 +35,7 @@ def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[
 SGD = Rule(
     name="SGD",
     momentum="momentum_buffer",
-    moments={},
-    clock=None,
+    accumulators={"momentum_buffer": always},
     numbers=(
         *map(number, ("lr", "momentum", "dampening", "weight_decay")),
         *map(flag, ("nesterov", "maximize")),

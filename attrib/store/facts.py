@@ -74,6 +74,14 @@ def _factor(value: Any) -> bool:
     return isinstance(value, dict) and _text(value.get("kind"))
 
 
+def _optimizer(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(map(_text, map(value.get, ("type", "rule"))))
+        and _list_of(_text)(value.get("hyper"))
+    )
+
+
 def _anything(value: Any) -> bool:
     return True
 
@@ -87,7 +95,9 @@ FACTS_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("rows", "shared"), _list_of(_count)),
     "forms": _list_of(_form),
     "ids": lambda value: _list_of(_count)(value) and len(value) == 2,
-    **dict.fromkeys(("hyper", "training", "constants"), _list_of(_text)),
+    **dict.fromkeys(("training", "constants"), _list_of(_text)),
+    "optimizers": _list_of(_optimizer),
+    "owners": _list_of(_count),
     "complete": lambda value: isinstance(value, bool),
     "layout": _layout,
     "digests": _dict_of(_constant),
@@ -107,6 +117,9 @@ def check_facts(header: dict[str, Any], where: Any) -> None:
             )
     if not len(header["forms"]) == len(header["rows"]) == len(header["shared"]):
         raise StoreError(f"the header is not one that a recorder writes: got forms that do not fit, at {where}.")
+    owners, optimizers = header["owners"], header["optimizers"]
+    if sorted(set(owners)) != list(range(len(optimizers))) or len(owners) != len(header["layout"]["names"]):
+        raise StoreError(f"the header is not one that a recorder writes: got owners that do not fit, at {where}.")
     factors = None if header["factors"] is None else sorted(header["factors"])
     if factors != (sorted(header["layout"]["names"]) if header["capture"] == "factors" else None):
         raise StoreError(f"the header is not one that a recorder writes: got factors that do not fit, at {where}.")
