@@ -27,12 +27,13 @@ from .functional import differentiable, uncompiled
 from .interrupt import interruptible
 from .layout import group_tensors
 from .marginals import bytes_of, choose
+from .matching import check_model
 from .measure import Average, Measurement, OfAverage
 from .path import Measured, Path, Secant
 from .plan import sizes_of
 from .result import IDENTITIES as RESULT_IDENTITIES
 from .result import Result, join
-from .run import Run, check_model
+from .run import Run
 from .shares import Shares
 from .store import CubeWriter
 from .sweep import Work, summed_sweep

@@ -1,6 +1,6 @@
 """A recorded run, opened for reading: parameters, batches and updates of every step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .autocast import Autocast, from_facts
 from .batch import Batch
-from .constants import Constant, constant_of, is_low, precision, to_tensor
+from .constants import Constant, is_low, precision, to_tensor
 from .errors import ModelMismatchError, StoreError
-from .functional import constants_of, uncompiled
+from .functional import uncompiled
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
+from .matching import check_digests, check_model
 from .optim import Rules, describe_options, rules_in
 from .steps import Blocks, RecordedPass, Rows, Steps, passes_of
 from .store import Ids, Passes, Reader, local_path
@@ -327,49 +328,3 @@ def open_run(store: Any) -> Run:
         >>> run.steps, run.index(0), run.parameters(0)  # doctest: +SKIP
     """
     return Run(Reader(store))
-
-
-def check_model(run: Run, model: nn.Module, values: bool = True) -> None:
-    """Raise ModelMismatchError at the first tensor in which a model differs from the recorded one.
-
-    With `values`, buffers and frozen parameters must hold what they held while recording.
-    """
-    held = {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    expected = dict(zip(run.layout.names, run.layout.shapes, strict=True))
-    expected.update({name: known.shape for name, known in run.digests.items()})
-    for name, shape in expected.items():
-        if name not in held:
-            raise ModelMismatchError(
-                f"the model is not the recorded one: got no tensor {name!r}, expected one of shape {shape}. "
-                f"Build the model as it was when recording ({run.header['model']})."
-            )
-        if tuple(held[name].shape) != shape:
-            raise ModelMismatchError(
-                f"the model is not the recorded one: got shape {tuple(held[name].shape)}, expected {shape}, at {name!r}. "
-                f"Build the model as it was when recording ({run.header['model']})."
-            )
-    extra = next((name for name in held if name not in expected), None)
-    if extra is not None:
-        raise ModelMismatchError(
-            f"the model is not the recorded one: got a tensor {extra!r} that the run does not have. "
-            f"Build the model as it was when recording ({run.header['model']})."
-        )
-    if values:
-        check_digests(run, constants_of(model, run.layout))
-
-
-def check_digests(run: Run, constants: Mapping[str, Tensor]) -> None:
-    """Raise ModelMismatchError at the first of a model's constants that is not the recorded one, in the recorded type."""
-    for name, value in constants.items():
-        known = run.digests[name]
-        if constant_of(value.to(getattr(torch, known.dtype))) == known:
-            continue
-        advice = "Put the recorded values in with run.load(model, step)."
-        if name not in run.constants():
-            advice = (
-                'The run holds its digest only (constants="digest"): build the model on the base it was recorded with.'
-            )
-        raise ModelMismatchError(
-            f"a buffer or frozen parameter is not the recorded one: expected the value it had while recording, at "
-            f"{name!r}. {advice}"
-        )

@@ -15,7 +15,8 @@ from .checks import ShareBound, batch_identity, same_state, split_bound, step_id
 from .errors import AttribError, BatchIdentityError, SplitIdentityError
 from .functional import uncompiled
 from .gradients import random_weights
-from .run import Run, check_model
+from .matching import check_model
+from .run import Run
 from .shares import Shares, drawn
 from .steps import Steps
 

@@ -20,7 +20,7 @@ FLOORS = (
     Floor("sums", ("inputs", "parts", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
     Floor("steps and results", ("announced", "capture", "result", "trajectory")),
-    Floor("steps as they are read, the loop", ("loop", "steps")),
+    Floor("steps as they are read, the loop", ("loop", "matching", "steps")),
     Floor("reading, going on", ("resume", "run")),
     Floor("recording", ("recorder",)),
     Floor("what a sweep asks", ("sensitivity", "shares")),

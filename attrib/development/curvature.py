@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..functional import Functional, uncompiled
-from ..run import Run, check_model
+from ..matching import check_model
+from ..run import Run
 
 TOLERANCE = 1e-4  # relative, of the eigenvalues
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..errors import ModelMismatchError
 from ..functional import uncompiled
 from ..kernels import lines
+from ..matching import check_model
 from ..path import Measured
-from ..run import Run, check_model
+from ..run import Run
 
 
 def evaluate(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..checks import KINDS, check_options, weights_of
 from ..errors import ReplayError
-from ..run import Run, check_model
+from ..matching import check_model
+from ..run import Run
 from ..store import same_place
 from .base import Intervention
 from .course import Backward, Course, Reduced
