@@ -54,9 +54,10 @@ class Account:
     """What is kept.
 
     labels: the G groups. member (K, G): which tensors make a group. kept: the axes of the marginals. slots: whether the
-    contributions are kept one by one. bound: what rounding of the shares may be, relative to their size. remainder: whether
-    what the recorded gradient holds beyond the shares is a row of its own; declared: and may be anything, so that there is
-    no gap to be had. losses: those that were recorded, to hold those of now against.
+    contributions are kept one by one. bound: what rounding of the shares may be, relative to their size. remainder: how
+    large what the recorded gradient holds beyond the shares may be, relative to them, as a row of its own: of what passes
+    round, or inf, where it may be anything and there is no gap to be had; None for no row. losses: those that were
+    recorded, to hold those of now against.
     """
 
     labels: tuple[str, ...]
@@ -64,8 +65,7 @@ class Account:
     kept: tuple[Axes, ...]
     slots: bool
     bound: float
-    remainder: bool = False
-    declared: bool = False
+    remainder: float | None = None
     losses: Losses | None = None
 
     def grouped(self, values: np.ndarray) -> np.ndarray:
@@ -91,11 +91,11 @@ class Account:
                 slots = Slots(step.ids)
             shares = contributions.sum(1)
             whole = self.grouped(gradient[n])
-            remainder = whole - shares if self.remainder else np.zeros_like(shares)
+            remainder = np.zeros_like(shares) if self.remainder is None else whole - shares
             sums = {"examples": shares.sum(1), "gross": (np.abs(shares) + np.abs(remainder)).sum(1)}
             sums |= {name: values[n] + sums.get(name, 0.0) for name, values in terms.sums.items()}
-            left = {"remainder": remainder[:, None]} if self.remainder else {}
-            gap = np.nan if self.declared else self._gap(contributions, shares, whole, terms.seen_at(n))
+            left = {} if self.remainder is None else {"remainder": remainder[:, None]}
+            gap = np.nan if self.remainder == np.inf else self._gap(contributions, shares, whole, terms.seen_at(n))
             split = splits.get(step.number)
             gaps = dict.fromkeys(IDENTITIES, np.array([np.nan])) | {
                 name: g[n : n + 1] for name, g in terms.gaps.items()
@@ -109,7 +109,7 @@ class Account:
                 states={name: np.stack([a[n], b[n]], 1) for name, (a, b) in terms.states.items()},
                 sums=sums,
                 gaps=gaps,
-                failures={**terms.failures, **self._failures(step, contributed[n], split)},
+                failures={**terms.failures, **self._failures(step, contributed[n], gap, split)},
                 slots=((step.ids, contributions),) if self.slots else (),
             )
             tallies.append(tally)
@@ -123,8 +123,16 @@ class Account:
         sizes = np.array([np.abs(c).sum() for c in contributions])
         return float(relative(np.abs(shares - gradient).max(1), np.maximum(sizes, self.bound * seen)))
 
-    def _failures(self, step: RecordedStep, contributed: Contributions, split: Split | None) -> dict[str, str]:
+    def _failures(
+        self, step: RecordedStep, contributed: Contributions, gap: float, split: Split | None
+    ) -> dict[str, str]:
         found = {} if self.losses is None else self.losses.failure(step.number, contributed.loss)
+        if self.remainder is not None and gap > self.remainder:  # in its row it would pass
+            found["batch"] = (
+                f"the shares miss the recorded gradient by more than rounding: got a gap of {gap:.3g} of their size, "
+                f"expected at most {self.remainder:.1g}, at step {step.number}. Pass the loss that was given to "
+                f"attrib.record, and the model that was trained."
+            )
         if split is None or split.group is None:
             return found
         sentence = (

@@ -20,7 +20,6 @@ from .account import Account, Losses, share_bound
 from .accounting import Accounting
 from .averaged import Averaged, Averages
 from .budget import Budget, Sizes, divide, divide_ahead
-from .checks import split_bound
 from .errors import Interrupted, MeasurementError, WorkerError
 from .executor import Pool, pool_of
 from .functional import differentiable, uncompiled
@@ -176,10 +175,11 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
         sizes_of(run, bytes_of(kept, query.count, sizes)), averages=0 if averages is None else averages.count
     )
     budget = _divided(held, query.count, options)
-    bound = share_bound(run.precision, compute)
-    losses = Losses(run.log("loss"), max(bound, split_bound(run.precision)))
-    remainder = run.accounts_remainder, run.declares_remainder
-    account = Account(labels, member, tuple(kept), options.cube is not None, bound, *remainder, losses)
+    bound = share_bound(run.dtype, compute)
+    few = float(torch.finfo(run.precision).eps)  # a loss is rounded once or twice, a share by each layer
+    losses = Losses(run.log("loss"), max(bound, 2 * few))
+    remainder = (float("inf") if run.declares_remainder else max(bound, 4 * few)) if run.accounts_remainder else None
+    account = Account(labels, member, tuple(kept), options.cube is not None, bound, remainder, losses)
     shares = Shares(run, model, options.loss, compute, budget.slices, member)
     limit = window.stop if "limit" in options.identities else None
     parts = query.parts(budget.at_once)

@@ -18,6 +18,7 @@ import xarray as xr
 
 from .errors import (
     AttribError,
+    BatchIdentityError,
     CompletenessError,
     KeptAxesError,
     LimitIdentityError,
@@ -244,12 +245,13 @@ class Result:
             StoreError: a file of a result that was opened is missing or damaged.
             SplitIdentityError: a share is not that of its example, though all add up; names step, example and group.
             LimitIdentityError: the path's vector is not a gradient in the limit; names query and parameter.
-            LossError: the run accounts for a remainder, and the losses are not those that were recorded.
+            LossError, BatchIdentityError: the run accounts for a remainder, and the losses are not those that were recorded,
+                or the remainder is more than the rounding that it is accounted for.
         """
         ledger = self.ledger()
         failing: list[tuple[str, type[AttribError]]] = [("split", SplitIdentityError), ("limit", LimitIdentityError)]
-        if "remainder" in self.dataset.attrs:  # else the shares would miss p.grad
-            failing.append(("loss", LossError))
+        if "remainder" in self.dataset:  # else the terms would not add up
+            failing += [("loss", LossError), ("batch", BatchIdentityError)]
         for name, error in failing:
             if (failure := self.dataset.attrs.get(f"{name}_failure")) is not None:
                 raise error(f"{failure}\n{ledger}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ADAMW, MODELS, OPTIMIZERS, SGD, Mlp, classify, covering, pairs
+from test_constants import Bench
 from torch import Tensor, nn
 from training import rewritten, train
 from zarr.storage import MemoryStore
@@ -302,6 +303,26 @@ def test_a_wrong_loss_does_not_hide_in_the_remainder(wrong: Any, caplog: pytest.
     assert any(message.startswith("the losses are not those that were recorded") for message in caplog.messages)
     with pytest.raises(LossError, match="the losses are not those that were recorded: got a mean of"):
         result.check()
+
+
+def test_a_wrong_loss_does_not_hide_in_what_few_bits_round() -> None:
+    bench = Bench()
+    run = bench.train(MemoryStore())
+    right = bench.attribute(run)
+    ledger = right.check(1e-6)
+    assert ledger.identities["batch"] <= 1e-6  # as of the trained parts, see test_constants
+    assert 0 < np.abs(right.remainder).sum() <= 1e-5 * right.dataset["gross"].sum()
+
+    def other(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), (y + 1) % 3, reduction="none")
+
+    options = {"loss": other, "progress": False}
+    wrong = attrib.attribute(run, bench.model, bench.measurement, **options)
+    with pytest.raises(LossError, match="the losses are not those that were recorded"):
+        wrong.check()
+    del wrong.dataset.attrs["loss_failure"]  # were its mean the same by chance
+    with pytest.raises(BatchIdentityError, match="the shares miss the recorded gradient by more than rounding"):
+        wrong.check()
 
 
 def test_a_wrong_loss_without_remainder_is_said_by_its_losses_too(caplog: pytest.LogCaptureFixture) -> None:
