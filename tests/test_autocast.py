@@ -112,6 +112,21 @@ def test_every_share_of_a_layer_under_autocast_is_that_of_its_loss(name: str, ar
 
 
 @pytest.mark.parametrize("around", AROUND)
+def test_a_share_rounded_once_is_what_autograd_gives_bit_for_bit(around: str) -> None:
+    """Where a weight is used once for an example: both are of the rounded inputs and output gradients."""
+    torch.manual_seed(0)
+    model, batch = MODELS["mlp"].build(), MODELS["mlp"].data(12)
+    asked, computed, autocast = as_trained(MODELS["mlp"].loss, around)
+    layout, theta = layout_of(model)
+    rows = ExampleGradients(asked, model, layout, torch.float32, autocast=autocast).rows(theta, batch)
+    want = torch.from_numpy(oracles.losses_one_by_one(model, theta.numpy(), computed, batch))
+    for name, part in layout.slices():
+        once = rows[:, part] if name == "embedding.weight" else rows[:, part].bfloat16().float()
+        assert torch.equal(once, want[:, part]), name
+        assert (name in ("hidden.weight", "output.weight")) == (not torch.equal(rows[:, part], want[:, part])), name
+
+
+@pytest.mark.parametrize("around", AROUND)
 def test_the_derivative_along_a_direction_is_that_of_the_loss_under_autocast(around: str) -> None:
     """All three ways. A tangent is rounded once more at every product that it passes, as many as the path is long."""
     torch.manual_seed(0)

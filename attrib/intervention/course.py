@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..autocast import under
+from ..autocast import switched_off, under
 from ..errors import ReplayError
 from ..generators import generators, random_state
 from ..optim import set_options
@@ -102,7 +102,7 @@ class Course:
         for change in self.interventions:
             ids, inputs = change.batch(step, (ids, inputs))
         before = random if scheduled.random is None else scheduled.random
-        with random_state(before):
+        with random_state(before), switched_off():
             stepper.zero_grad()
             batch = self._differentiate(step, ids, inputs)
             stepper.step(ids, *batch)
