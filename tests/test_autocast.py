@@ -111,6 +111,34 @@ def test_every_share_of_a_layer_under_autocast_is_that_of_its_loss(name: str, ar
     check_shares(build(), loss, (torch.randn(9, *shape),), around, uses=2)
 
 
+class Chained(nn.Module):
+    """A call without a closed form on what a linear layer has rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.weight = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bd,dhe->bhe", self.linear(x), self.weight).flatten(1)
+
+
+@pytest.mark.parametrize("name", ["chained", *MODELS, *LAYERS])
+def test_what_is_read_off_at_the_calls_still_is_under_autocast(name: str) -> None:
+    torch.manual_seed(0)
+    build, shape = LAYERS.get(name, (Chained, (6,)))
+    case = MODELS.get(name)
+    model, batch = (build(), (torch.randn(9, *shape),)) if case is None else (case.build(), case.data(9))
+    loss = case.loss if case else lambda m, x: m(x).flatten(1).float().sin().sum(1)
+    layout, theta = layout_of(model)
+    slow = []
+    for autocast in (None, BF16):
+        shares = ExampleGradients(loss, model, layout, torch.float32, autocast=autocast)
+        shares.contract(theta, batch, theta[None])
+        assert shares._forms.assignments
+        slow.append([a.whole for a in shares._forms.assignments.values()])
+    assert slow[0] == slow[1]
+
+
 @pytest.mark.parametrize("around", AROUND)
 def test_a_share_rounded_once_is_what_autograd_gives_bit_for_bit(around: str) -> None:
     """Where a weight is used once for an example: both are of the rounded inputs and output gradients."""
@@ -414,7 +442,33 @@ def test_autocast_that_is_entered_once_around_the_whole_loop_is_named(tmp_path: 
     assert recorder.steps > 0
 
 
-def test_a_run_under_autocast_is_gone_on_with_and_replayed_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_under_autocast_that_ended_early_is_gone_on_with(tmp_path: Path) -> None:
+    whole, at = Bench("mlp", "model"), torch.arange(9)
+
+    def train(bench: Bench, store: Path, steps: int, **options: Any) -> attrib.Run:
+        optimizer = torch.optim.AdamW(bench.model.parameters(), lr=0.01)
+        recorder = attrib.record(optimizer, bench.model, bench.loss, store, "factors", **options)
+        for step in range(recorder.steps, 5):
+            if step == steps:
+                recorder.__exit__(KeyboardInterrupt, None, None)  # as in a `with` that is left so
+                break
+            recorder.zero_grad()
+            bench.losses(at).mean().backward()
+            recorder.step(at, bench.x[at], bench.y[at])
+        else:
+            recorder.close()
+        return attrib.open_run(store)
+
+    want = train(whole, tmp_path / "whole", 5)
+    train(Bench("mlp", "model"), tmp_path / "cut", 3)
+    run = train(Bench("mlp", "model"), tmp_path / "cut", 5, resume=True)
+    assert run.steps == want.steps == 5
+    assert run.autocast == want.autocast == replace(BF16, around="model")
+    assert torch.equal(run.vector(5), want.vector(5))
+    check_run(whole, run)
+
+
+def test_a_run_under_autocast_is_replayed_bit_for_bit(tmp_path: Path) -> None:
     bench = Bench("mlp")
     run = bench.train(tmp_path / "run")
     with on():
