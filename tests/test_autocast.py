@@ -4,7 +4,7 @@ U = 2^-8 is the most that one rounding to bfloat16 changes a number by, relative
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -447,16 +447,16 @@ def test_a_run_under_autocast_that_ended_early_is_gone_on_with(tmp_path: Path) -
 
     def train(bench: Bench, store: Path, steps: int, **options: Any) -> attrib.Run:
         optimizer = torch.optim.AdamW(bench.model.parameters(), lr=0.01)
-        recorder = attrib.record(optimizer, bench.model, bench.loss, store, "factors", **options)
-        for step in range(recorder.steps, 5):
-            if step == steps:
-                recorder.__exit__(KeyboardInterrupt, None, None)  # as in a `with` that is left so
-                break
-            recorder.zero_grad()
-            bench.losses(at).mean().backward()
-            recorder.step(at, bench.x[at], bench.y[at])
-        else:
-            recorder.close()
+        with (
+            suppress(KeyboardInterrupt),
+            attrib.record(optimizer, bench.model, bench.loss, store, "factors", **options) as recorder,
+        ):
+            while recorder.steps < steps:
+                recorder.zero_grad()
+                bench.losses(at).mean().backward()
+                recorder.step(at, bench.x[at], bench.y[at])
+            if steps < 5:
+                raise KeyboardInterrupt
         return attrib.open_run(store)
 
     want = train(whole, tmp_path / "whole", 5)
