@@ -182,12 +182,14 @@ def _readings(follow: Follow, batch: Batch, trace: Trace, start: Tensor | None) 
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:
-    """Beyond what the same sums, made in another order, differ by."""
+    """Beyond what the same sums, made in another order, differ by: in few bits by the last of them."""
     if not a.is_floating_point():
         return a != b
+    eps = torch.finfo(a.dtype).eps
+    bound = eps if is_low(a.dtype) else eps**0.75
     both = torch.isfinite(a) & torch.isfinite(b)
     largest = float(torch.where(both, b.abs(), 0.0).max()) if b.numel() else 0.0
-    return torch.where(both, (a - b).abs() > torch.finfo(a.dtype).eps ** 0.75 * largest, a != b)
+    return torch.where(both, (a - b).abs() > bound * largest, a != b)
 
 
 def _by_name(sites: Sequence[Site]) -> dict[str, list[int]]:

@@ -171,7 +171,7 @@ class ExampleGradients:
         batch = Batch.of(batch)
         form, start = self._forms.of(theta, batch), generators()
         if form.reason is not None:
-            return self._written_out(theta, batch, list(self.layout.names), start)
+            return self._written_out(theta, batch, list(self.layout.names), start, alone=not self.coarse)
         parameters = self.vector.parameters(theta)
         with self._loss.bound(parameters):
             trace = self._forms.follow(parameters, batch)
@@ -184,7 +184,7 @@ class ExampleGradients:
             if found is not None:
                 out[name] = found
         missing = [name for name in self.layout.names if name not in out]
-        return out | self._written_out(theta, batch, missing, start)
+        return out | self._written_out(theta, batch, missing, start, alone=form.few or not self.coarse)
 
     def watched(
         self, theta: Tensor, batch: Batch, trace: Trace, deltas: list[Tensor | None]
@@ -249,11 +249,15 @@ class ExampleGradients:
 
     # written out
 
-    def _written_out(self, theta: Tensor, batch: Batch, names: list[str], start: Tensor) -> dict[str, list[Factor]]:
-        """The gradient of each example: all at once by vmap where that agrees with a backward pass, else one by one."""
+    def _written_out(
+        self, theta: Tensor, batch: Batch, names: list[str], start: Tensor, alone: bool
+    ) -> dict[str, list[Factor]]:
+        """The gradient of each example: all at once by vmap where that agrees with a backward pass, else one by one. alone:
+        whether an example may be thought to have by itself the loss that it has in the batch, which the comparison does not
+        tell where both sides are rounded to few bits."""
         out: dict[str, Tensor] = {}
         moving = [name for name in names if name in self.active]
-        if moving:
+        if moving and alone:
             parameters = self.vector.parameters(theta)
             with random_state(start):
                 mapped = rows_by_vmap(self._loss, parameters, batch, moving)

@@ -43,7 +43,8 @@ def agree(rows: Tensor, gradient: Tensor, weights: Tensor, precision: torch.dtyp
     if not rows.numel():
         return True
     if is_low(precision):
-        bound = rounding(precision) * float(terms.norm(dim=0).max() + gradient.abs().max())
+        bound = rounding(precision) * (terms.norm(dim=0) + gradient.abs())
+        bound = bound + torch.finfo(rows.dtype).eps * terms.abs().max()
     else:
-        bound = torch.finfo(rows.dtype).eps ** 0.5 * float(terms.abs().sum(0).max())
+        bound = torch.finfo(rows.dtype).eps ** 0.5 * terms.abs().sum(0).max()
     return bool(((terms.sum(0) - gradient).abs() <= bound).all())

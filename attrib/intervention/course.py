@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..autocast import under
+from ..autocast import switched_off, under
 from ..batch import Batch
 from ..errors import ReplayError
 from ..generators import generators, random_state
@@ -28,6 +28,7 @@ from .during import weighted
 from .schedule import Schedule, ScheduledPass
 
 Backward = Callable[[Tensor, nn.Module], Any]
+ReplayedPass = tuple[np.ndarray, tuple[Any, ...], Tensor | None]  # ids, what the loss takes, the generators' state
 Reduced = Callable[
     [Tensor, nn.Module, Sequence[int]], Any
 ]  # the same, knowing how many examples each pass of the step has
@@ -105,18 +106,27 @@ class Course:
         for change in self.interventions:
             change.options(self.run, step, self.optimizer)
         batches = [self._batch(step, each) for each in scheduled.passes]
-        stepper.zero_grad()
-        if (penalty := self.penalty(step, self.model)).requires_grad:
-            penalty.backward()  # first, so that a backward that clips sees it
+        with switched_off():
+            stepper.zero_grad()
+            if (penalty := self.penalty(step, self.model)).requires_grad:
+                penalty.backward()  # first, so that a backward that clips sees it
+            if len(batches) == 1:
+                return self._made_of_one(step, batches[0], random, stepper)
+            return self._accumulated(step, batches, random, stepper)
+
+    def _made_of_one(self, step: int, replayed: ReplayedPass, random: Tensor | None, stepper: Stepper) -> Tensor | None:
+        ids, inputs, drawn = replayed
+        before = random if drawn is None else drawn
+        with random_state(before):
+            weights = self._differentiate(step, ids, inputs, [len(ids)])
+            self._changed(step)
+            stepper.step(ids, *inputs, *weights)
+            return None if before is None else generators()
+
+    def _accumulated(
+        self, step: int, batches: Sequence[ReplayedPass], random: Tensor | None, stepper: Stepper
+    ) -> Tensor | None:
         sizes = [len(ids) for ids, _, _ in batches]
-        if len(batches) == 1:
-            ((ids, inputs, drawn),) = batches
-            before = random if drawn is None else drawn
-            with random_state(before):
-                weights = self._differentiate(step, ids, inputs, sizes)
-                self._changed(step)
-                stepper.step(ids, *inputs, *weights)
-                return None if before is None else generators()
         for ids, inputs, drawn in batches:
             before = random if drawn is None else drawn
             with random_state(before):
@@ -135,7 +145,7 @@ class Course:
                 weights = [self._weights(step, self._losses(ids, inputs), ids)]
         stepper.batch(ids, *inputs, *weights)
 
-    def _batch(self, step: int, scheduled: ScheduledPass) -> tuple[np.ndarray, tuple[Any, ...], Tensor | None]:
+    def _batch(self, step: int, scheduled: ScheduledPass) -> ReplayedPass:
         ids, inputs = scheduled.ids, scheduled.batch.said
         for change in self.interventions:
             ids, inputs = change.batch(step, (ids, inputs))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..autocast import without_autocast
 from ..functional import uncompiled
 from ..generators import generators, random_state
 from ..recorder import record
@@ -22,7 +21,6 @@ from .prepare import Interventions, Loop, check_record, prepare
 from .schedule import Batches
 
 
-@without_autocast
 def replay(
     run: Run,
     start: int = 0,
