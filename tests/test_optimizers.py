@@ -286,3 +286,22 @@ def test_a_rule_stands_for_its_exact_type() -> None:
     imitation = type("SGD", (SGD,), {"__module__": "torch.optim"})
     assert place_of(imitation(parameters, lr=0.1)) is None
     assert {name.rpartition(".")[2] for name in RULES} >= set(torch.optim.__all__) & {"Muon", "Adafactor", "Rprop"}
+
+
+@pytest.mark.skipif("lion" not in OPTIMIZERS, reason="lion-pytorch is not installed")
+def test_an_option_of_lion_that_is_not_in_its_groups_is_refused_with_what_is_the_same(tmp_path: Path) -> None:
+    from lion_pytorch import Lion
+
+    def decoupled(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return Lion(parameters, lr=0.01, weight_decay=0.3, decoupled_weight_decay=True)
+
+    with pytest.raises(errors.UnsupportedOptimizerError, match="Pass weight_decay=weight_decay / lr"):
+        train(MemoryStore(), decoupled)
+    advised = train(MemoryStore(), lambda p: Lion(p, lr=0.01, weight_decay=0.3 / 0.01), steps=1).thetas[-1]
+    torch.manual_seed(0)
+    model = MODELS["mlp"].build().double()
+    x, y = MODELS["mlp"].data(12)
+    optimizer, index = decoupled(list(model.parameters())), torch.randperm(12)[:5]
+    MODELS["mlp"].loss(model, x[index], y[index]).mean().backward()
+    optimizer.step()
+    np.testing.assert_array_equal(flat(model), advised)
