@@ -24,7 +24,7 @@ from .functional import ordinary, uncompiled
 from .interrupt import shielded
 from .layout import Layout
 from .loop import Loop, RecordOptions, check_unmodelled, header_of, settled_facts
-from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rules_of, together
+from .optim import Replay, Rerun, check_group_options, explained, read_hyper, read_state, rules_of, together
 from .resume import Resumed
 from .resume import resume as resume_run
 from .store import StepRecord, Writer, close_dropped
@@ -118,7 +118,6 @@ class Recorder(Wrapper):
         names = names_of(optimizer, self.model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
-        self._loose = self._rules.unmodelled_among(names)
         self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
         self._batch: list[np.ndarray] = []
@@ -298,13 +297,17 @@ class Recorder(Wrapper):
             return {}
         known = {key: torch.from_numpy(value) for key, value in record.state.items()}
         theta, gradient, after = step.theta.cpu(), step.gradient.cpu(), after.cpu()
-        _, delta = Replay(self._rules, self._layout, known).step(record.hyper, gradient, theta, after)
+        segments, delta = Replay(self._rules, self._layout, known).step(record.hyper, gradient, theta, after)
         self._inspected = number
         try:
             if self._options.states_every > 1:
                 rerun = Rerun(self._rules, self._layout, theta, known, record.hyper)
                 same_bits(self._layout, after, rerun.step(record.hyper, gradient), number)
-            return {"step_identity": step_identity(self._layout, theta, after, delta, number, self._loose)}
+            return {
+                "step_identity": step_identity(
+                    self._layout, theta, after, delta, number, explained(self._rules, segments, delta)
+                )
+            }
         except StepIdentityError:
             self._finish(complete=False)
             raise

@@ -14,6 +14,7 @@ from .checks import ShareBound, batch_identity, same_state, step_identity
 from .errors import AttribError, SplitIdentityError
 from .functional import uncompiled
 from .gradients import random_weights
+from .optim import explained
 from .run import Run, check_model
 from .shares import Shares, drawn
 
@@ -51,14 +52,15 @@ def verify(
     try:
         _chunks(run, found)
         after: dict[str, torch.Tensor] | None = None
-        loose = run.rules.unmodelled_among(run.groups)
         with tqdm(total=run.steps, desc="verify", unit="step", delay=2, disable=not progress) as bar:
             for block in run.blocks(0, run.steps, backwards=False):
                 if after is not None:
                     same_state(after, block.state, block.start)
                 for n, step in enumerate(block.range):
                     theta, end = block.theta[n], block.theta[n + 1]
-                    found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step, loose))
+                    segments, update = block.updates[n]
+                    known = explained(run.rules, segments, update)
+                    found.note("step", step_identity(run.layout, theta, end, update, step, known))
                     if run.capture != "replay":
                         gradient, penalty = block.examples[n], None if block.penalty is None else block.penalty[n]
                         within = ShareBound(gradient, lambda: 0.0, penalty, run.precision)
