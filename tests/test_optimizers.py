@@ -157,7 +157,13 @@ def test_parameters_that_begin_to_move_later_are_kept_still_by_requires_grad(
     for p in still:
         p.requires_grad_(False)
     before = [p.clone() for p in still]
-    recorder = attrib.record(OPTIMIZERS[name](list(model.parameters())), model, case.loss, tmp_path / "run", block=4)
+    optimizer = OPTIMIZERS[name](list(model.parameters()))
+    if (
+        name == "sgd fused"
+    ):  # torch's kernel takes no group in which some have begun to move: they have one of their own
+        rest = [p for p in model.parameters() if all(p is not q for q in still)]
+        optimizer = SGD([{"params": rest}, {"params": still}], lr=0.1, momentum=0.9, fused=True)
+    recorder = attrib.record(optimizer, model, case.loss, tmp_path / "run", block=4)
     states = [flat(model)]
     for step in range(7):
         recorder.zero_grad()
