@@ -25,7 +25,7 @@ from .functional import uncompiled
 from .interrupt import shielded
 from .layout import Layout
 from .loop import Loop, RecordOptions, check_unmodelled, header_of, settled_facts
-from .optim import Replay, Rerun, check_group_options, read_hyper, read_state, rules_of, together
+from .optim import Replay, Rerun, check_group_options, explained, read_hyper, read_state, rules_of, together
 from .resume import Resumed
 from .resume import resume as resume_run
 from .store import PassRecord, StepRecord, Writer, close_dropped
@@ -59,8 +59,7 @@ def record(
         optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float32 or float64); or several, a
             list, which step one after the other.
         model: the model under training, as the loop calls it: compiled, if that is; left as it is.
-        loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
-        store: path or zarr Store.
+        loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced. store: path or zarr Store.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of
             the examples too, (B, P) a step; "factors" the same in the form that layers give, where that is shorter.
         overwrite: replace the run that is there.
@@ -80,7 +79,7 @@ def record(
         rule: "frozen" for an optimizer that has no rule: its coefficients are read off each update, see `optim.frozen`.
 
     Returns:
-        A `Recorder`: an Optimizer whose `step` takes the example ids and the batch.
+        A `Recorder`: an Optimizer whose `step` takes the example ids and the batch, or batches announced by `batch`.
 
     Raises:
         UnsupportedOptimizerError, StoreExistsError, ChangedOutsideError, ValueError: before anything is written.
@@ -121,7 +120,6 @@ class Recorder(Wrapper):
         names = names_of(optimizer, self.model)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
-        self._loose = self._rules.unmodelled_among(names)
         self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
         self._announced = Announcements()
@@ -323,13 +321,17 @@ class Recorder(Wrapper):
             return {}
         known = {key: torch.from_numpy(value) for key, value in record.state.items()}
         theta, gradient, after = step.theta.cpu(), step.gradient.cpu(), after.cpu()
-        _, delta = Replay(self._rules, self._layout, known).step(record.hyper, gradient, theta, after)
+        segments, delta = Replay(self._rules, self._layout, known).step(record.hyper, gradient, theta, after)
         self._inspected = number
         try:
             if self._options.states_every > 1:
                 rerun = Rerun(self._rules, self._layout, theta, known, record.hyper)
                 same_bits(self._layout, after, rerun.step(record.hyper, gradient), number)
-            return {"step_identity": step_identity(self._layout, theta, after, delta, number, self._loose)}
+            return {
+                "step_identity": step_identity(
+                    self._layout, theta, after, delta, number, explained(self._rules, segments, delta)
+                )
+            }
         except StepIdentityError:
             self._finish(complete=False)
             raise

@@ -16,6 +16,7 @@ from .errors import AttribError, BatchIdentityError, SplitIdentityError
 from .functional import uncompiled
 from .gradients import random_weights
 from .matching import check_model
+from .optim import explained
 from .run import Run
 from .shares import Shares, drawn
 from .steps import Steps
@@ -58,14 +59,15 @@ def verify(
     try:
         _chunks(run, found)
         after: dict[str, torch.Tensor] | None = None
-        loose = run.rules.unmodelled_among(run.groups)
         with tqdm(total=run.steps, desc="verify", unit="step", delay=2, disable=not progress) as bar:
             for block in run.blocks(0, run.steps, backwards=False):
                 if after is not None:
                     same_state(after, block.state, block.start)
                 for n, step in enumerate(block.range):
                     theta, end = block.theta[n], block.theta[n + 1]
-                    found.note("step", step_identity(run.layout, theta, end, block.updates[n][1], step, loose))
+                    segments, update = block.updates[n]
+                    known = explained(run.rules, segments, update)
+                    found.note("step", step_identity(run.layout, theta, end, update, step, known))
                     if run.capture != "replay":
                         (_remainder if run.declares_remainder else _batch)(run, block, n, found)
                     bar.update()

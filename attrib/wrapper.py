@@ -49,7 +49,7 @@ class Wrapper(torch.optim.Optimizer):
         if not any(param_group is group for group in self.param_groups):
             raise AttribError(
                 "a recorded run has fixed parameters: got add_param_group, expected all groups before attrib.record. "
-                "Give the optimizer every group first; a learning rate of 0 keeps a group still."
+                "Give the optimizer every parameter first; requires_grad_(False) keeps some still until they are to move."
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -6,7 +6,7 @@ import torch
 from attrib.kernels.contraction import contract_rows, row_dots
 from attrib.kernels.hashing import combine, hash_rows
 from attrib.kernels.keys import SMALLEST, KeyTable
-from attrib.kernels.recurrence import Coefficients
+from attrib.kernels.recurrence import Coefficients, Matrix
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -110,6 +110,32 @@ def test_the_transpose_of_a_step_is_its_exact_adjoint(seed: int, vectors: bool) 
     to_gradient, to_earlier = step.transpose(to_momentum, to_update)
     decay = step.coupled * (to_gradient @ theta) - step.decoupled * (to_update @ theta)
     assert to_update @ update + to_momentum @ after == to_gradient @ gradient + to_earlier @ momentum + decay
+
+
+@given(seed=st.integers(0, 10**6), from_right=st.booleans())
+def test_the_transpose_of_a_step_through_a_matrix_is_its_exact_adjoint(seed: int, from_right: bool) -> None:
+    """A map that is not symmetric, of 2 x 3 matrices, and a decay that is coupled entry by entry."""
+    random = torch.Generator().manual_seed(seed)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-9, 10, shape, generator=random).double()
+
+    size = 3 if from_right else 2
+    matrix = Matrix(factor=whole(size, size), shape=(2, 3), from_right=from_right, along=whole(6), rise=whole(6))
+    numbers = {name: float(whole()) for name in ("keep", "feed", "apply_old", "apply_new", "decoupled")}
+    step = Coefficients(**numbers, coupled=whole(6), matrix=matrix)
+    momentum, gradient, theta, to_momentum, to_update = whole(5, 6)
+    update, after = step.apply(momentum, gradient, theta)
+    (to_gradient,), (to_earlier,) = step.transpose(to_momentum[None], to_update[None])
+    decay = to_gradient @ (step.coupled * theta) - step.decoupled * (to_update @ theta)
+    assert to_update @ update + to_momentum @ after == to_gradient @ gradient + to_earlier @ momentum + decay
+    x = momentum.view(2, 3)
+    product = x @ matrix.factor if from_right else matrix.factor @ x
+    assert torch.equal(matrix.apply(momentum), product.flatten() + (matrix.along @ momentum) * matrix.rise)
+    moved = step.to(torch.device("meta"))
+    assert moved.matrix is not None
+    assert moved.matrix.factor.is_meta
+    assert moved.matrix.rise.is_meta
 
 
 def test_a_step_moves_to_a_device_as_a_new_one() -> None:

@@ -6,7 +6,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import ADAM, ADAMW, OPTIMIZERS, SGD, covering, crossed
+from cases import (
+    ADADELTA,
+    ADAFACTOR,
+    ADAGRAD,
+    ADAM,
+    ADAMAX,
+    ADAMW,
+    ASGD,
+    MUON,
+    NADAM,
+    OPTIMIZERS,
+    RADAM,
+    RMSPROP,
+    RPROP,
+    SGD,
+    covering,
+    crossed,
+)
 from torch import nn
 
 from attrib.errors import UnsupportedOptimizerError
@@ -112,6 +129,16 @@ TYPED: dict[str, Callable[[Any], tuple[type, dict[str, Any]]]] = {
     "adamw": lambda t: (ADAMW, {"lr": t(0.0123), "weight_decay": 0.3}),
     "adamw betas amsgrad": lambda t: (ADAMW, {"lr": t(0.0123), "betas": (t(0.1), t(0.8)), "amsgrad": True}),
     "adamw decay maximize": lambda t: (ADAMW, {"lr": 0.0123, "weight_decay": t(0.3), "maximize": True}),
+    "rmsprop": lambda t: (RMSPROP, {"lr": t(0.0123), "momentum": 0.9, "centered": True, "weight_decay": 0.3}),
+    "adagrad": lambda t: (ADAGRAD, {"lr": t(0.0123), "lr_decay": 0.1}),
+    "adadelta": lambda t: (ADADELTA, {"lr": t(0.123), "weight_decay": 0.3}),
+    "adamax": lambda t: (ADAMAX, {"lr": t(0.0123)}),
+    "nadam": lambda t: (NADAM, {"lr": t(0.0123), "weight_decay": 0.3, "decoupled_weight_decay": True}),
+    "radam": lambda t: (RADAM, {"lr": t(0.0123), "weight_decay": 0.3, "decoupled_weight_decay": True}),
+    "asgd": lambda t: (ASGD, {"lr": t(0.0123), "lambd": 0.1}),
+    "rprop": lambda t: (RPROP, {"lr": t(0.0123)}),
+    "adafactor": lambda t: (ADAFACTOR, {"lr": t(0.0123), "weight_decay": 0.3}),
+    "muon": lambda t: (MUON, {"lr": t(0.0123), "weight_decay": 0.3}),
 }
 IMPLEMENTATIONS = ("", "foreach", "fused")
 TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -125,9 +152,12 @@ def test_options_that_are_tensors_are_replayed_and_run_again(
     name: str, how: str, typed: torch.dtype, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((50,), (), (5, 6))]
     kind, options = TYPED[name](lambda value: torch.tensor(value, dtype=typed))
-    if how == "foreach" and kind is not SGD:  # where torch takes numbers alone
+    shapes = ((7, 7), (3, 5), (6, 5)) if kind is MUON else ((50,), (), (5, 6))
+    parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    if how in ("foreach", "fused") and how not in kind([parameters[0]], lr=0.1).defaults:
+        return  # torch has no such implementation
+    if how == "foreach" and "betas" in kind([parameters[0]], lr=0.1).defaults:  # where torch takes numbers alone
         options |= {"lr": float(options["lr"]), "betas": tuple(map(float, options.get("betas", (0.9, 0.99))))}
     optimizer = kind(parameters, **options, **({how: True} if how else {}))
     rule = rules_of(optimizer)
@@ -161,6 +191,7 @@ REFUSED: dict[str, tuple[type, dict[str, Any], str]] = {
     "numpy": (ADAMW, {"lr": np.float32(0.1)}, r"got np.float32\(0.1\).*for float64 parameters.*float\(lr\)"),
     "a device": (ADAMW, {"lr": torch.tensor(0.1, device="meta")}, "on meta.*on the CPU, for float64 parameters"),
     "capturable": (ADAMW, {"capturable": True}, "got True, expected False for float64 parameters, at 'capturable'"),
+    "capturable on the CPU": (NADAM, {"capturable": True}, "False for parameters on the CPU.*Pass capturable=False"),
 }
 
 

@@ -525,20 +525,14 @@ def test_mode_that_changes_is_named(bench: Bench) -> None:
     bench.assert_refused(errors.ChangedOutsideError, "train and eval.*'1'")
 
 
-def test_unsupported_optimizer_is_named_with_the_supported_ones(tmp_path: Path) -> None:
-    model = nn.Linear(2, 2)
-    with pytest.raises(errors.UnsupportedOptimizerError, match=r"LBFGS.*SGD, torch\.optim\.Adam, torch\.optim\.AdamW"):
-        attrib.record(torch.optim.LBFGS(model.parameters()), model, LOSS, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_subclass_of_an_optimizer_is_unsupported(tmp_path: Path) -> None:
+def test_subclass_of_an_optimizer_is_named_with_the_supported_ones(tmp_path: Path) -> None:
     class Mine(torch.optim.SGD):
         pass
 
     model = nn.Linear(2, 2)
-    with pytest.raises(errors.UnsupportedOptimizerError, match="Mine"):
+    with pytest.raises(errors.UnsupportedOptimizerError, match=r"Mine.*SGD, torch\.optim\.Adam, torch\.optim\.AdamW"):
         attrib.record(Mine(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

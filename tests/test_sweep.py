@@ -216,7 +216,7 @@ def test_the_store_is_read_once_however_often_the_steps_are_looked_at(
         return read(self, name, rows)
 
     monkeypatch.setattr(Reader, "read", noted)
-    blocks = ("gradient", "hyper", "index", "row", "facts")
+    blocks = ("gradient", "hyper", "index", "row", "passes")
     trained.attribute()
     for name in blocks:
         of_blocks = [rows for known, rows in seen if known == name and rows != "slice(0, 9, None)"]

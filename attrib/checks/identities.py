@@ -2,7 +2,7 @@
 own example."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -103,9 +103,10 @@ def split_gaps(
 
 
 def step_identity(
-    layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int, unmodelled: Collection[str] = ()
+    layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int, explained: Tensor | None = None
 ) -> float:
-    """|replayed - real update| over |real update|; vectors (P,). unmodelled: parameters whose update need not be explained.
+    """|replayed - real update| over |real update|; vectors (P,). explained: the entries that are replayed, (P,); None: all.
+    The others count in the number, but may be what they are.
 
     Real parameters are rounded to eps |theta|, so an update below sqrt(eps) |theta| is counted as of that size.
 
@@ -115,9 +116,10 @@ def step_identity(
     real = after - theta
     eps = float(torch.finfo(theta.dtype).eps)
     for name, part in layout.slices():
-        gap = float((replayed[part] - real[part]).norm())
+        off = replayed[part] - real[part]
+        gap = float((off if explained is None else off * explained[part]).norm())
         allowed = eps**0.5 * float(real[part].norm()) + 4 * eps * float(after[part].norm())
-        if not gap <= allowed and name not in unmodelled:
+        if not gap <= allowed:
             raise StepIdentityError(
                 f"the replayed update is not the optimizer's: got a gap of {gap:.3g}, expected at most {allowed:.3g}, at "
                 f"parameter {name!r}, step {step}. Recording ends before this step; the optimizer has made it. Was the "

@@ -17,7 +17,8 @@ from .rule import Options, Rule, State, always, coupled_gradient, quotient_by
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
     sign, coupled, g = coupled_gradient(o, gradient, theta)
     total = state["sum"].addcmul(g, g, value=1)
-    rate = float(o["lr"] / (1 + o["age"] * o["lr_decay"]))
+    lr = float(o["lr"]) if o["fused"] else o["lr"]  # whose kernel takes numbers
+    rate = float(lr / (1 + o["age"] * o["lr_decay"]))
     scaled = (rate * sign * quotient_by(total.sqrt().add_(o["eps"]))).reshape(-1)
     return Coefficients(keep=1.0, feed=0.0, apply_old=0.0, apply_new=scaled, coupled=coupled), {"sum": total}
 

@@ -22,7 +22,7 @@ def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[
     sign, coupled, decoupled, g = decays(o, gradient, theta)
     (beta1, beta2), t = o["betas"], o["age"] + 1
     variance = (state["exp_avg_sq"] * beta2).addcmul_(g, g, value=1 - beta2)
-    rate: Any = float(o["lr"] / (1 - beta1**t))
+    rate: Any = float(o["lr"]) / (1 - beta1**t)
     rectified = _rectification(beta2, t)
     if rectified is not None:
         rate = rate * rectified * (1 - beta2**t) ** 0.5 / variance.sqrt().add_(o["eps"])

@@ -28,6 +28,13 @@ def check_group_options(optimizer: torch.optim.Optimizer, when: str = "") -> Non
                     f"an option of the optimizer cannot be replayed: got {_described(value)}, expected {expected}, at "
                     f"{name!r} of param group {number}{when}. {advice}"
                 )
+        if getattr(optimizer, "decoupled_wd", False) and getattr(
+            optimizer, "_init_lr", None
+        ):  # Lion's, not in its groups
+            raise UnsupportedOptimizerError(
+                f"an option of the optimizer is not in its groups: got decoupled_weight_decay=True, expected False, of "
+                f"{type(optimizer).__name__}{when}. Pass weight_decay=weight_decay / lr, which is the same."
+            )
 
 
 def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -50,6 +57,12 @@ def _refusal(group: Mapping[str, Any], name: str, value: Any) -> Refusal | None:
             return "a number or a tensor on the CPU, for float64 parameters", "Pass a number."
     if double and isinstance(value, np.floating) and not isinstance(value, float):
         return "a number of Python's, for float64 parameters", f"Pass float({name})."
+    on_cpu = any(p.device.type == "cpu" for p in group["params"][:1])
+    if name == "capturable" and value and on_cpu and "amsgrad" not in group:  # Adam's fused kernel takes it
+        return (
+            "False for parameters on the CPU, where torch has no capturable step of this optimizer",
+            "Pass capturable=False.",
+        )
     if double and name == "capturable" and value:
         return "False for float64 parameters", "Pass capturable=False."
     return None

@@ -117,6 +117,18 @@ def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tenso
     return sensitivity, before
 
 
+def explained(rules: Rules, segments: Segments, update: Tensor) -> Tensor | None:
+    """Which entries of an update the coefficients are to give, (P,); None for all."""
+    if not rules.unmodelled:
+        return None
+    entries = torch.ones_like(update, dtype=torch.bool)
+    for segment in segments:
+        taken = segment.coefficients.apply_new
+        if rules[segment.tensors.start].unmodelled and isinstance(taken, Tensor):
+            entries[segment.entries] = taken != 0
+    return entries
+
+
 def decay_rates(segments: Segments, tensors: int) -> np.ndarray:
     """(2, K): coupled and decoupled decay of each tensor, which add coupled <U, theta> - decoupled <Gbar, theta> to the
     measurement; 0 for one that is coupled entry by entry."""

@@ -70,10 +70,6 @@ class Rules:
     def read_off(self) -> bool:
         return any(mover.rule.read_off for mover in self.movers)
 
-    def unmodelled_among(self, names: Sequence[str]) -> frozenset[str]:
-        """Of the names of the tensors those whose update need not be explained."""
-        return frozenset(name for rule, name in zip(self, names, strict=True) if rule.unmodelled)
-
     def named(self, hyper: np.ndarray) -> list[dict[str, float]]:
         """(K, H + 1) -> the numbers of each tensor by name."""
         return [dict(zip(rule.hyper, row, strict=False)) for rule, row in zip(self, hyper.tolist(), strict=True)]
