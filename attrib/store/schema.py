@@ -5,8 +5,11 @@
     gradient     [step, parameter]             p.grad as the optimizer saw it
     penalty      [step, parameter]             what of it was a penalty's and no example's, where the loop had one
     state/*      [frame, parameter]            the optimizer's accumulators before the first step of each block, or before
-                                               every k-th step
-    hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on
+                                               every k-th step: "momentum" is linear in the gradients, the others are called
+                                               as torch calls them; zeros where a tensor's rule has none, smaller ones first
+    hyper        [step, tensor, hyper]         the numbers that the step of each tensor depended on, by the names that its
+                                               optimizer has in the header's "optimizers", zeros behind them; the last says
+                                               whether it took part
     index        [step, slot]                  ids of the training examples, -1 where the batch was smaller; of ids that are
                                                strings the numbers that stand for them
     ids/*        [id, bound], [utf8]           which strings these are: see `ids`
