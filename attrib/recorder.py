@@ -58,8 +58,8 @@ def record(
     Args:
         optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float32 or float64); or several, a
             list, which step one after the other.
-        model: the model under training, as the loop calls it: compiled, if that is; left as it is.
-        loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced. store: path or zarr Store.
+        model: the model under training, as the loop calls it: compiled, if that is; left as it is. store: path or Store.
+        loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of
             the examples too, (B, P) a step; "factors" the same in the form that layers give, where that is shorter.
         overwrite: replace the run that is there.
@@ -74,8 +74,7 @@ def record(
             stored, and its contribution stands with weight decay in the ledger. It must draw no random numbers.
         constants: "values" stores buffers and frozen parameters, of whatever type, bit for bit; "digest" only what they are
             recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
-        remainder: "refuse" steps whose p.grad is not the sum of the shares (noise, hooks, clipping by value, but not by a
-            common norm), or "account" for what is left in a row of the ledger.
+        remainder: "refuse" steps whose p.grad holds more than the shares (noise, hooks, clipping by value), or "account".
         rule: "frozen" for an optimizer that has no rule: its coefficients are read off each update, see `optim.frozen`.
 
     Returns:
