@@ -147,6 +147,7 @@ def test_losses_that_differ_by_little_alone_are_not_mapped_one_by_one() -> None:
     layout, theta = layout_of(model)
     shares = ExampleGradients(random_models.loss, model, layout, torch.float32, autocast=BF16)
     _, computed, _ = as_trained(random_models.loss, "loss")
+    torch.randn(2, layout.size)  # the batches that it was found with come after
     for size in (1, 2):
         batch = (torch.randn(size, random_models.LENGTH, random_models.WIDTH),)
         want = oracles.losses_one_by_one(model, theta.numpy(), computed, batch)
