@@ -44,6 +44,10 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
 
 
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.5)
+
+
 def examples(size: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, 4, generator=generator, dtype=torch.float64).to(dtype)
@@ -63,11 +67,17 @@ SIZES = ([5, 5, 5], [5, 3, 6], [4, 4], [2])  # of the passes of a step, in turn
 
 
 def accumulate(
-    store: Any, reduce: Reduce, rate: float, steps: int = 9, clip: bool = False, **options: Any
+    store: Any,
+    reduce: Reduce,
+    rate: float,
+    steps: int = 9,
+    clip: bool = False,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] = adamw,
+    **options: Any,
 ) -> nn.Module:
     """A loop over micro-batches."""
     model = Net(rate).double()
-    with attrib.record(adamw(model), model, cross_entropy, store, check_every=3, **options) as recorder:
+    with attrib.record(optimizer(model), model, cross_entropy, store, check_every=3, **options) as recorder:
         torch.manual_seed(3 + recorder.steps)
         for step in range(recorder.steps, steps):
             torch.manual_seed(50 + step)
@@ -105,8 +115,9 @@ def test_accumulated_gradients_are_complete_whatever_the_passes_are(reduction: s
 def test_each_example_has_the_share_of_its_own_pass(capture: str) -> None:
     store = MemoryStore()
     reduce = REDUCTIONS["weights of their own"]
-    model = accumulate(store, reduce, 0.0, steps=2, capture=capture)
-    result = explain(store, model, keep=("step", "example"), steps=slice(1, 2))
+    model = accumulate(
+        store, reduce, 0.0, steps=2, capture=capture, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.5)
+    )
     run = attrib.open_run(store)
     rows = []
     for n, size in enumerate(SIZES[1]):
@@ -114,22 +125,19 @@ def test_each_example_has_the_share_of_its_own_pass(capture: str) -> None:
         theta = run.vector(1).numpy()
         rows.append(oracles.single_gradients(Net().double(), theta, cross_entropy, batch) * (0.03 + 0.01 * size**2))
     shares = np.concatenate(rows)
-    # of the last step alone U = -F Gbar, so its contributions are the shares times one vector: seen through three queries
-    found = result.by("example").values[
-        :, [list(result.dataset.example.values).index(i) for i in run.index(1).tolist()]
-    ]
     np.testing.assert_allclose(shares.sum(0), run.reader.read("gradient", 1), atol=1e-14)
-    fitted = np.linalg.lstsq(shares, found.T, rcond=None)[0]
-    np.testing.assert_allclose(shares @ fitted, found.T, atol=1e-12)
-    direct = attrib.attribute(
-        run,
-        model,
-        attrib.measure.log_prob(*examples(3, 999)[1:]),
-        loss=cross_entropy,
-        steps=slice(1, 2),
-        progress=False,
+    # of one step of SGD, seen by what is linear in the parameters, U is -lr times the coefficients
+    coefficients = torch.randn(2, shares.shape[1], dtype=torch.float64)
+    result = attrib.attribute(
+        run, model, lambda m: linear(m, coefficients), loss=cross_entropy, steps=slice(1, 2), progress=False
     )
-    assert found.sum(1) == pytest.approx(direct.by().values, rel=1e-12)
+    found = result.by("example").sel(example=run.index(1).tolist()).values
+    np.testing.assert_allclose(found, -0.5 * coefficients.numpy() @ shares.T, atol=1e-13)
+
+
+def linear(model: nn.Module, coefficients: Tensor) -> Tensor:
+    """(Q, P) -> (Q,)"""
+    return coefficients @ torch.cat([p.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("states_every", [1, 4])
@@ -484,34 +492,74 @@ def _stored() -> Any:
     return store
 
 
-def test_a_language_model_is_recorded_from_dicts_with_a_shorter_last_group() -> None:
-    """Accumulation of 4 with dropout, clipping and a schedule, as a trainer does it."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16 autocast"])
+def test_a_language_model_is_trained_as_trainers_do(dtype: torch.dtype) -> None:
+    """Accumulation of 4 with dropout, a shorter last group, clipping, a schedule, dicts, and autocast."""
+    low = dtype == torch.bfloat16
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits = drop(model(batch["input_ids"][:, :-1]))
         return F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").mean(1)
 
     torch.manual_seed(0)
-    model, drop, store = Gpt().double(), nn.Dropout(0.1), MemoryStore()
+    model, drop, store = Gpt().to(torch.float32 if low else dtype), nn.Dropout(0.1), MemoryStore()
     tokens = torch.randint(0, 9, (44, 6))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=8)
-    recorder = attrib.record(optimizer, model, loss, store)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=12)
+    recorder = attrib.record(optimizer, model, loss, store, check_every=3)
     batches = list(torch.arange(44).split(4))  # 11 micro-batches: 2 groups of 4, one of 3
-    for epoch in range(2):
+    for epoch in range(4):
         for first in range(0, len(batches), 4):
             group = batches[first : first + 4]
             recorder.zero_grad()
             for rows in group:
-                recorder.batch(rows, {"input_ids": tokens[rows], "note": f"epoch {epoch}"})
-                (loss(model, {"input_ids": tokens[rows]}).mean() / len(group)).backward()
+                recorder.batch(rows, {"input_ids": tokens[rows], "note": f"epoch {epoch % 2}"})
+                with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                    reduced = loss(model, {"input_ids": tokens[rows]}).mean() / len(group)
+                reduced.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             recorder.step()
             schedule.step()
     recorder.close()
     run = attrib.open_run(store)
-    assert [len(run.passes(step)) for step in range(run.steps)] == [4, 4, 3] * 2
-    measurement = attrib.measure.log_prob(tokens[:3, :-1], tokens[:3, 1])
-    result = attrib.attribute(run, model, lambda m: m(tokens[:3, :-1])[:, -1, 0], loss=loss, progress=False)
-    result.check(1e-10)
-    assert measurement is not None
+    assert [len(run.passes(step)) for step in range(run.steps)] == [4, 4, 3] * 4
+    result = attrib.attribute(
+        run, model, lambda m: m(tokens[:3, :-1])[:, -1, 0], loss=loss, progress=False, keep=("step", "example")
+    )
+    if not low:
+        result.check(1e-10)
+        return
+    u = 2.0**-8
+    ledger = result.check(1e-5)  # what float32 leaves: that of bfloat16 is a row
+    assert np.nanmax(run.log("batch_identity")) <= u / 2  # one rounding of p.grad, half a unit
+    # a share is rounded by each of the at most 7 products that it passes, and so the sums: their squares add up
+    gross = np.abs(result.by("step", "example").values).sum((1, 2))
+    assert (np.abs(result.remainder.values).sum((1, 2)) <= 7**0.5 * u * gross).all()
+    assert ledger.identities["split"] <= 7**0.5 * u
+    # the split by autograd: one loss at a time under the same autocast, the same random numbers, at the last step
+    step, coefficients = run.steps - 1, torch.randn(2, run.layout.size, dtype=torch.float64)
+    last = attrib.attribute(
+        run, model, lambda m: linear(m, coefficients), loss=loss, progress=False, steps=slice(step, step + 1)
+    )
+    (group, *_), rates = run.optimizer(model, run.steps).param_groups, []
+    for state in run.optimizer(model, run.steps).state.values():
+        beta1, beta2 = group["betas"]
+        root = (state["exp_avg_sq"].double() / (1 - beta2**run.steps)).sqrt() + group["eps"]
+        rates.append((group["lr"] * (1 - beta1) / (1 - beta1**run.steps) / root).flatten())
+    rates = torch.cat(rates).numpy() * coefficients.numpy()
+    shares = []
+    run.load(model, step)
+    for recorded, (batch,) in zip(run.passes(step), run.batches(step), strict=True):
+        for i in range(recorded.size):
+            torch.set_rng_state(recorded.random[: len(torch.get_rng_state())].clone())
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = loss(model, batch)
+            (losses[i] / 12).backward()  # as the loop does: another multiple is rounded otherwise
+            assert recorded.scale < 1 / 12  # it is clipped
+            shares.append(
+                torch.cat([p.grad.flatten() for p in model.parameters()]).double().numpy() * recorded.scale * 12
+            )
+    want, size = -rates @ np.array(shares).T, np.linalg.norm(rates[:, None] * np.array(shares), axis=2)
+    found = last.by("example").sel(example=run.index(step).tolist()).values
+    assert (np.abs(found - want) <= 7**0.5 * u * size).all()

@@ -144,7 +144,8 @@ class Capture:
         settled = step.settled
         if step.number and heard.before is not None and heard.behind is not None:
             settled.draws.settled(step.number, heard.before, heard.behind)
-        forwards = check_forwards(heard.forwards, settled.forwards, step.number)
+        batches = [announced.batch for announced in step.passes]
+        forwards = check_forwards(heard.forwards, batches, settled.forwards, step.number)
         step = replace(step, settled=replace(settled, forwards=forwards))
         if step.number:
             check_autocast(step, heard)

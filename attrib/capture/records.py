@@ -41,15 +41,15 @@ class Announced:
 class Settled:
     """What the steps so far have shown of the loop; nothing before the first.
 
-    forwards: how many forward passes of the model were heard of each announced batch; None where that differs. late: whether
-    the random numbers of a loss start from the state before its forward pass, not from that when it was announced.
+    forwards: how many forward passes of the model follow an announced batch, by its tree; None where that differs. late:
+    whether the random numbers of a loss start from the state before its forward pass, not from that when it was announced.
     described, shapes: of stored factors what they are, and of one example each array's shape. autocast: what the loss is
     computed under.
     """
 
     reduction: Reduction = field(default_factory=Reduction)
     draws: Draws = field(default_factory=Draws)
-    forwards: int | None = None
+    forwards: dict[str, int | None] = field(default_factory=dict)
     late: bool = False
     described: Described | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)

@@ -1,13 +1,14 @@
 """The arguments of `attrib.record` and `recorder.step`: what is wrong with them is said before anything is written."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch, Shared, leaves_of, places
+from ..batch import Batch, Shared, leaves_of, places, plain
 from ..errors import BatchError, BatchIdentityError, LossError
 from ..functional import ordinary
 from ..inputs import Inputs, inputs_of
@@ -118,29 +119,30 @@ def _same(a: Batch, b: Batch) -> bool:
     return all((s.device, s.layout, s.shape) == (t.device, t.layout, t.shape) and torch.equal(s, t) for s, t in each)
 
 
-def check_forwards(heard: Sequence[int], usual: int | None, step: int) -> int | None:
-    """How many forward passes follow each announced batch: as many as `usual`, at the first step as many for each.
+def check_forwards(
+    heard: Sequence[int], batches: Sequence[Batch], usual: Mapping[str, int | None], step: int
+) -> dict[str, int | None]:
+    """How many forward passes follow an announced batch, by its tree: as many as `usual`; None where that differed.
 
     Raises:
         BatchError: an announcement is missing, or was made twice.
     """
-    if not heard:
-        return usual
-    if step == 0:
-        return heard[0] if len(set(heard)) == 1 else None
-    if usual is None:
-        return None
-    for n, count in enumerate(heard):
-        if count != usual:
-            what = (
-                "an announcement is missing" if count > usual else "a batch was announced, and no pass of it was made"
-            )
-            raise BatchError(
-                f"{what}: got {count} forward passes of the model after batch {n + 1} of {len(heard)}, expected {usual} as "
-                f"before, at step {step}. Call recorder.batch(index, *batch) once before the forward pass of each batch. "
-                f"The step was refused."
-            )
-    return usual
+    known = dict(usual)
+    for n, (count, batch) in enumerate(zip(heard, batches, strict=False)):
+        tree = json.dumps(plain(batch.tree))
+        expected = known.setdefault(tree, count)
+        if expected is None or count == expected:
+            continue
+        if tree not in usual:  # of the first step with such batches
+            known[tree] = None
+            continue
+        what = "an announcement is missing" if count > expected else "a batch was announced, and no pass of it was made"
+        raise BatchError(
+            f"{what}: got {count} forward passes of the model after batch {n + 1} of {len(heard)}, expected {expected} as "
+            f"before, at step {step}. Call recorder.batch(index, *batch) once before the forward pass of each batch. The "
+            f"step was refused."
+        )
+    return known
 
 
 def check_ids(index: Any) -> np.ndarray:
