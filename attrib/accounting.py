@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .optim import Segments, decay_rates, entrywise_decay, pullback
+from .optim import Segments, decay_rates, entrywise_decay, explained, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
 from .sensitivity import Adjoint, Products, Terms, Traced, along_tensors
 from .steps import Steps
@@ -28,12 +28,14 @@ LIMIT_STEPS = 2  # that the limit is looked at, side by side
 
 
 class Along(NamedTuple):
-    """Of n steps <V, v> over each tensor (n, Q, K), for v the change of the parameters, the replayed update, the parameters;
-    and sum_p |V_p theta_p| (n, Q), which times eps bounds what rounding of the stored parameters can do."""
+    """Of n steps <V, v> over each tensor (n, Q, K), for v the change of the parameters, the replayed update, the parameters,
+    and the change less the update where the rule explains it; and sum_p |V_p theta_p| (n, Q), which times eps bounds what
+    rounding of the stored parameters can do."""
 
     moved: np.ndarray
     replayed: np.ndarray
     theta: np.ndarray
+    off: np.ndarray
     leverage: np.ndarray
 
 
@@ -160,9 +162,9 @@ class Accounting:
         gross = changed + np.abs(p.start) + np.abs(p.end)
         rows = {"decay": decay, "timeline": timeline}
         sums = {"gross": np.abs(decay).sum(2), "rounding": off.sum(2), "spacing": eps * along.leverage}
-        step = relative(np.abs(off).max(2), np.maximum(moved, eps**0.5 * along.leverage))
-        if self.unmodelled:  # what no rule explains, rounding among it, is a row: nothing is left to be checked
-            rows["update_remainder"], step = off, np.full(len(off), np.nan)
+        step = relative(np.abs(along.off).max(2), np.maximum(moved, eps**0.5 * along.leverage))
+        if self.unmodelled:  # what no rule explains, rounding among it, is a row
+            rows["update_remainder"] = off
             zeros = np.zeros_like(moved)
             sums = {"gross": sums["gross"] + np.abs(off).sum(2), "rounding": zeros, "spacing": zeros}
         measurement = relative(np.abs(timeline.sum(2) - (p.end - p.start)), gross)
@@ -193,16 +195,21 @@ def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
     """V (n, Q, P), of the n steps."""
     theta = steps.theta.to(vectors.device)
     update = torch.stack([delta for _, delta in steps.updates]).to(vectors.device)
+    rules = steps.block.trajectory.rules
+    masks = [explained(rules, segments, delta) for segments, delta in steps.updates] if rules.unmodelled else []
+    mask = torch.stack([m for m in masks if m is not None]).to(vectors.device) if masks else None
 
     def along(part: slice) -> list[Tensor]:
         states = theta[:, part].double()
-        return [states[1:] - states[:-1], update[:, part].double(), states[:-1]]
+        changes, updates = states[1:] - states[:-1], update[:, part].double()
+        some = [] if mask is None else [(changes - updates) * mask[:, part]]
+        return [changes, updates, states[:-1], *some]
 
     leverage = vectors.new_zeros(vectors.shape[:2])
     for _, part in layout.slices():
         leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
-    moved, replayed, before = along_tensors(layout, vectors, along)
-    return Along(moved, replayed, before, leverage.cpu().numpy())
+    moved, replayed, before, *some = along_tensors(layout, vectors, along)
+    return Along(moved, replayed, before, some[0] if some else moved - replayed, leverage.cpu().numpy())
 
 
 def _stacked(decays: list[Tensor | None]) -> np.ndarray | None:
