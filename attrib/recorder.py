@@ -19,13 +19,23 @@ from torch import Tensor, nn
 from .announced import AnnouncedBatch, Announcements
 from .capture import Announced, Capture, Captured, CaptureOptions, Settled, Step
 from .checks import Guard, check_gradient, check_options, names_of, same_bits, step_identity
-from .constants import to_array
+from .constants import to_array, to_tensor, wide
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import uncompiled
 from .interrupt import shielded
 from .layout import Layout
 from .loop import Loop, RecordOptions, check_unmodelled, header_of, settled_facts
-from .optim import Replay, Rerun, check_group_options, explained, read_hyper, read_state, rules_of, together
+from .optim import (
+    MOMENTUM,
+    Replay,
+    Rerun,
+    check_group_options,
+    read_hyper,
+    read_state,
+    rules_of,
+    step_bounds,
+    together,
+)
 from .resume import Resumed
 from .resume import resume as resume_run
 from .store import PassRecord, StepRecord, Writer, close_dropped
@@ -250,7 +260,7 @@ class Recorder(Wrapper):
             self._writer.update_header(settled=settled_facts(self._settled))
             self._forget()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
-            self._writer.append(record._replace(log=log), _array(after))
+            self._writer.append(record._replace(log=log), to_array(after))
         self._left = time.perf_counter()
 
     def _forget(self) -> bool:
@@ -272,23 +282,28 @@ class Recorder(Wrapper):
         gradient = check_gradient(self._layout, self._parameters, number)
         named = zip(self._layout.names, self._parameters, strict=True)
         active = frozenset(name for name, p in named if p.grad is not None)
-        return Step(number, theta, gradient, active, passes, self._settled)
+        dtype = wide(theta.dtype)
+        return Step(number, theta.to(dtype), gradient.to(dtype), active, passes, self._settled)
 
     def _recorded(self, step: Step, captured: Captured, announced: Sequence[AnnouncedBatch]) -> StepRecord:
         """The record of a step before it is made."""
         states = read_state(self._rules, self.optimizer, self._parameters) if self._writer.wants_state else {}
         each = zip(announced, captured.scales.tolist(), captured.left.tolist(), captured.random, strict=True)
         return StepRecord(
-            theta=_array(step.theta),
-            gradient=_array(step.gradient),
+            theta=self._array(step.theta),
+            gradient=self._array(step.gradient),
             hyper=read_hyper(self._rules, self.optimizer),
             ids=np.concatenate([a.ids for a in announced]),
             passes=tuple(PassRecord(len(a.ids), a.inputs, *rest) for a, *rest in each),
-            state={key: _array(value) for key, value in states.items()} or None,
+            state={key: to_array(value) for key, value in states.items()} or None,
             log=captured.log,
             shares=captured.shares,
-            penalty=None if captured.penalty is None else _array(captured.penalty),
+            penalty=None if captured.penalty is None else to_array(captured.penalty),
         )
+
+    def _array(self, vector: Tensor) -> np.ndarray:
+        """(P,) in the parameters' type."""
+        return to_array(vector.to(self._parameters[0].dtype))
 
     def close(self) -> None:
         """Write what is left and mark the run complete. Closing twice is harmless.
@@ -318,23 +333,20 @@ class Recorder(Wrapper):
         number, every = step.number, self._options.capture.check_every
         if record.state is None or 0 < number < self._inspected + every:
             return {}
-        known = {key: torch.from_numpy(value) for key, value in record.state.items()}
-        theta, gradient, after = step.theta.cpu(), step.gradient.cpu(), after.cpu()
-        segments, delta = Replay(self._rules, self._layout, known).step(record.hyper, gradient, theta, after)
+        dtype, rules, layout = after.dtype, self._rules, self._layout
+        name = str(dtype).removeprefix("torch.")
+        known = {key: to_tensor(value, name) for key, value in record.state.items()}
+        theta, gradient, end = step.theta.cpu(), step.gradient.cpu(), after.cpu().to(step.theta.dtype)
+        state = {key: value.to(wide(dtype)) for key, value in known.items()}
+        segments, delta = Replay(rules, layout, state).step(record.hyper, gradient, theta, end)
         self._inspected = number
         try:
             if self._options.states_every > 1:
-                rerun = Rerun(self._rules, self._layout, theta, known, record.hyper)
-                same_bits(self._layout, after, rerun.step(record.hyper, gradient), number)
-            return {
-                "step_identity": step_identity(
-                    self._layout, theta, after, delta, number, explained(self._rules, segments, delta)
-                )
-            }
+                rerun = Rerun(rules, layout, theta.to(dtype), known, record.hyper)
+                same_bits(layout, after.cpu(), rerun.step(record.hyper, gradient.to(dtype)), number)
+            bounds = step_bounds(rules, segments, delta, state[MOMENTUM], gradient, torch.stack([theta, end]))
+            return {"step_identity": step_identity(layout, theta, end, delta, number, *bounds)}
         except StepIdentityError:
             self._finish(complete=False)
             raise
 
-
-def _array(t: Tensor) -> np.ndarray:
-    return t.detach().cpu().numpy()

@@ -103,10 +103,17 @@ def split_gaps(
 
 
 def step_identity(
-    layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int, explained: Tensor | None = None
+    layout: Layout,
+    theta: Tensor,
+    after: Tensor,
+    replayed: Tensor,
+    step: int,
+    explained: Tensor | None = None,
+    within: Tensor | None = None,
 ) -> float:
     """|replayed - real update| over |real update|; vectors (P,). explained: the entries that are replayed, (P,); None: all.
-    The others count in the number, but may be what they are.
+    The others count in the number, but may be what they are. within: how far each entry may be off, where the optimizer
+    rounds to few bits, (P,); inf for one that may be what it is.
 
     Real parameters are rounded to eps |theta|, so an update below sqrt(eps) |theta| is counted as of that size.
 
@@ -117,8 +124,12 @@ def step_identity(
     eps = float(torch.finfo(theta.dtype).eps)
     for name, part in layout.slices():
         off = replayed[part] - real[part]
-        gap = float((off if explained is None else off * explained[part]).norm())
-        allowed = eps**0.5 * float(real[part].norm()) + 4 * eps * float(after[part].norm())
+        if within is None:
+            gap = float((off if explained is None else off * explained[part]).norm())
+            allowed = eps**0.5 * float(real[part].norm()) + 4 * eps * float(after[part].norm())
+        else:
+            worst = int((off.abs() - within[part]).argmax())
+            gap, allowed = float(off[worst].abs()), float(within[part][worst])
         if not gap <= allowed:
             raise StepIdentityError(
                 f"the replayed update is not the optimizer's: got a gap of {gap:.3g}, expected at most {allowed:.3g}, at "
