@@ -102,6 +102,10 @@ def split_gaps(
     return differences / np.where(floor > 0, floor, 1.0)
 
 
+# github.com/pytorch/pytorch/issues/191763
+_FUSED = " Pass fused=False where it is fused: torch 2.13's SGD on the CPU leaves parameters of few bits as they were."
+
+
 def step_identity(
     layout: Layout,
     theta: Tensor,
@@ -122,7 +126,14 @@ def step_identity(
     """
     real = after - theta
     eps = float(torch.finfo(theta.dtype).eps)
+    hint = "" if within is None else _FUSED
     for name, part in layout.slices():
+        if not torch.isfinite(after[part]).all():
+            raise StepIdentityError(
+                f"the optimizer left a parameter that is not finite, at parameter {name!r}, step {step}. Recording ends before "
+                f"this step; the optimizer has made it. In float16 an eps below 3e-8 is 0: pass a larger one, such as 1e-4, or "
+                f"keep the parameters in float32 and train under torch.autocast."
+            )
         off = replayed[part] - real[part]
         if within is None:
             gap = float((off if explained is None else off * explained[part]).norm())
@@ -134,7 +145,7 @@ def step_identity(
             raise StepIdentityError(
                 f"the replayed update is not the optimizer's: got a gap of {gap:.3g}, expected at most {allowed:.3g}, at "
                 f"parameter {name!r}, step {step}. Recording ends before this step; the optimizer has made it. Was the "
-                f"optimizer's state or code changed?"
+                f"optimizer's state or code changed?{hint}"
             )
     size = max(float(real.norm()), eps**0.5 * float(after.norm()))
     return float((replayed - real).norm()) / size if size else 0.0

@@ -154,22 +154,24 @@ def rounding_of(
 
     |replayed - real| <= u (n terms + 2 (|theta| + |theta'|)), u = eps / 2, terms = apply_old |z| + apply_new |g + coupled theta|
     of what is summed: each is rounded n times (`Rule.roundings`), the parameters where decay and where the update is taken
-    off. Numbers below the smallest normal are rounded by more than u: of those there are none in bfloat16, in float16 squares
-    of gradients are; there nothing is said. As much again for terms of second order: a factor of 1 + n u.
+    off; a factor of 1 + n u for what is of second order. Below the smallest normal a rounding is by half of the smallest number
+    instead. In bfloat16 that is next to nothing; in float16 squares of gradients lie there, so of a rule with accumulators that
+    are frozen nothing is said.
     """
     if rules.low is None:
         return None
     bound = torch.full_like(gradient, torch.inf)
-    if momentum is None or rules.low != torch.bfloat16:
-        return bound
-    unit = torch.finfo(rules.low).eps / 2
+    kind = torch.finfo(rules.low)
+    unit, least = kind.eps / 2, kind.smallest_normal * kind.eps
     for segment in segments:
-        count, here, c = rules[segment.tensors.start].roundings, segment.entries, segment.coefficients
-        if count is not None:
+        rule, here, c = rules[segment.tensors.start], segment.entries, segment.coefficients
+        count, squares = rule.roundings, rule.moments and rules.low == torch.float16
+        if count is not None and momentum is not None and not squares:
             g = gradient[here].abs() + abs(c.coupled) * ends[0, here].abs()
             terms = abs(c.apply_old) * momentum[here].abs() + abs(c.apply_new) * g
             edges = ends[:, here].abs().sum(0)
-            bound[here] = unit * (1 + count * unit) * (count * terms + 2 * edges)
+            smallest = count * least * (1 + abs(c.apply_old) + abs(c.apply_new))
+            bound[here] = unit * (1 + count * unit) * (count * terms + 2 * edges) + smallest
     return bound
 
 
