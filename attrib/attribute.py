@@ -192,7 +192,9 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     bar = tqdm(total=len(window) * len(parts), desc="attribute", unit="step", delay=2, disable=not options.progress)
     with bar, interruptible() as request:
         pooled = ((work, pool_of(work, options.executor, budget.ahead)) for work in works)
-        done, died = _sweeps(pooled, _Listener(bar, bound if remainder is None else remainder, cube, run), lambda: request.asked)
+        done, died = _sweeps(
+            pooled, _Listener(bar, bound if remainder is None else remainder, cube, run), lambda: request.asked
+        )
     if cube is not None:
         cube.close(complete=not request.asked and died is None)
     facts = _facts(run, window, measurement, options) | ({} if average is None else {"average": repr(average)})

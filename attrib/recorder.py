@@ -18,24 +18,14 @@ from torch import Tensor, nn
 
 from .announced import AnnouncedBatch, Announcements
 from .capture import Announced, Capture, Captured, CaptureOptions, Settled, Step
-from .checks import Guard, check_gradient, check_options, names_of, same_bits, step_identity
-from .constants import to_array, to_tensor, wide
+from .checks import Guard, check_gradient, check_options, names_of
+from .constants import to_array, wide
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import uncompiled
 from .interrupt import shielded
 from .layout import Layout
-from .loop import Loop, RecordOptions, check_unmodelled, header_of, settled_facts
-from .optim import (
-    MOMENTUM,
-    Replay,
-    Rerun,
-    check_group_options,
-    read_hyper,
-    read_state,
-    rules_of,
-    step_bounds,
-    together,
-)
+from .loop import Loop, RecordOptions, check_unmodelled, header_of, replayed_step, settled_facts
+from .optim import check_group_options, read_hyper, read_state, rules_of, together
 from .resume import Resumed
 from .resume import resume as resume_run
 from .store import PassRecord, StepRecord, Writer, close_dropped
@@ -333,20 +323,10 @@ class Recorder(Wrapper):
         number, every = step.number, self._options.capture.check_every
         if record.state is None or 0 < number < self._inspected + every:
             return {}
-        dtype, rules, layout = after.dtype, self._rules, self._layout
-        name = str(dtype).removeprefix("torch.")
-        known = {key: to_tensor(value, name) for key, value in record.state.items()}
-        theta, gradient, end = step.theta.cpu(), step.gradient.cpu(), after.cpu().to(step.theta.dtype)
-        state = {key: value.to(wide(dtype)) for key, value in known.items()}
-        segments, delta = Replay(rules, layout, state).step(record.hyper, gradient, theta, end)
         self._inspected = number
         try:
-            if self._options.states_every > 1:
-                rerun = Rerun(rules, layout, theta.to(dtype), known, record.hyper)
-                same_bits(layout, after.cpu(), rerun.step(record.hyper, gradient.to(dtype)), number)
-            bounds = step_bounds(rules, segments, delta, state[MOMENTUM], gradient, torch.stack([theta, end]))
-            return {"step_identity": step_identity(layout, theta, end, delta, number, *bounds)}
+            again = self._options.states_every > 1
+            return {"step_identity": replayed_step(self._rules, self._layout, step, record, after.cpu(), again)}
         except StepIdentityError:
             self._finish(complete=False)
             raise
-

@@ -268,7 +268,9 @@ class Steps:
         """On the n-th update, see `step_bounds`."""
         (segments, update), momentum = self.updates[n], self.block.replayed.momentum
         before = None if momentum is None else momentum[self._at][n]
-        return step_bounds(self.block.trajectory.rules, segments, update, before, self.gradient[n], self.theta[n : n + 2])
+        return step_bounds(
+            self.block.trajectory.rules, segments, update, before, self.gradient[n], self.theta[n : n + 2]
+        )
 
     @property
     def _at(self) -> slice:

@@ -130,9 +130,9 @@ def step_identity(
     for name, part in layout.slices():
         if not torch.isfinite(after[part]).all():
             raise StepIdentityError(
-                f"the optimizer left a parameter that is not finite, at parameter {name!r}, step {step}. Recording ends before "
-                f"this step; the optimizer has made it. In float16 an eps below 3e-8 is 0: pass a larger one, such as 1e-4, or "
-                f"keep the parameters in float32 and train under torch.autocast."
+                f"the optimizer left a parameter that is not finite, at parameter {name!r}, step {step}. Recording ends "
+                f"before this step; the optimizer has made it. In float16 an eps below 3e-8 is 0: pass a larger one, such "
+                f"as 1e-4, or keep the parameters in float32 and train under torch.autocast."
             )
         off = replayed[part] - real[part]
         if within is None:

@@ -81,8 +81,9 @@ def factor_at(site: Site, reading: Batchwise, delta: Tensor, weight: Weight, siz
 
 
 def _widened(bound: Bound, delta: Tensor, rounds: bool, dtype: torch.dtype) -> tuple[Bound, Tensor]:
-    """What a call read and the gradient of what it returned, in the parameters' type, or single precision: training rounds the sum of their
-    products, once, and not the products. What autocast rounded for the call is rounded again first."""
+    """What a call read and the gradient of what it returned, in the parameters' type, or in single precision: training
+    rounds the sum of their products, once, and not the products. What autocast rounded for the call is rounded again
+    first."""
 
     def widened(t: Tensor) -> Tensor:
         if not t.is_floating_point():

@@ -141,8 +141,9 @@ def explained(rules: Rules, segments: Segments, update: Tensor) -> Tensor | None
 def step_bounds(
     rules: Rules, segments: Segments, update: Tensor, momentum: Tensor | None, gradient: Tensor, ends: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What of an update (P,) is to be explained by its coefficients, and how well: see `checks.step_identity`. momentum,
-    gradient (P,): the accumulator before it, None where it is not known, and what it saw; ends (2, P): the parameters before and after."""
+    """What of an update (P,) is to be explained by its coefficients, and how well: see `checks.step_identity`. momentum:
+    the accumulator before it (P,), None where it is not known; gradient (P,): what it saw; ends (2, P): the parameters before
+    and after."""
     return explained(rules, segments, update), rounding_of(rules, segments, momentum, gradient, ends)
 
 
@@ -152,11 +153,12 @@ def rounding_of(
     """How far an update may be from what its coefficients make of the state before it, where the optimizer rounds to few
     bits at every operation: (P,), inf where that is not known; None where it does not. ends (2, P): theta and theta'.
 
-    |replayed - real| <= u (n terms + 2 (|theta| + |theta'|)), u = eps / 2, terms = apply_old |z| + apply_new |g + coupled theta|
-    of what is summed: each is rounded n times (`Rule.roundings`), the parameters where decay and where the update is taken
-    off; a factor of 1 + n u for what is of second order. Below the smallest normal a rounding is by half of the smallest number
-    instead. In bfloat16 that is next to nothing; in float16 squares of gradients lie there, so of a rule with accumulators that
-    are frozen nothing is said.
+    |replayed - real| <= u (n terms + 2 (|theta| + |theta'|)), u = eps / 2,
+
+    terms = apply_old |z| + apply_new (|g| + coupled |theta|) of what is summed: each is rounded n times (`Rule.roundings`),
+    the parameters where decay and where the update is taken off; a factor of 1 + n u for what is of second order. Below the
+    smallest normal a rounding is by half of the smallest number instead. In bfloat16 that is next to nothing; in float16
+    squares of gradients lie there, so of a rule with accumulators that are frozen nothing is said.
     """
     if rules.low is None:
         return None
@@ -167,10 +169,11 @@ def rounding_of(
         rule, here, c = rules[segment.tensors.start], segment.entries, segment.coefficients
         count, squares = rule.roundings, rule.moments and rules.low == torch.float16
         if count is not None and momentum is not None and not squares:
-            g = gradient[here].abs() + abs(c.coupled) * ends[0, here].abs()
-            terms = abs(c.apply_old) * momentum[here].abs() + abs(c.apply_new) * g
+            old, new, coupled = (torch.as_tensor(v).abs() for v in (c.apply_old, c.apply_new, c.coupled))
+            g = gradient[here].abs() + coupled * ends[0, here].abs()
+            terms = old * momentum[here].abs() + new * g
             edges = ends[:, here].abs().sum(0)
-            smallest = count * least * (1 + abs(c.apply_old) + abs(c.apply_new))
+            smallest = count * least * (1 + old + new)
             bound[here] = unit * (1 + count * unit) * (count * terms + 2 * edges) + smallest
     return bound
 
