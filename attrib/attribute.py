@@ -292,7 +292,7 @@ def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | No
 def _sensitivity(
     run: Run, measured: Measured, path: Path, limit: int | None, averages: Averages | None
 ) -> Accounting | Averaged:
-    accounting = Accounting(measured, path, limit, run.rules.unmodelled)
+    accounting = Accounting(measured, path, limit, run.unmodelled)
     return accounting if averages is None else Averaged(accounting, averages)
 
 

@@ -142,8 +142,8 @@ def step_bounds(
     rules: Rules, segments: Segments, update: Tensor, momentum: Tensor | None, gradient: Tensor, ends: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """What of an update (P,) is to be explained by its coefficients, and how well: see `checks.step_identity`. momentum:
-    the accumulator before it (P,), None where it is not known; gradient (P,): what it saw; ends (2, P): the parameters before
-    and after."""
+    the accumulator before it (P,), None where it is not known; gradient (P,): what it saw; ends (2, P): the parameters
+    before and after."""
     return explained(rules, segments, update), rounding_of(rules, segments, momentum, gradient, ends)
 
 
