@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
     """Of n steps: the vectors (n, Q, P) float64 that are pulled back, Gbar, None once they are; the coefficients of the
     updates; what goes along the vectors, None where they are not known yet; the measurement at both ends
     (n, Q); the rates of decay (n, 2, K); where it was looked at, the limit; and what decay that is coupled entry by entry
-    added, (n, Q, K)."""
+    added, (n, Q, K); missed (n, P): see `Steps`, and what it adds along the carry, (n, Q, K)."""
 
     vectors: Tensor | None
     coefficients: list[Segments]
@@ -53,15 +53,23 @@ class Prepared(NamedTuple):
     rates: np.ndarray
     limit: Limit | None
     entrywise: np.ndarray | None = None
+    missed: Tensor | None = None
+    along_carry: np.ndarray | None = None
 
 
 class Pulled(NamedTuple):
     """sensitivity: U (n, Q, P) of n steps; carry (Q, P): to the accumulator before them; entrywise (n, Q, K): what decay
-    that is coupled entry by entry added, None for nothing."""
+    that is coupled entry by entry added, along_carry: what the accumulators missed; None for nothing."""
 
     sensitivity: Tensor
     carry: Tensor
     entrywise: np.ndarray | None
+    along_carry: np.ndarray | None
+
+    @property
+    def left(self) -> dict[str, Any]:
+        """What of a `Prepared` is other once its vectors are pulled back."""
+        return {"coefficients": [], "missed": None, "entrywise": self.entrywise, "along_carry": self.along_carry}
 
 
 @dataclass(frozen=True)
@@ -101,12 +109,12 @@ class Accounting:
         along = along_updates(self.measured.layout, vectors, steps)
         coefficients = [segments for segments, _ in steps.updates]
         start, end = (t.double().cpu().numpy() for t in (path.start, path.end))
-        return Prepared(vectors, coefficients, along, start, end, self.rates(coefficients), limit)
+        return Prepared(vectors, coefficients, along, start, end, self.rates(coefficients), limit, missed=steps.missed)
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         assert prepared.vectors is not None
-        pulled = self.pulled(steps, prepared.coefficients, prepared.vectors, adjoint.state)
-        left = prepared._replace(vectors=None, coefficients=[], entrywise=pulled.entrywise)
+        pulled = self.pulled(steps, prepared, prepared.vectors, adjoint.state)
+        left = prepared._replace(vectors=None, **pulled.left)
         return Traced(pulled.sensitivity, left), Adjoint(pulled.carry)
 
     def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:
@@ -129,16 +137,18 @@ class Accounting:
             return backwards[0]
         return PathGradient(*map(torch.cat, zip(*backwards[::-1], strict=True)))
 
-    def pulled(self, steps: Steps, coefficients: list[Segments], vectors: Tensor, carry: Tensor) -> "Pulled":
+    def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor) -> "Pulled":
         """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P)."""
-        backwards, decays = [], []
-        for n in reversed(range(len(coefficients))):
-            here = [segment.to(carry.device) for segment in coefficients[n]]
+        backwards, decays, missed = [], [], []
+        for n in reversed(range(len(prepared.coefficients))):
+            here = [segment.to(carry.device) for segment in prepared.coefficients[n]]
+            if prepared.missed is not None:
+                missed.append(over_tensors(self.measured.layout, carry * prepared.missed[n].to(carry)))
             sensitivity, carry = pullback(here, carry, vectors[n])
             backwards.append(sensitivity)
             decays.append(entrywise_decay(here, self.measured.layout, sensitivity, steps.theta[n]))
         several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
-        return Pulled(several, carry, _stacked(decays[::-1]))
+        return Pulled(several, carry, _stacked(decays[::-1]), np.stack(missed[::-1]) if missed else None)
 
     def limit(self, steps: Steps, states: Tensor) -> Limit | None:
         """Where it is due, at the last of the states (n + 1, P)."""
@@ -163,8 +173,11 @@ class Accounting:
         rows = {"decay": decay, "timeline": timeline}
         sums = {"gross": np.abs(decay).sum(2), "rounding": off.sum(2), "spacing": eps * along.leverage}
         step = relative(np.abs(along.off).max(2), np.maximum(moved, eps**0.5 * along.leverage))
+        off = off if p.along_carry is None else off + p.along_carry
         if self.unmodelled:  # what no rule explains, rounding among it, is a row
             rows["update_remainder"] = off
+            if steps.block.trajectory.rules.low is not None:  # and all of it is rounding
+                step = np.full(len(off), np.nan)
             zeros = np.zeros_like(moved)
             sums = {"gross": sums["gross"] + np.abs(off).sum(2), "rounding": zeros, "spacing": zeros}
         measurement = relative(np.abs(timeline.sum(2) - (p.end - p.start)), gross)
@@ -196,14 +209,15 @@ def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
     theta = steps.theta.to(vectors.device)
     update = torch.stack([delta for _, delta in steps.updates]).to(vectors.device)
     rules = steps.block.trajectory.rules
-    masks = [explained(rules, segments, delta) for segments, delta in steps.updates] if rules.unmodelled else []
+    updates = steps.updates if rules.unmodelled and rules.low is None else []
+    masks = [explained(rules, segments, delta) for segments, delta in updates]
     mask = torch.stack([m for m in masks if m is not None]).to(vectors.device) if masks else None
 
     def along(part: slice) -> list[Tensor]:
         states = theta[:, part].double()
-        changes, updates = states[1:] - states[:-1], update[:, part].double()
-        some = [] if mask is None else [(changes - updates) * mask[:, part]]
-        return [changes, updates, states[:-1], *some]
+        change, replayed = states[1:] - states[:-1], update[:, part].double()
+        some = [] if mask is None else [(change - replayed) * mask[:, part]]
+        return [change, replayed, states[:-1], *some]
 
     leverage = vectors.new_zeros(vectors.shape[:2])
     for _, part in layout.slices():

@@ -20,6 +20,7 @@ from .account import Account, Losses, share_bound
 from .accounting import Accounting
 from .averaged import Averaged, Averages
 from .budget import Budget, Sizes, divide, divide_ahead
+from .constants import wide
 from .errors import Interrupted, MeasurementError, WorkerError
 from .executor import Pool, pool_of
 from .functional import differentiable, uncompiled
@@ -175,7 +176,7 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
         sizes_of(run, bytes_of(kept, query.count, sizes)), averages=0 if averages is None else averages.count
     )
     budget = _divided(held, query.count, options)
-    bound = share_bound(run.dtype, compute)
+    bound = share_bound(run.compute, wide(compute))
     few = float(torch.finfo(run.precision).eps)  # a loss is rounded once or twice, a share by each layer
     losses = Losses(run.log("loss"), max(bound, 2 * few))
     remainder = (float("inf") if run.declares_remainder else max(bound, 4 * few)) if run.accounts_remainder else None
@@ -191,7 +192,9 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     bar = tqdm(total=len(window) * len(parts), desc="attribute", unit="step", delay=2, disable=not options.progress)
     with bar, interruptible() as request:
         pooled = ((work, pool_of(work, options.executor, budget.ahead)) for work in works)
-        done, died = _sweeps(pooled, _Listener(bar, bound, cube, run), lambda: request.asked)
+        done, died = _sweeps(
+            pooled, _Listener(bar, bound if remainder is None else remainder, cube, run), lambda: request.asked
+        )
     if cube is not None:
         cube.close(complete=not request.asked and died is None)
     facts = _facts(run, window, measurement, options) | ({} if average is None else {"average": repr(average)})
@@ -279,10 +282,10 @@ def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | No
         if dtype is not None or run.dtype == torch.float64:
             raise
         try:
-            found = Measured(model, measurement, run.layout, run.dtype, theta)
+            found = Measured(model, measurement, run.layout, run.compute, theta)
         except MeasurementError:
             raise error from None
-        log.info("the measurement is computed in %s, the type of its own tensors", run.dtype)
+        log.info("the measurement is computed in %s, the type of its own tensors", run.compute)
         return found
 
 

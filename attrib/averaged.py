@@ -130,7 +130,7 @@ class Averaged:
         coefficients = [segments for segments, _ in steps.updates]
         start, end = (t.double().cpu().numpy() for t in (path.start, path.end))
         limit, rates = self.accounting.limit(steps, states), self.accounting.rates(coefficients)
-        return Prepared(vectors, coefficients, None, start, end, rates, limit), timeline
+        return Prepared(vectors, coefficients, None, start, end, rates, limit, missed=steps.missed), timeline
 
     def scan(self, steps: Steps, prepared: Any, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         p, timeline = prepared
@@ -140,8 +140,8 @@ class Averaged:
             through = weight * vectors + (1 - weight) * through
             backwards.append(through)
         vectors = torch.stack(backwards[::-1])
-        pulled = self.accounting.pulled(steps, p.coefficients, vectors, adjoint.state)
-        later = p._replace(vectors=vectors, coefficients=[], entrywise=pulled.entrywise)
+        pulled = self.accounting.pulled(steps, p, vectors, adjoint.state)
+        later = p._replace(vectors=vectors, **pulled.left)
         return Traced(pulled.sensitivity, (later, timeline)), Adjoint(pulled.carry, through)
 
     def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:

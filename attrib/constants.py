@@ -34,6 +34,11 @@ def is_low(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize < 4
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which numbers of a type are added up and multiplied here: single precision for what is less."""
+    return torch.float32 if is_low(dtype) else dtype
+
+
 ROUNDINGS = 8  # that two passes over the same numbers may differ by, in a row, where a pass rounds to few bits
 
 

@@ -132,7 +132,8 @@ class Functional:
         layout: names of the trained parameters.
         dtype: type that floating `args` are cast to, and buffers and frozen parameters where the trained parameters are of
             another one. Where they are of this one, what is of lower precision (a frozen base in bfloat16) is left to the
-            model, which casts as it does in training.
+            model, which casts as it does in training. Where it is itself less than single precision the parameters that are
+            handed in may be of more: the model gets them rounded, and their gradients come back in their own type.
         autocast: what the function is called under, none but this.
     """
 
@@ -153,7 +154,8 @@ class Functional:
         own = {name: t.dtype for name, t in model.named_parameters()}
         self._as_trained = own[layout.names[0]] == dtype
         constants = constants_of(model, layout).items()
-        self._widened = not self._as_trained and any(is_low(t.dtype) for _, t in constants)
+        types = {own[layout.names[0]], *(t.dtype for _, t in constants)}
+        self._widened = not self._as_trained and any(map(is_low, types))
         cast_ones = {n: t if self._as_trained else cast(t, dtype) for n, t in constants}
         # frozen parameters may be large, and no model writes to them; should one, it is noticed
         self._constants = {n: t if n in own else t.clone() for n, t in cast_ones.items()}
@@ -186,7 +188,8 @@ class Functional:
         """Floating tensors in the compute type; where that is the model's own, what is low comes as it does in training."""
 
         def one(t: Tensor) -> Tensor:
-            return t if self._as_trained and is_low(t.dtype) else cast(t, self.dtype)
+            same = self._as_trained and (is_low(t.dtype) or is_low(self.dtype))
+            return t if same else cast(t, self.dtype)
 
         return tree_map_only(Tensor, one, args)
 
@@ -229,11 +232,12 @@ class Functional:
         return product
 
     @contextmanager
-    def bound(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    def bound(self, parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Within it the model holds the given parameters, so that a backward pass that runs parts of it again (activation
-        checkpointing) runs them with these."""
+        checkpointing) runs them with these. Yields the very tensors that it holds."""
         self._versions = self._now()
-        given = {**self._constants, **parameters}
+        trained = {n: t.to(self.dtype) if is_low(self.dtype) else t for n, t in parameters.items()}
+        given = {**self._constants, **trained}
         held = {
             id(t): given[n] for n, t in (*self._model.named_parameters(), *self._model.named_buffers()) if n in given
         }
@@ -247,7 +251,7 @@ class Functional:
         for tensors, name, t in swapped:
             tensors[name] = held[id(t)]
         try:
-            yield
+            yield trained
         finally:
             for tensors, name, t in swapped:
                 tensors[name] = t

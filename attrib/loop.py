@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import CaptureOptions, Settled
-from .checks import Guard
+from .capture import CaptureOptions, Settled, Step
+from .checks import Guard, same_bits, step_identity
+from .constants import to_tensor, wide
 from .layout import Layout
-from .optim import Rules
-from .store import FORMAT
+from .optim import MOMENTUM, Replay, Rerun, Rules, step_bounds
+from .store import FORMAT, StepRecord
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,23 @@ def settled_facts(settled: Settled) -> dict[str, Any]:
         "late": settled.late,
         "autocast": None if autocast is None else autocast.facts(),
     }
+
+
+def replayed_step(rules: Rules, layout: Layout, step: Step, record: StepRecord, after: Tensor, again: bool) -> float:
+    """How well the rules reproduce a step that holds the state before it, and ended with `after` (P,): the step identity.
+    again: whether torch's optimizer, run again, has to end with the same bits.
+
+    Raises:
+        StepIdentityError: beyond rounding.
+    """
+    assert record.state is not None
+    name = str(after.dtype).removeprefix("torch.")
+    known = {key: to_tensor(value, name) for key, value in record.state.items()}
+    state = {key: value.to(wide(after.dtype)) for key, value in known.items()}
+    theta, gradient, end = step.theta.cpu(), step.gradient.cpu(), after.to(step.theta.dtype)
+    segments, delta = Replay(rules, layout, state).step(record.hyper, gradient, theta, end)
+    if again:
+        rerun = Rerun(rules, layout, theta.to(after.dtype), known, record.hyper)
+        same_bits(layout, after, rerun.step(record.hyper, gradient.to(after.dtype)), step.number)
+    bounds = step_bounds(rules, segments, delta, state[MOMENTUM], gradient, torch.stack([theta, end]))
+    return step_identity(layout, theta, end, delta, step.number, *bounds)

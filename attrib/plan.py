@@ -81,7 +81,7 @@ def sizes_of(run: Run, kept: int) -> Sizes:
     return Sizes(
         parameters=run.layout.size,
         tensors=len(run.groups),
-        itemsize=run.dtype.itemsize,
+        itemsize=run.compute.itemsize,
         batch=int(run.header["slots"]),
         block=int(run.header["block"]),
         accumulators=len(run.rules.state),
@@ -92,7 +92,7 @@ def sizes_of(run: Run, kept: int) -> Sizes:
 def _expected(run: Run, queries: int, budget: Budget, training: float) -> float:
     """A training step's time for every sweep, and the products of every query with every example's gradient."""
     sweeps = ceil(queries / budget.at_once)
-    products = 2.0 * queries * int(run.header["slots"]) * run.layout.size / _speed(run.dtype)
+    products = 2.0 * queries * int(run.header["slots"]) * run.layout.size / _speed(run.compute)
     return sweeps * (PASSES * training + OVERHEAD * run.steps) + run.steps * products
 
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from .announced import AnnouncedBatch, Announcements
 from .capture import Announced, Capture, Captured, CaptureOptions, Settled, Step
-from .checks import Guard, check_gradient, check_options, names_of, same_bits, step_identity
-from .constants import to_array
+from .checks import Guard, check_gradient, check_options, names_of
+from .constants import to_array, wide
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import uncompiled
 from .interrupt import shielded
 from .layout import Layout
-from .loop import Loop, RecordOptions, check_unmodelled, header_of, settled_facts
-from .optim import Replay, Rerun, check_group_options, explained, read_hyper, read_state, rules_of, together
+from .loop import Loop, RecordOptions, check_unmodelled, header_of, replayed_step, settled_facts
+from .optim import check_group_options, read_hyper, read_state, rules_of, together
 from .resume import Resumed
 from .resume import resume as resume_run
 from .store import PassRecord, StepRecord, Writer, close_dropped
@@ -250,7 +250,7 @@ class Recorder(Wrapper):
             self._writer.update_header(settled=settled_facts(self._settled))
             self._forget()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
-            self._writer.append(record._replace(log=log), _array(after))
+            self._writer.append(record._replace(log=log), to_array(after))
         self._left = time.perf_counter()
 
     def _forget(self) -> bool:
@@ -272,23 +272,28 @@ class Recorder(Wrapper):
         gradient = check_gradient(self._layout, self._parameters, number)
         named = zip(self._layout.names, self._parameters, strict=True)
         active = frozenset(name for name, p in named if p.grad is not None)
-        return Step(number, theta, gradient, active, passes, self._settled)
+        dtype = wide(theta.dtype)
+        return Step(number, theta.to(dtype), gradient.to(dtype), active, passes, self._settled)
 
     def _recorded(self, step: Step, captured: Captured, announced: Sequence[AnnouncedBatch]) -> StepRecord:
         """The record of a step before it is made."""
         states = read_state(self._rules, self.optimizer, self._parameters) if self._writer.wants_state else {}
         each = zip(announced, captured.scales.tolist(), captured.left.tolist(), captured.random, strict=True)
         return StepRecord(
-            theta=_array(step.theta),
-            gradient=_array(step.gradient),
+            theta=self._array(step.theta),
+            gradient=self._array(step.gradient),
             hyper=read_hyper(self._rules, self.optimizer),
             ids=np.concatenate([a.ids for a in announced]),
             passes=tuple(PassRecord(len(a.ids), a.inputs, *rest) for a, *rest in each),
-            state={key: _array(value) for key, value in states.items()} or None,
+            state={key: to_array(value) for key, value in states.items()} or None,
             log=captured.log,
             shares=captured.shares,
-            penalty=None if captured.penalty is None else _array(captured.penalty),
+            penalty=None if captured.penalty is None else to_array(captured.penalty),
         )
+
+    def _array(self, vector: Tensor) -> np.ndarray:
+        """(P,) in the parameters' type."""
+        return to_array(vector.to(self._parameters[0].dtype))
 
     def close(self) -> None:
         """Write what is left and mark the run complete. Closing twice is harmless.
@@ -318,23 +323,10 @@ class Recorder(Wrapper):
         number, every = step.number, self._options.capture.check_every
         if record.state is None or 0 < number < self._inspected + every:
             return {}
-        known = {key: torch.from_numpy(value) for key, value in record.state.items()}
-        theta, gradient, after = step.theta.cpu(), step.gradient.cpu(), after.cpu()
-        segments, delta = Replay(self._rules, self._layout, known).step(record.hyper, gradient, theta, after)
         self._inspected = number
         try:
-            if self._options.states_every > 1:
-                rerun = Rerun(self._rules, self._layout, theta, known, record.hyper)
-                same_bits(self._layout, after, rerun.step(record.hyper, gradient), number)
-            return {
-                "step_identity": step_identity(
-                    self._layout, theta, after, delta, number, explained(self._rules, segments, delta)
-                )
-            }
+            again = self._options.states_every > 1
+            return {"step_identity": replayed_step(self._rules, self._layout, step, record, after.cpu(), again)}
         except StepIdentityError:
             self._finish(complete=False)
             raise
-
-
-def _array(t: Tensor) -> np.ndarray:
-    return t.detach().cpu().numpy()

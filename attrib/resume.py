@@ -20,6 +20,7 @@ from .autocast import from_facts
 from .batch import Batch
 from .capture import Settled
 from .checks import Draws, Reduction
+from .constants import to_array
 from .errors import ModelMismatchError, ResumeError, StoreError
 from .generators import set_generators
 from .loop import Loop, RecordOptions, header_of
@@ -84,7 +85,7 @@ def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
     loop.guard.resumed(reader.header["training"], after, loop.optimizer)
     inspected = int(looked[-1]) if len(looked) else 0
     ids = np.dtype(object if "ids/span" in reader else np.int64)
-    return Resumed(replace(reopened, after=after.cpu().numpy()), settled, inspected, after, passes, ids)
+    return Resumed(replace(reopened, after=to_array(after)), settled, inspected, after, passes, ids)
 
 
 def _check(reader: Reader, loop: Loop, here: dict[str, Any]) -> None:
@@ -199,7 +200,7 @@ def _groups(loop: Loop) -> Iterator[tuple[Rule, int]]:
 
 def _rerun(trajectory: Trajectory, loop: Loop, steps: range, hyper: np.ndarray) -> Tensor:
     reader, layout = trajectory.reader, loop.layout
-    gradients = torch.from_numpy(reader.read("gradient", slice(steps.start, steps.stop)))
+    gradients = reader.tensor("gradient", slice(steps.start, steps.stop))
     for n, step in enumerate(steps):
         rows = loop.rules.named(hyper[n])
         for group, (rule, first) in zip(loop.optimizer.param_groups, _groups(loop), strict=True):

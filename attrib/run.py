@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .autocast import Autocast, from_facts
 from .batch import Batch
-from .constants import Constant, is_low, precision, to_tensor
+from .constants import Constant, is_low, precision, to_tensor, wide
 from .errors import ModelMismatchError, StoreError
 from .functional import uncompiled
 from .gradients import from_tensors
@@ -47,6 +47,11 @@ class Run:
             )
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.rules: Rules = rules_in(self.header, reader.target)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """What its vectors are computed with: its type, or float32 where that is less than single precision."""
+        return wide(self.dtype)
 
     @property
     def steps(self) -> int:

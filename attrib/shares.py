@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import gradients
 from .batch import Batch
 from .checks import KINDS, Reduction, Totals, fit_scale, split_bound, split_gaps, weights_of
-from .constants import is_low
+from .constants import is_low, wide
 from .errors import LossError
 from .functional import training_modes
 from .generators import random_state
@@ -167,7 +167,7 @@ class Shares:
 
     def _along(self, step: RecordedStep, sensitivity: Tensor, group: int, scales: np.ndarray) -> np.ndarray:
         """(B,): the truth example by example, along one query's U over one group."""
-        named = self.run.layout.unflatten(sensitivity[None].to(self._dtype))
+        named = self.run.layout.unflatten(sensitivity[None].to(wide(self._dtype)))
         names = [name for name, g in zip(self.run.layout.names, self._groups, strict=True) if g == group]
         found = []
         for n, scale in enumerate(scales.tolist()):
@@ -183,7 +183,7 @@ class Shares:
         return Contributions(contract_rows(sensitivity.cpu().numpy(), rows, self.run.layout.bounds), None)
 
     def _factored(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
-        named = self.run.layout.unflatten(sensitivity.to(self.run.dtype))
+        named = self.run.layout.unflatten(sensitivity.to(self.run.compute))
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
         parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
@@ -286,4 +286,4 @@ class Shares:
         return np.ones(len(recorded)) if fitted is None else fitted
 
     def _theta(self, step: RecordedStep) -> Tensor:
-        return step.theta.to(self._device, self._dtype)
+        return step.theta.to(self._device, wide(self._dtype))

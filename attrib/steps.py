@@ -8,13 +8,15 @@ hands out any consecutive steps of a block and keeps those that it read last, so
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .optim import MOMENTUM, Replay, Segments
+from .constants import wide
+from .optim import MOMENTUM, Replay, Segments, carried, step_bounds
 from .store import Passes, Reader
 from .trajectory import Trajectory
 
@@ -23,6 +25,17 @@ ROWS_BYTES = (
 )  # of the shares of steps that are read together: all of a block, unless a longer one was asked for
 
 Updates = list[tuple[Segments, Tensor]]
+
+
+class Replayed(NamedTuple):
+    """The steps of a block. state: the accumulators after the last, (P,) each. missed (n, P): what the accumulator that is
+    linear in the gradients is after each step beyond what the coefficients make of it; None for nothing. momentum (n, P):
+    that accumulator before each, where it is rounded."""
+
+    updates: Updates
+    state: dict[str, Tensor]
+    missed: Tensor | None = None
+    momentum: Tensor | None = None
 
 
 class Block:
@@ -39,22 +52,26 @@ class Block:
         """The rows of an array of the store that belong to the block."""
         return self.trajectory.reader.read(name, slice(self.first, self.stop))
 
+    def tensor(self, name: str) -> Tensor:
+        """The same, of vectors (P,), in the type that they are computed with."""
+        return _widened(self.trajectory.reader.tensor(name, slice(self.first, self.stop)))
+
     @cached_property
     def theta(self) -> Tensor:
-        return self.trajectory.states(self.first, self.stop, self._after)
+        return _widened(self.trajectory.states(self.first, self.stop, self._after))
 
     @property
     def before(self) -> Tensor | None:
         """The parameters before the first step, (P,), where they were read: those after the block before."""
-        return self.theta[0].clone() if "theta" in self.__dict__ else None
+        return self.theta[0].to(self.trajectory.dtype, copy=True) if "theta" in self.__dict__ else None
 
     @cached_property
     def gradient(self) -> Tensor:
-        return torch.from_numpy(self.read("gradient"))
+        return self.tensor("gradient")
 
     @cached_property
     def penalty(self) -> Tensor | None:
-        return torch.from_numpy(self.read("penalty")) if "penalty" in self.trajectory.reader else None
+        return self.tensor("penalty") if "penalty" in self.trajectory.reader else None
 
     @cached_property
     def examples(self) -> Tensor:
@@ -76,16 +93,46 @@ class Block:
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
-        return self.trajectory.accumulators(self.first)
+        return {key: _widened(value) for key, value in self.trajectory.accumulators(self.first).items()}
 
     @cached_property
-    def replayed(self) -> tuple[Updates, dict[str, Tensor]]:
+    def replayed(self) -> Replayed:
+        if self.trajectory.rules.rounds:
+            return self._rounded()
         replay = self._replay()
         updates = [self._step(replay, n) for n in range(self.stop - self.first)]
-        return updates, replay.state
+        return Replayed(updates, replay.state)
+
+    def _rounded(self) -> Replayed:
+        """Each step from the accumulators that the optimizer had, which rounded them to few bits: over several steps they
+        are others than the rule's."""
+        updates, missed, momentum = [], [], []
+        for n, (before, after) in enumerate(pairwise(self._realised())):
+            replay = Replay(self.trajectory.rules, self.trajectory.layout, before)
+            updates.append(self._step(replay, n))
+            linear = carried(updates[-1][0], before[MOMENTUM], self.gradient[n], self.theta[n])
+            missed.append(after[MOMENTUM] - linear)
+            momentum.append(before[MOMENTUM])
+        return Replayed(updates, after, torch.stack(missed), torch.stack(momentum))
+
+    def _realised(self) -> Iterator[dict[str, Tensor]]:
+        """The accumulators before every step and after the last, (P,) each: torch's own, run again; where the store has
+        them, those that it has."""
+        trajectory, low = self.trajectory, self.trajectory.dtype
+        rerun = trajectory.rerun(self.first)
+        yield rerun.state(wide(low))
+        for n in range(self.stop - self.first):
+            rerun.step(self.hyper[n], self.gradient[n].to(low))
+            rerun.put(self.theta[n + 1].to(low))  # the same, on the same kind of machine
+            last = self.first + n + 1
+            if trajectory.begins(last):
+                rerun = trajectory.rerun(last)
+            yield rerun.state(wide(low))
 
     def state_at(self, step: int) -> dict[str, Tensor]:
         """The accumulators before a step, (P,) each."""
+        if self.trajectory.rules.rounds:
+            return next(islice(self._realised(), step - self.first, None))
         replay = self._replay()
         for n in range(step - self.first):
             self._step(replay, n)
@@ -96,6 +143,10 @@ class Block:
 
     def _step(self, replay: Replay, n: int) -> tuple[Segments, Tensor]:
         return replay.step(self.hyper[n], self.gradient[n], self.theta[n], self.theta[n + 1])
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.to(wide(t.dtype))
 
 
 class RecordedPass(NamedTuple):
@@ -188,12 +239,20 @@ class Steps:
     @property
     def updates(self) -> Updates:
         """Of each step the frozen coefficients and the update that they give, (P,)."""
-        return self.block.replayed[0][self._at]
+        return self.block.replayed.updates[self._at]
+
+    @property
+    def missed(self) -> Tensor | None:
+        """(n, P): what the accumulator that is linear in the gradients is after each step beyond what the coefficients make
+        of it; None for nothing."""
+        missed = self.block.replayed.missed
+        return None if missed is None else missed[self._at]
 
     @property
     def state(self) -> dict[str, Tensor]:
         """The accumulators before the first step, (P,) each: as stored where that begins a block, else as replayed."""
-        return self.block.state if self.start == self.block.first else self.block.state_at(self.start)
+        begins = self.start == self.block.first and not self.block.trajectory.rules.rounds
+        return self.block.state if begins else self.block.state_at(self.start)
 
     @property
     def momentum(self) -> Tensor:
@@ -203,7 +262,15 @@ class Steps:
     @property
     def state_after(self) -> dict[str, Tensor]:
         """The accumulators after the last step of the block, as replayed."""
-        return self.block.replayed[1]
+        return self.block.replayed.state
+
+    def bounds(self, n: int) -> tuple[Tensor | None, Tensor | None]:
+        """On the n-th update, see `step_bounds`."""
+        (segments, update), momentum = self.updates[n], self.block.replayed.momentum
+        before = None if momentum is None else momentum[self._at][n]
+        return step_bounds(
+            self.block.trajectory.rules, segments, update, before, self.gradient[n], self.theta[n : n + 2]
+        )
 
     @property
     def _at(self) -> slice:

@@ -27,6 +27,7 @@ class Trajectory:
     def __init__(self, reader: Reader, rules: Rules, layout: Layout) -> None:
         self.reader, self.rules, self.layout = reader, rules, layout
         self.block, self._every = int(reader.header["block"]), int(reader.header["states_every"])
+        self.dtype: torch.dtype = getattr(torch, reader.header["dtype"])
         self._frame = max(self.block, self._every)
         blocks = self._frame // self.block
         self._spacing = -(-blocks // KEPT) * self.block
@@ -43,7 +44,7 @@ class Trajectory:
     def states(self, first: int, stop: int, last: Tensor | None = None) -> Tensor:
         """(stop - first + 1, P). last: the state at `stop`, where it is known already."""
         if self._every == 1:
-            read = torch.from_numpy(self.reader.read("theta", slice(first, stop))) if stop > first else None
+            read = self.reader.tensor("theta", slice(first, stop)) if stop > first else None
             ends = (self.state(stop) if last is None else last)[None]
             return ends if read is None else torch.cat([read, ends])
         begin = first - first % self.block
@@ -105,6 +106,15 @@ class Trajectory:
             at = until
         return self._starts[first]
 
+    def rerun(self, first: int) -> Rerun:
+        """Torch's optimizer over copies of the parameters, as it was before the first step of a block."""
+        start = (self.state(first), self._stored(first)) if self._every == 1 else self._start(first)
+        return self._rerun(first, start)
+
+    def begins(self, step: int) -> bool:
+        """Whether the accumulators before a step stand in the store."""
+        return step < self.reader.steps and step % self._frame == 0
+
     def _rerun(self, first: int, start: Start) -> Rerun:
         hyper = self.reader.read("hyper", min(first, self.reader.steps - 1))
         return Rerun(self.rules, self.layout, *start, hyper)
@@ -114,7 +124,7 @@ class Trajectory:
         for lo in range(first, stop, self.block):
             hi = min(lo + self.block, stop)
             hyper = self.reader.read("hyper", slice(lo, hi))
-            gradient = torch.from_numpy(self.reader.read("gradient", slice(lo, hi)))
+            gradient = self.reader.tensor("gradient", slice(lo, hi))
             for n in range(hi - lo):
                 theta = rerun.step(hyper[n], gradient[n])
                 self._compare(theta, lo + n + 1)
@@ -136,4 +146,4 @@ class Trajectory:
         return {key: self._read(f"state/{key}", step // self._frame) for key in self.rules.state}
 
     def _read(self, name: str, row: int) -> Tensor:
-        return torch.from_numpy(self.reader.read(name, row))
+        return self.reader.tensor(name, row)

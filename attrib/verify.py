@@ -16,7 +16,6 @@ from .errors import AttribError, BatchIdentityError, SplitIdentityError
 from .functional import uncompiled
 from .gradients import random_weights
 from .matching import check_model
-from .optim import explained
 from .run import Run
 from .shares import Shares, drawn
 from .steps import Steps
@@ -65,9 +64,8 @@ def verify(
                     same_state(after, block.state, block.start)
                 for n, step in enumerate(block.range):
                     theta, end = block.theta[n], block.theta[n + 1]
-                    segments, update = block.updates[n]
-                    known = explained(run.rules, segments, update)
-                    found.note("step", step_identity(run.layout, theta, end, update, step, known))
+                    update = block.updates[n][1]
+                    found.note("step", step_identity(run.layout, theta, end, update, step, *block.bounds(n)))
                     if run.capture != "replay":
                         (_remainder if run.declares_remainder else _batch)(run, block, n, found)
                     bar.update()
@@ -118,7 +116,7 @@ def _split(run: Run, model: nn.Module, loss: Callable[..., Tensor], found: Verif
     """
     check_model(run, model)
     itself = np.eye(len(run.groups))
-    shares = Shares(run, model, loss, run.dtype, slice_bytes(run.layout.size, run.dtype.itemsize), itself)
+    shares = Shares(run, model, loss, run.dtype, slice_bytes(run.layout.size, run.compute.itemsize), itself)
     for number in sorted(drawn(range(run.steps))):
         ((step,),) = run.blocks(number, number + 1)
         along = random_weights(run.layout.size, number, torch.zeros(0, dtype=torch.float64))[None]
@@ -138,9 +136,9 @@ def _split(run: Run, model: nn.Module, loss: Callable[..., Tensor], found: Verif
 def _total(run: Run, step: int) -> torch.Tensor:
     """The sum of the stored shares of a step, (P,)."""
     if run.capture == "gradients":
-        return torch.from_numpy(run.shares(step).sum(0, dtype=np.float64)).to(run.dtype)
-    total = torch.zeros(run.layout.size, dtype=run.dtype)
-    found, scales = run.factors(step), torch.from_numpy(run.left(step)).to(run.dtype)
+        return torch.from_numpy(run.shares(step).sum(0, dtype=np.float64)).to(run.compute)
+    total = torch.zeros(run.layout.size, dtype=run.compute)
+    found, scales = run.factors(step), torch.from_numpy(run.left(step)).to(run.compute)
     for name, part in run.layout.slices():
         for factor in found[name]:
             total[part] += factor.weighted(scales).total()

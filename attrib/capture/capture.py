@@ -165,7 +165,7 @@ class Capture:
         if penalty is None:
             return trial
         gradients = penalty_gradients(penalty, self._model, self._parameters)
-        clipped = self._layout.flatten(gradients) * heard.clip  # as p.grad was
+        clipped = self._layout.flatten(gradients).to(step.gradient) * heard.clip  # as p.grad was
         return replace(trial, examples=step.gradient - clipped, penalty=clipped)
 
     def _watched(self, trial: Trial) -> Factors | None:

@@ -22,6 +22,11 @@ class Place(NamedTuple):
     version: int | None
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """With NaN the same as NaN: what a step has spoilt nobody else has changed."""
+    return torch.equal(a, b) or (a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
+
+
 class Guard:
     """Remembers a model's parameters, the digests of its constants and its modes, and the parameters after each step.
 
@@ -101,7 +106,7 @@ class Guard:
             return
         for (name, part), p in zip(self._layout.slices(), parameters, strict=True):
             kept = self._after[part]
-            if (p.dtype, p.device) != (kept.dtype, kept.device) or not torch.equal(p.detach().reshape(-1), kept):
+            if (p.dtype, p.device) != (kept.dtype, kept.device) or not _equal(p.detach().reshape(-1), kept):
                 raise ChangedOutsideError(
                     f"a parameter changed between two steps: expected only recorder.step to move it, at {name!r}, step "
                     f"{step}. Restore it (recorded runs have no other source of change), or record a new run."

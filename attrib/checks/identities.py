@@ -102,11 +102,22 @@ def split_gaps(
     return differences / np.where(floor > 0, floor, 1.0)
 
 
+# github.com/pytorch/pytorch/issues/191763
+_FUSED = " Pass fused=False where it is fused: torch 2.13's SGD on the CPU leaves parameters of few bits as they were."
+
+
 def step_identity(
-    layout: Layout, theta: Tensor, after: Tensor, replayed: Tensor, step: int, explained: Tensor | None = None
+    layout: Layout,
+    theta: Tensor,
+    after: Tensor,
+    replayed: Tensor,
+    step: int,
+    explained: Tensor | None = None,
+    within: Tensor | None = None,
 ) -> float:
     """|replayed - real update| over |real update|; vectors (P,). explained: the entries that are replayed, (P,); None: all.
-    The others count in the number, but may be what they are.
+    The others count in the number, but may be what they are. within: how far each entry may be off, where the optimizer
+    rounds to few bits, (P,); inf for one that may be what it is.
 
     Real parameters are rounded to eps |theta|, so an update below sqrt(eps) |theta| is counted as of that size.
 
@@ -115,15 +126,26 @@ def step_identity(
     """
     real = after - theta
     eps = float(torch.finfo(theta.dtype).eps)
+    hint = "" if within is None else _FUSED
     for name, part in layout.slices():
+        if not torch.isfinite(after[part]).all():
+            raise StepIdentityError(
+                f"the optimizer left a parameter that is not finite, at parameter {name!r}, step {step}. Recording ends "
+                f"before this step; the optimizer has made it. In float16 an eps below 3e-8 is 0: pass a larger one, such "
+                f"as 1e-4, or keep the parameters in float32 and train under torch.autocast."
+            )
         off = replayed[part] - real[part]
-        gap = float((off if explained is None else off * explained[part]).norm())
-        allowed = eps**0.5 * float(real[part].norm()) + 4 * eps * float(after[part].norm())
+        if within is None:
+            gap = float((off if explained is None else off * explained[part]).norm())
+            allowed = eps**0.5 * float(real[part].norm()) + 4 * eps * float(after[part].norm())
+        else:
+            worst = int((off.abs() - within[part]).argmax())
+            gap, allowed = float(off[worst].abs()), float(within[part][worst])
         if not gap <= allowed:
             raise StepIdentityError(
                 f"the replayed update is not the optimizer's: got a gap of {gap:.3g}, expected at most {allowed:.3g}, at "
                 f"parameter {name!r}, step {step}. Recording ends before this step; the optimizer has made it. Was the "
-                f"optimizer's state or code changed?"
+                f"optimizer's state or code changed?{hint}"
             )
     size = max(float(real.norm()), eps**0.5 * float(after.norm()))
     return float((replayed - real).norm()) / size if size else 0.0

@@ -19,6 +19,13 @@ CONSTANTS = ("values", "digest")  # what is stored of them
 REMAINDERS = ("refuse", "account")  # what becomes of what p.grad holds beyond the shares
 
 
+TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # types of parameters
+
+
+def _listed(types: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(t).removeprefix("torch.") for t in types)
+
+
 def check_options(capture: str, constants: str = "values", remainder: str = "refuse", **counts: int | None) -> None:
     words = {"capture": (capture, CAPTURES), "constants": (constants, CONSTANTS), "remainder": (remainder, REMAINDERS)}
     for name, (word, known) in words.items():
@@ -42,10 +49,10 @@ def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[str, .
                 )
             names.append(known[id(p)])
             first = optimizer.param_groups[0]["params"][0]
-            if p.dtype != first.dtype or p.dtype not in (torch.float32, torch.float64):
+            if p.dtype != first.dtype or p.dtype not in TRAINED:
                 raise ValueError(
-                    f"parameters must share one type: got {p.dtype}, expected float32 or float64 throughout, at "
-                    f"{names[-1]!r}. Convert the model with model.to(torch.float32)."
+                    f"parameters must share one type: got {p.dtype}, expected {_listed(TRAINED)}, and the same throughout, "
+                    f"at {names[-1]!r}. Convert the model with model.to(torch.float32)."
                 )
     return tuple(names)
 

@@ -66,7 +66,7 @@ def connectivity(
     vectors = [run.vector(state).double() for run, state in points.values()]
 
     def loss(theta: torch.Tensor) -> np.ndarray:
-        return values(theta.to(runs[0].dtype)).double().cpu().numpy()
+        return values(theta.to(runs[0].compute)).double().cpu().numpy()
 
     ends = np.stack([loss(v) for v in vectors])
     found = np.zeros((2, len(points), len(points), ends.shape[1]))

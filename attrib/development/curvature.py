@@ -54,11 +54,11 @@ def curvature(
     if not 0 < count < size - 1:
         raise ValueError(f"too many eigenvalues: got {count}, expected 1 to {size - 2}, at curvature.")
     chosen = list(range(run.steps + 1)) if states is None else [int(s) for s in states]
-    function = Functional(model, lambda m, *b: loss(m, *b).mean(), run.layout, dtype or run.dtype)
+    function = Functional(model, lambda m, *b: loss(m, *b).mean(), run.layout, dtype or run.compute)
     values, vectors = np.zeros((len(chosen), count)), np.zeros((len(chosen), count, size))
     before = np.random.default_rng(0).normal(size=(count, size))  # the first guess; then the state before
     for n, state in enumerate(tqdm(chosen, desc="curvature", unit="state", delay=2, disable=not progress)):
-        product = _product(function, run.vector(state).to(device, dtype or run.dtype), batch)
+        product = _product(function, run.vector(state).to(device, dtype or run.compute), batch)
         operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
         found, basis = eigsh(operator, k=count, which="LA", v0=before.sum(0), tol=TOLERANCE)
         order = np.argsort(-found)

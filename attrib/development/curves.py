@@ -74,7 +74,7 @@ def interpolate(
     check_same(run, other)
     values, start, end = values_of(run, model, measurement, dtype), run.vector(state), other.vector(other_state)
     at = np.linspace(0, 1, points)
-    found = [values(torch.lerp(start.double(), end.double(), float(t)).to(run.dtype)).double() for t in at]
+    found = [values(torch.lerp(start.double(), end.double(), float(t)).to(run.compute)).double() for t in at]
     return labelled(torch.stack(found).cpu().numpy(), {"position": at}, measurement)
 
 
@@ -93,7 +93,7 @@ def values_of(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype |
     model = uncompiled(model)
     check_model(run, model)
     device = next(model.parameters()).device
-    query = Measured(model, measurement, run.layout, dtype or run.dtype, run.vector(0).to(device))
+    query = Measured(model, measurement, run.layout, dtype or run.compute, run.vector(0).to(device))
     return lambda theta: query.values(theta.to(device))
 
 

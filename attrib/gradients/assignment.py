@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..constants import is_low, rounding
+from ..constants import is_low, rounding, wide
 from ..generators import random_state
 from .along import random_weights
 from .batchwise import Batchwise, find
@@ -256,6 +256,7 @@ def _contracted(
     deltas: Sequence[Tensor | None],
     gradient: Tensor,
 ) -> _Contracted | None:
+    gradient = gradient.to(wide(gradient.dtype))
     direction, size = direction_like(gradient), len(trace.losses)
     products = torch.zeros(size, dtype=torch.float64, device=gradient.device)
     reached = [(trace.sites[n], r, d) for n in mine if (r := readings[n]) is not None and (d := deltas[n]) is not None]

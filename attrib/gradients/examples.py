@@ -47,7 +47,7 @@ class ExampleGradients:
         loss: called with the model and a batch; returns one loss per example.
         model: used as it is; parameters are given with each call.
         layout: the parameters that are trained.
-        dtype: compute type.
+        dtype: compute type; where it is less than single precision, vectors and what is had of them are in float32.
         slices: bytes of what the calls of a forward pass return for the examples of a slice; None chooses.
         autocast: what the loss is computed under.
     """
@@ -173,8 +173,8 @@ class ExampleGradients:
         if form.reason is not None:
             return self._written_out(theta, batch, list(self.layout.names), start, alone=not self.coarse)
         parameters = self.vector.parameters(theta)
-        with self._loss.bound(parameters):
-            trace = self._forms.follow(parameters, batch)
+        with self._loss.bound(parameters) as held:
+            trace = self._forms.follow(held, batch)
             assignment = self._forms.assignment(theta, trace, batch, form)
             reached, gaps = _reached(trace, assignment)
         whole, at = {*assignment.whole, *self._forms.misread(gaps)}, _by_name(reached)
@@ -230,8 +230,8 @@ class ExampleGradients:
             parameters = {n: p.detach().requires_grad_(n in self.active) for n, p in named}
             along = dict(zip(moving, inputs[count : count + len(moving)], strict=True))
             given = batch.with_tensors(inputs[count + len(moving) :])
-            with self._loss.bound(parameters):
-                trace = self._forms.follow(parameters, given, checked=not known)
+            with self._loss.bound(parameters) as held:
+                trace = self._forms.follow(held, given, checked=not known)
                 if not known:
                     known.append(self._forms.assignment(theta, trace, batch, form))
                 (assignment,), size = known, len(trace.losses)

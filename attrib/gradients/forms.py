@@ -106,12 +106,12 @@ class Forms:
         set_generators(start)
         parameters = self.vector.parameters(theta)
         try:
-            with self._loss.bound(parameters):
-                found = self.follow(parameters, few(batch) if alike else batch)
+            with self._loss.bound(parameters) as held:
+                found = self.follow(held, few(batch) if alike else batch)
                 form = Form(max(1.0, found.bytes / len(found.losses)) if alike else 0.0, alike)
                 part, _ = next(iter(self.slices(form, batch)))
                 set_generators(start)
-                assignment = self.assignment(theta, self.follow(parameters, part), part, form)
+                assignment = self.assignment(theta, self.follow(held, part), part, form)
         except (LossError, ChangedOutsideError):
             raise
         except Exception as error:  # whatever a model does that cannot be followed call by call
@@ -148,9 +148,9 @@ class Forms:
         key = kind_of(trace)
         if key not in self.assignments:
             parameters = self.vector.parameters(theta)
-            with self._loss.bound(parameters):
+            with self._loss.bound(parameters) as held:
                 part = few(batch) if form.few else batch
-                seen, assignment = assigned(lambda b: self.follow(parameters, b, values=True), part, trace.start)
+                seen, assignment = assigned(lambda b: self.follow(held, b, values=True), part, trace.start)
             kinds = {known.calls for known in self.assignments.values()}
             same = (calls_of(seen), seen.unsplit) == (calls_of(trace), trace.unsplit)
             reason = _COUPLED if assignment.coupled else None if same and len(kinds) < ASSIGNMENTS else _OTHERS
@@ -176,7 +176,7 @@ class Forms:
             )
 
     def follow(self, parameters: dict[str, Tensor], batch: Batch, values: bool = False, checked: bool = True) -> Trace:
-        """One forward pass, the model being bound to `parameters`."""
+        """One forward pass, the model holding these very `parameters`."""
         start = generators() if checked else None
         batch = Batch.of(batch).map(Tensor.detach)
         moving = {n: p for n, p in parameters.items() if p.requires_grad}

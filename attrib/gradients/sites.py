@@ -259,7 +259,7 @@ def tangent(weight: Weight, name: str, direction: Tensor, known: dict[int, Tenso
     if id(weight.tensor) not in known:
         moving = {i: w for i, w in weight.maker.weights.items() if name in w.names}
         along = {i: (w.tensor, tangent(w, name, direction, known)) for i, w in moving.items()}
-        known[id(weight.tensor)] = jvp(weight.maker, along)
+        known[id(weight.tensor)] = jvp(weight.maker, along).to(direction.dtype)
     return known[id(weight.tensor)]
 
 

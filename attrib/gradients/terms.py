@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ..constants import is_low
+from ..constants import is_low, wide
 from ..kernels.factors import Dense, Factor
 from .batchwise import Batchwise
 from .functions import FUNCTIONS, Bound
@@ -72,7 +72,8 @@ def factor_at(site: Site, reading: Batchwise, delta: Tensor, weight: Weight, siz
         return None
     bound = tree_map_only(Tensor, Tensor.detach, bound)
     if is_low(delta.dtype):
-        bound, delta = _widened(bound, delta, function.rounds, _source(weight, min(weight.names)).dtype)
+        source = _source(weight, min(weight.names))
+        bound, delta = _widened(bound, delta, function.rounds, wide(source.dtype))
     try:
         return rule(bound, delta, lambda t: reading.split(t, size))
     except NotImplementedError:
@@ -80,15 +81,16 @@ def factor_at(site: Site, reading: Batchwise, delta: Tensor, weight: Weight, siz
 
 
 def _widened(bound: Bound, delta: Tensor, rounds: bool, dtype: torch.dtype) -> tuple[Bound, Tensor]:
-    """What a call read and the gradient of what it returned, in the parameters' type: training rounds the sum of their
-    products, once, and not the products. What autocast rounded for the call is rounded again first."""
+    """What a call read and the gradient of what it returned, in the parameters' type, or in single precision: training
+    rounds the sum of their products, once, and not the products. What autocast rounded for the call is rounded again
+    first."""
 
-    def wide(t: Tensor) -> Tensor:
+    def widened(t: Tensor) -> Tensor:
         if not t.is_floating_point():
             return t
         return (t.to(delta.dtype) if rounds else t).to(dtype)
 
-    return tree_map_only(Tensor, wide, bound), delta.to(dtype)
+    return tree_map_only(Tensor, widened, bound), delta.to(dtype)
 
 
 def factors_of(reached: Reached, name: str, size: int) -> list[Factor] | None:
@@ -140,7 +142,7 @@ def _through_maker(weight: Weight, name: str, factor: Factor) -> Dense:
     with torch.enable_grad():
         again = remade(weight, {name: leaf})
     pulled = torch.autograd.grad(again, leaf, grad_outputs=rows.to(again.dtype), is_grads_batched=True)
-    return Dense(pulled[0])
+    return Dense(pulled[0].to(wide(leaf.dtype)))
 
 
 def _source(weight: Weight, name: str) -> Tensor:

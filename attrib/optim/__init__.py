@@ -6,7 +6,7 @@ A new optimizer is one file with one `Rule` and one row in `known`.
 from .frozen import FROZEN
 from .known import RULES, kind_at, place_of, rules_in, rules_of
 from .refused import check_group_options
-from .replay import Replay, Segments, decay_rates, entrywise_decay, explained, pullback
+from .replay import Replay, Segments, carried, decay_rates, entrywise_decay, explained, pullback, step_bounds
 from .rerun import Rerun, resume, set_options, torch_states
 from .rule import MOMENTUM, Rule, describe_options
 from .rules import Rules, read_hyper, read_state
@@ -22,6 +22,7 @@ __all__ = [
     "Rules",
     "Segments",
     "Together",
+    "carried",
     "check_group_options",
     "decay_rates",
     "describe_options",
@@ -37,6 +38,7 @@ __all__ = [
     "rules_in",
     "rules_of",
     "set_options",
+    "step_bounds",
     "together",
     "torch_states",
 ]

@@ -24,7 +24,7 @@ from .rule import Options, Rule, Shape, State, quotient_by, taken_off
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
     sign, t = -1.0 if o["maximize"] else 1.0, o["age"] + 1
     least, smallest = o["eps"]
-    least = torch.finfo(theta.dtype).eps if least is None else least
+    least = torch.finfo(o.get("low") or theta.dtype).eps if least is None else least
     variance, after = _variance(state, sign * gradient, t ** o["beta2_decay"], least)
     root = variance.clamp(min=least * least).sqrt_()
     size = max(smallest, theta.norm(2).item() / theta.numel() ** 0.5) * min(o["lr"], 1 / t**0.5)

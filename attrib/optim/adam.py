@@ -64,4 +64,7 @@ ADAM = Rule(
         *map(choice, ("foreach", "fused")),
     ),
     freeze=_freeze,
+    # decay into g, g into m; v twice, and g squared in it twice, halved by the root; the root, its quotient, eps; the rate
+    # and the correction of m by its age, as tensors
+    roundings=9,
 )

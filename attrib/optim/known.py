@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..constants import is_low
 from ..errors import StoreError, UnsupportedOptimizerError
 from .adadelta import ADADELTA
 from .adafactor import ADAFACTOR
@@ -90,7 +91,9 @@ def rules_in(header: dict[str, Any], where: Any) -> Rules:
     Raises:
         StoreError: this attrib, or this machine, has not the rule.
     """
-    return Rules(tuple(_known(entry, where) for entry in header["optimizers"]), tuple(header["owners"]))
+    dtype = getattr(torch, header["dtype"])
+    movers = tuple(_known(entry, where) for entry in header["optimizers"])
+    return Rules(movers, tuple(header["owners"]), dtype if is_low(dtype) else None)
 
 
 _NEVER = {  # with no rule at all: why not, and what to do

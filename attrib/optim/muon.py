@@ -25,8 +25,13 @@ def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[
     from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
     mu = o["momentum"]
-    buffer = state[MOMENTUM].lerp(gradient, 1 - mu)  # as torch does: O is of the very bits of M
-    combined = gradient.lerp(buffer, mu) if o["nesterov"] else buffer
+    low = o.get("low") or theta.dtype
+
+    def rounded(t: Tensor) -> Tensor:
+        return t.to(low).to(t.dtype)
+
+    buffer = rounded(state[MOMENTUM].lerp(gradient, 1 - mu))  # as torch does: O is of the very bits of M
+    combined = rounded(gradient.lerp(buffer, mu)) if o["nesterov"] else buffer
     polynomial = o["ns_coefficients"], o["ns_steps"], o["eps"]
     matrix = _frozen_map(combined, _zeropower_via_newtonschulz(combined, *polynomial).to(theta.dtype), *polynomial)
     rate, feed = float(_adjust_lr(o["lr"], o["adjust_lr_fn"], theta.shape)), realised(1 - mu, theta.dtype)

@@ -64,7 +64,7 @@ class Replay:
                 assert after is not None
                 coefficients = read_off(g, after[piece] - before)
             elif row[-1]:
-                options = rule.situation(dict(zip(rule.hyper, row, strict=False)))
+                options = {**rule.situation(dict(zip(rule.hyper, row, strict=False))), "low": self.rules.low}
                 freeze = _freeze_whole if rule.whole else _freeze
                 coefficients, moments = freeze(rule, options, known, g, before, self.layout.shapes[tensors.start])
             delta[piece], momentum = coefficients.apply(known[MOMENTUM], g, before)
@@ -105,6 +105,15 @@ def _freeze_whole(
     return coefficients, {key: packed(value, g.numel()) for key, value in after.items()}
 
 
+def carried(segments: Segments, momentum: Tensor, gradient: Tensor, theta: Tensor) -> Tensor:
+    """The accumulator after a step that its coefficients make of that before it, (P,) each."""
+    out = torch.empty_like(momentum)
+    for segment in segments:
+        here = segment.entries
+        out[here] = segment.coefficients.apply(momentum[here], gradient[here], theta[here])[1]
+    return out
+
+
 def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The transpose of a step over all its segments: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
     sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
@@ -127,6 +136,46 @@ def explained(rules: Rules, segments: Segments, update: Tensor) -> Tensor | None
         if rules[segment.tensors.start].unmodelled and isinstance(taken, Tensor):
             entries[segment.entries] = taken != 0
     return entries
+
+
+def step_bounds(
+    rules: Rules, segments: Segments, update: Tensor, momentum: Tensor | None, gradient: Tensor, ends: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What of an update (P,) is to be explained by its coefficients, and how well: see `checks.step_identity`. momentum:
+    the accumulator before it (P,), None where it is not known; gradient (P,): what it saw; ends (2, P): the parameters
+    before and after."""
+    return explained(rules, segments, update), rounding_of(rules, segments, momentum, gradient, ends)
+
+
+def rounding_of(
+    rules: Rules, segments: Segments, momentum: Tensor | None, gradient: Tensor, ends: Tensor
+) -> Tensor | None:
+    """How far an update may be from what its coefficients make of the state before it, where the optimizer rounds to few
+    bits at every operation: (P,), inf where that is not known; None where it does not. ends (2, P): theta and theta'.
+
+    |replayed - real| <= u (n terms + 2 (|theta| + |theta'|)), u = eps / 2,
+
+    terms = apply_old |z| + apply_new (|g| + coupled |theta|) of what is summed: each is rounded n times (`Rule.roundings`),
+    the parameters where decay and where the update is taken off; a factor of 1 + n u for what is of second order. Below the
+    smallest normal a rounding is by half of the smallest number instead. In bfloat16 that is next to nothing; in float16
+    squares of gradients lie there, so of a rule with accumulators that are frozen nothing is said.
+    """
+    if rules.low is None:
+        return None
+    bound = torch.full_like(gradient, torch.inf)
+    kind = torch.finfo(rules.low)
+    unit, least = kind.eps / 2, kind.smallest_normal * kind.eps
+    for segment in segments:
+        rule, here, c = rules[segment.tensors.start], segment.entries, segment.coefficients
+        count, squares = rule.roundings, rule.moments and rules.low == torch.float16
+        if count is not None and momentum is not None and not squares:
+            old, new, coupled = (torch.as_tensor(v).abs() for v in (c.apply_old, c.apply_new, c.coupled))
+            g = gradient[here].abs() + coupled * ends[0, here].abs()
+            terms = old * momentum[here].abs() + new * g
+            edges = ends[:, here].abs().sum(0)
+            smallest = count * least * (1 + old + new)
+            bound[here] = unit * (1 + count * unit) * (count * terms + 2 * edges) + smallest
+    return bound
 
 
 def decay_rates(segments: Segments, tensors: int) -> np.ndarray:

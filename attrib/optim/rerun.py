@@ -43,9 +43,15 @@ class Rerun:
         """(K, H + 1), the numbers of the next step where its options are those of the last."""
         return read_hyper(self._rules, self._optimizer)
 
-    def state(self) -> dict[str, Tensor]:
-        """The accumulators before the next step, (P,) each; as they begin where torch has made none yet."""
-        return read_state(self._rules, self._optimizer, self.parameters)
+    def state(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The accumulators before the next step, (P,) each; as they begin where torch has made none yet. dtype: what they
+        are computed with; None for their own type."""
+        return read_state(self._rules, self._optimizer, self.parameters, dtype)
+
+    def put(self, theta: Tensor) -> None:
+        """The parameters before the next step, (P,)."""
+        for p, value in zip(self.parameters, self._layout.unflatten(theta).values(), strict=True):
+            p.copy_(value)
 
 
 def resume(

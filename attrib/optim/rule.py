@@ -120,6 +120,8 @@ class Rule:
         Scalars are computed from the options as torch does it.
     unmodelled: what the coefficients do not explain of an update is expected, and has a row of its own.
     read_off: the coefficients are had from the update that was made, so that it cannot be made again.
+    roundings: how many times, at most, torch rounds a term of an update on its way into the parameters, by half of eps each;
+        None where that bounds nothing: a sign, a difference of what it has rounded.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Rule:
     whole: bool = False
     unmodelled: bool = False
     read_off: bool = False
+    roundings: int | None = None
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..constants import is_low
 from .rule import MOMENTUM, Rule
 from .together import members
 
@@ -31,10 +32,12 @@ class Moved:
 
 @dataclass(frozen=True)
 class Rules:
-    """movers: the optimizers, in the order in which they step. owners: (K,), which of them moves each parameter tensor."""
+    """movers: the optimizers, in the order in which they step. owners: (K,), which of them moves each parameter tensor. low:
+    the parameters' type where that is less than single precision, so that they round at every operation; else None."""
 
     movers: tuple[Moved, ...]
     owners: tuple[int, ...]
+    low: torch.dtype | None = None
 
     @cached_property
     def _each(self) -> tuple[Rule, ...]:
@@ -64,7 +67,12 @@ class Rules:
 
     @property
     def unmodelled(self) -> bool:
-        return any(mover.rule.unmodelled for mover in self.movers)
+        return self.low is not None or any(mover.rule.unmodelled for mover in self.movers)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether there are accumulators that are rounded at every step, beside what the rules make of them."""
+        return self.low is not None and not self.read_off
 
     @property
     def read_off(self) -> bool:
@@ -116,10 +124,19 @@ def read_hyper(rules: Rules, optimizer: torch.optim.Optimizer) -> np.ndarray:
     return rows
 
 
-def read_state(rules: Rules, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The accumulators of all parameters as new vectors (P,), as they begin where torch has made none yet."""
+def read_state(
+    rules: Rules,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The accumulators of all parameters as new vectors (P,), as they begin where torch has made none yet. dtype: what they
+    are computed with; None for their own type."""
     defaults = [member.defaults for member in members(optimizer)]
     states = [optimizer.state.get(p, {}) for p in parameters]
+    if dtype is not None:
+        states = [{key: v.to(dtype) if isinstance(v, Tensor) else v for key, v in s.items()} for s in states]
+        parameters = [p.to(dtype) for p in parameters]
     found = {}
     for name in rules.state:
         parts = []
@@ -136,5 +153,6 @@ def _zeros(p: Tensor) -> Tensor:
 
 def assigned(optimizers: Sequence[torch.optim.Optimizer], movers: Sequence[Moved]) -> Rules:
     """Those of the optimizers, each of a rule."""
-    owners = [n for n, optimizer in enumerate(optimizers) for group in optimizer.param_groups for _ in group["params"]]
-    return Rules(tuple(movers), tuple(owners))
+    held = [(n, p) for n, optimizer in enumerate(optimizers) for g in optimizer.param_groups for p in g["params"]]
+    low = {p.dtype for _, p in held if is_low(p.dtype)}  # they share one type, see `names_of`
+    return Rules(tuple(movers), tuple(n for n, _ in held), next(iter(low), None))

@@ -42,4 +42,5 @@ SGD = Rule(
         *map(choice, ("foreach", "fused")),
     ),
     freeze=_freeze,
+    roundings=5,  # decay into g, what is left of the accumulator, g into it, Nesterov's sum, the rate as a tensor
 )

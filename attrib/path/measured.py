@@ -126,7 +126,7 @@ class Measured:
             values = self._function(parameters, *batch)
         return values if self.batch or self._chosen is None else values[self._chosen]
 
-    def bound(self, parameters: dict[str, Tensor]) -> AbstractContextManager[None]:
+    def bound(self, parameters: dict[str, Tensor]) -> AbstractContextManager[Any]:
         """Within it the model holds these parameters: for backward passes that run parts of it again."""
         return self._function.bound(parameters)
 

@@ -215,8 +215,9 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
     entries = min(size, max(1, STATE_BYTES // (n * kind.itemsize)))
     alone = (1, min(size, STATE_BYTES // kind.itemsize))
     add("theta", (size,), (n, entries) if every == 1 else alone, kind)
-    for name in ("gradient",) if first.penalty is None else ("gradient", "penalty"):
-        add(name, (size,), (n, entries), kind)
+    add("gradient", (size,), (n, entries), kind)
+    if first.penalty is not None:
+        add("penalty", (size,), (n, entries), first.penalty.dtype)
     add("hyper", first.hyper.shape, (n, *first.hyper.shape), np.float64)
     add("index", (slots,), (n, slots), np.int64)
     add("row", (slots,), (n, slots), np.int64)

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
+from torch import Tensor
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from ..batch import Batch
+from ..constants import to_tensor
 from ..errors import StoreError
 from ..inputs import Form, batch_of, counts
 from .checked import CheckedStore, check_present
@@ -133,6 +136,11 @@ class Reader:
         check_present(self.store, array, self._keys(array, chosen))
         values = read_array(array, (chosen, *slots) if array.ndim else ..., self.target)
         return values[0] if isinstance(rows, int) else values
+
+    def tensor(self, name: str, rows: slice | int | None = None) -> Tensor:
+        """The same as a tensor; what was stored as integers, because numpy lacks the parameters' type, in that type."""
+        values = self.read(name, rows)
+        return to_tensor(values, self.header["dtype"]) if values.dtype.kind == "i" else torch.from_numpy(values)
 
     @property
     def generators(self) -> np.ndarray:
