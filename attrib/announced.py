@@ -1,9 +1,11 @@
 """The batches of the step to come: announced before their forward passes, or given with the step."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .batch import Batch
@@ -12,15 +14,24 @@ from .errors import BatchError
 from .generators import generators
 from .inputs import Inputs
 
+log = logging.getLogger("attrib")
+
 
 class AnnouncedBatch(NamedTuple):
-    """ids (B,), the batch, as it is stored, and the generators' state when it was announced; None where that was after the
-    pass."""
+    """ids (B,), a copy of the batch, as it is stored, the generators' state when it was announced, None where that was after
+    the pass; the batch itself; and how often a gradient had come by then."""
 
     ids: np.ndarray
     batch: Batch
     inputs: Inputs
     random: Tensor | None
+    announced: Batch
+    backwards: int
+
+    @property
+    def steady(self) -> bool:
+        """Whether the tensors still hold what they did when it was announced."""
+        return all(map(torch.equal, self.batch.tensors, self.announced.tensors))
 
 
 class Announcements:
@@ -34,8 +45,8 @@ class Announcements:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def announce(self, index: Any, args: tuple[Any, ...], pulled: bool, step: int) -> None:
-        """pulled: whether a backward pass came before.
+    def announce(self, index: Any, args: tuple[Any, ...], backwards: int, pulled: bool, step: int) -> None:
+        """backwards: how often a gradient came; pulled: whether one of this step did, and of an announced batch.
 
         Raises:
             BatchError: it cannot be stored, or is not the first of its step though none was announced.
@@ -46,7 +57,7 @@ class Announcements:
                 f"recorder.batch(index, *batch) before the forward pass of each. Call recorder.zero_grad() and begin the "
                 f"step anew."
             )
-        self._batches.append(self._batch(index, args, generators()))
+        self._batches.append(self._batch(index, args, generators(), backwards))
 
     def of_step(self, index: Any, args: tuple[Any, ...], step: int) -> Sequence[AnnouncedBatch]:
         """Those that were announced, or the one that is given with the step.
@@ -60,7 +71,7 @@ class Announcements:
                     f"the batch is there twice: got {len(self._batches)} announced and one with the step, expected either, "
                     f"at step {step}. Call recorder.step() without it. The step was refused."
                 )
-            return [self._batch(index, args, None)]
+            return [self._batch(index, args, None, 0)]
         if not self._batches:
             raise BatchError(
                 f"the batch is missing: got step() and no batch announced, expected recorder.batch(index, *batch) before "
@@ -68,11 +79,18 @@ class Announcements:
             )
         return self._batches
 
-    def clear(self) -> None:
-        """They are recorded, or their gradients are gone."""
-        self._batches = []
+    def clear(self, since: int | None = None) -> int:
+        """They are recorded, or their gradients are gone. since: but for those after which no gradient came, so many having
+        come so far. How many are left."""
+        self._batches = [a for a in self._batches if since is not None and a.backwards == since]
+        return len(self._batches)
 
-    def _batch(self, index: Any, args: tuple[Any, ...], random: Tensor | None) -> AnnouncedBatch:
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Those of which no backward pass came: nothing of them is in the step."""
+        log.info("%d announced batches had no backward pass: they are left out", len(numbers))
+        self._batches = [a for n, a in enumerate(self._batches) if n not in numbers]
+
+    def _batch(self, index: Any, args: tuple[Any, ...], random: Tensor | None, backwards: int) -> AnnouncedBatch:
         ids, batch = check_batch(index, args, self._batches[-1].ids.dtype if self._batches else self.ids)
         self._held = hold(batch, self._held)
-        return AnnouncedBatch(ids, *self._held, random)
+        return AnnouncedBatch(ids, *self._held, random, batch, backwards)

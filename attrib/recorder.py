@@ -164,8 +164,8 @@ class Recorder(Wrapper):
         super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if self._capture.pulled or not self._announced:  # else they are of passes that are still to come
-            self._forget()
+        pulled = self._capture.pulled  # else what was announced is of passes that are still to come
+        self._capture.zeroed(self._announced.clear(since=self._capture.backwards) if pulled else len(self._announced))
         super().zero_grad(set_to_none)
 
     def __enter__(self) -> "Recorder":
@@ -198,11 +198,12 @@ class Recorder(Wrapper):
         Raises:
             BatchError: it cannot be stored, or a backward pass came before it.
         """
-        pulled = self._capture.pulled
-        if pulled and all(p.grad is None or not p.grad.any() for p in self._parameters):
-            pulled = self._forget()  # of a step that was never made
+        gone = all(p.grad is None or not p.grad.any() for p in self._parameters)
+        if self._capture.pulled and (gone or not self._capture.finite):
+            self._forget()  # of a step that was never made
+        missed = self._capture.pulled and self._options.capture.penalty is None
         with torch.inference_mode(False):
-            self._announced.announce(index, batch, pulled, self._writer.steps)
+            self._announced.announce(index, batch, self._capture.backwards, missed, self._writer.steps)
         self._capture.announce()
 
     def step(self, index: Any = None, *batch: Any, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -233,8 +234,10 @@ class Recorder(Wrapper):
 
     def _step(self, index: Any, batch: tuple[Any, ...]) -> None:
         began = time.perf_counter()
+        if skipped := self._capture.forget_skipped():
+            self._announced.drop(skipped)
         announced = self._announced.of_step(index, batch, self._writer.steps)
-        step = self._checked(tuple(Announced(a.batch, a.random) for a in announced))
+        step = self._checked(tuple(Announced(a.batch, a.random, a.steady) for a in announced))
         captured = self._capture.take(step)
         record = self._recorded(step, captured, announced)
         if step.number == 0:
@@ -253,11 +256,10 @@ class Recorder(Wrapper):
             self._writer.append(record._replace(log=log), to_array(after))
         self._left = time.perf_counter()
 
-    def _forget(self) -> bool:
-        """The passes that were heard, and the batches that were announced: there are none now."""
+    def _forget(self) -> None:
+        """The passes that were heard, and the batches that were announced."""
         self._capture.clear()
         self._announced.clear()
-        return False
 
     def _checked(self, passes: tuple[Announced, ...]) -> Step:
         """The step that is asked for, the run being as the last one left it."""

@@ -492,6 +492,204 @@ def _stored() -> Any:
     return store
 
 
+# what must not pass unseen
+
+
+@pytest.mark.parametrize("check_every", [1, 100])
+@pytest.mark.parametrize("remainder", ["refuse", "account"])
+def test_a_batch_that_is_announced_and_skipped_is_left_out(check_every: int, remainder: str) -> None:
+    """Its loss was not finite, or memory ran out."""
+    model, store = Net(0.2).double(), MemoryStore()
+    options = {"check_every": check_every, "remainder": remainder}
+    with attrib.record(adamw(model), model, cross_entropy, store, **options) as recorder:
+        for step in range(6):
+            index, x, y = examples(5, step)
+            recorder.zero_grad()
+            recorder.batch(index, x, y)
+            loss = cross_entropy(model, x, y).mean()
+            if step == 3:
+                continue
+            loss.backward()
+            recorder.step()
+    run = attrib.open_run(store)
+    assert [run.index(step)[0] for step in range(run.steps)] == [0, 100, 200, 400, 500]
+    assert not set(run.examples) & set(range(300, 305))
+    explain(store, model).check(1e-10)
+
+
+@pytest.mark.parametrize("order", ["zeroed after the announcement", "zeroed before"])
+def test_a_step_that_is_never_made_is_none(order: str) -> None:
+    model, store = Net().double(), MemoryStore()
+    with attrib.record(adamw(model), model, cross_entropy, store) as recorder:
+        for step in range(5):
+            index, x, y = examples(5, step)
+            if order == "zeroed before":
+                recorder.zero_grad()
+            recorder.batch(index, x, y)
+            loss = cross_entropy(model, x, y).mean()
+            if order != "zeroed before":
+                recorder.zero_grad()
+            loss.backward()
+            if step != 2:
+                recorder.step()
+    run = attrib.open_run(store)
+    assert [run.index(step)[0] for step in range(run.steps)] == [0, 100, 300, 400]
+    explain(store, model).check(1e-10)
+
+
+def test_a_pass_that_nothing_is_learnt_from_is_no_announcement_missed() -> None:
+    """A validation without no_grad, between the announcement and the step."""
+    model, store = Net(0.2).double(), MemoryStore()
+    with attrib.record(adamw(model), model, cross_entropy, store, check_every=2) as recorder:
+        for step in range(5):
+            index, x, y = examples(5, step)
+            recorder.zero_grad()
+            recorder.batch(index, x, y)
+            cross_entropy(model, x, y).mean().backward()
+            if step in (2, 3):
+                model(x)
+            recorder.step()
+    explain(store, model).check(1e-10)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("change", ["clipped by value", "noise"])
+def test_a_scaled_loss_is_told_from_what_is_done_to_gradients(passes: int, change: str) -> None:
+    model, store = Net(), MemoryStore()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attrib.record(optimizer, model, cross_entropy, store, remainder="account", check_every=3) as recorder:
+        for step in range(7):
+            recorder.zero_grad()
+            for n in range(passes):
+                index, x, y = examples(5, 10 * step + n, torch.float32)
+                recorder.batch(index, x, y)
+                scaler.scale(cross_entropy(model, x, y).mean() / passes).backward()
+            scaler.unscale_(recorder)
+            if change == "noise":
+                for p in model.parameters():
+                    p.grad += 0.05 * torch.randn_like(p.grad)
+            else:
+                nn.utils.clip_grad_value_(model.parameters(), 0.02)
+            scaler.step(recorder)
+            scaler.update()
+    run = attrib.open_run(store)
+    for step in range(run.steps):
+        np.testing.assert_allclose(run.scales(step), 1 / 5 / passes, rtol=1e-5)
+
+
+def test_one_factor_beside_is_read_off_whatever_is_added_to_gradients() -> None:
+    model, store = Net().double(), MemoryStore()
+    with attrib.record(adamw(model), model, cross_entropy, store, remainder="account") as recorder:
+        for step in range(3):
+            recorder.zero_grad()
+            for n in range(4):
+                index, x, y = examples(5, 10 * step + n)
+                recorder.batch(index, x, y)
+                (0.37 * cross_entropy(model, x, y).mean() / 4).backward()
+            for p in model.parameters():
+                p.grad += torch.randn_like(p.grad)
+            recorder.step()
+    run = attrib.open_run(store)
+    for step in range(3):
+        np.testing.assert_allclose(run.scales(step), 0.37 / 20, rtol=1e-9)
+
+
+def test_weights_that_gradients_cannot_tell_apart_are_refused() -> None:
+    """As many batches as the gradient has entries sum to anything."""
+    torch.manual_seed(0)
+    model, store = nn.Linear(4, 1).double(), MemoryStore()
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (model(x)[:, 0] - y).square()
+
+    for remainder, match in (
+        ("refuse", "do not sum to p.grad"),
+        ("account", "weights of the batches of a step cannot"),
+    ):
+        recorder = attrib.record(adamw(model), model, loss, store, remainder=remainder)
+        recorder.zero_grad()
+        for n in range(16):
+            index, x, y = examples(3, n)
+            recorder.batch(index, x, y)
+            (loss(model, x, y).sum() * (0.3 + 0.1 * n)).backward()
+        with pytest.raises(errors.BatchIdentityError, match=match):
+            recorder.step()
+
+
+@pytest.mark.parametrize("capture", ["factors", "gradients"])
+def test_a_buffer_that_is_filled_again_before_the_step_changes_no_share(capture: str) -> None:
+    model, store, buffer = Net().double(), MemoryStore(), torch.zeros(5, 4, dtype=torch.float64)
+    with attrib.record(adamw(model), model, cross_entropy, store, capture, check_every=100) as recorder:
+        for step in range(5):
+            index, x, y = examples(5, step)
+            buffer.copy_(x)
+            recorder.zero_grad()
+            recorder.batch(index, buffer, y)
+            cross_entropy(model, buffer, y).mean().backward()
+            buffer.fill_(7.0)
+            recorder.step()
+    explain(store, model).check(1e-10)
+
+
+def test_a_pass_that_is_not_heard_is_refused_where_numbers_are_drawn() -> None:
+    model, store = Net(0.3).double(), MemoryStore()
+    recorder = attrib.record(adamw(model), model, cross_entropy, store, check_every=100)
+    for step in range(5):
+        index, x, y = examples(5, step)
+        recorder.zero_grad()
+        if step != 3:
+            cross_entropy(model, x, y).mean().backward()
+            recorder.step(index, x, y)
+            continue
+        F.cross_entropy(model.forward(x), y).backward()
+        with pytest.raises(errors.BatchIdentityError, match="got no forward pass of the model"):
+            recorder.step(index, x, y)
+    recorder.close()
+    assert attrib.open_run(store).steps == 4
+
+
+def test_penalties_and_dropped_batches_are_replayed_with_accumulation(tmp_path: Path) -> None:
+    model = accumulate(tmp_path / "run", REDUCTIONS["mean over all"], 0.25)
+    run = attrib.open_run(tmp_path / "run")
+
+    def again(name: str, change: attrib.intervention.Intervention) -> attrib.Run:
+        return attrib.replay(run, 0, change, model=model, loss=cross_entropy, store=tmp_path / name, progress=False)
+
+    pulled = again("pulled", attrib.intervention.Penalty(lambda m: m.first.weight.square().sum(), 0.1))
+    explain(tmp_path / "pulled", model).check(1e-10)
+    assert pulled.reader.read("penalty").any()
+    dropped = again("dropped", attrib.intervention.Drop(list(range(100, 103))))  # the second batch of step 0 in part
+    assert [len(batch[0]) for batch in dropped.batches(0)] == [5, 2, 5]
+    gone = again("gone", attrib.intervention.Drop(list(range(100, 105))))
+    assert [len(batch[0]) for batch in gone.batches(0)] == [5, 5]
+
+
+def test_a_flag_is_not_the_number_that_it_equals() -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor, flag: Any) -> Tensor:
+        return cross_entropy(model, x, y) * (2 if flag is True else 1)
+
+    model, store = Net().double(), MemoryStore()
+    index, x, y = examples(5, 0)
+    with attrib.record(adamw(model), model, loss, store, check_every=100) as recorder:
+        for step in range(6):
+            recorder.zero_grad()
+            loss(model, x, y, (True, 1)[step % 2]).mean().backward()
+            recorder.step(index, x, y, (True, 1)[step % 2])
+    explain(store, model, loss).check(1e-10)
+
+
+def test_an_announcement_after_the_pass_is_named() -> None:
+    model = Net(0.5).double()
+    recorder = attrib.record(adamw(model), model, cross_entropy, MemoryStore())
+    index, x, y = examples(5, 0)
+    losses = cross_entropy(model, x, y)
+    recorder.batch(index, x, y)
+    losses.mean().backward()
+    with pytest.raises(errors.BatchIdentityError, match="a forward pass came before its batch was announced"):
+        recorder.step()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16 autocast"])
 def test_a_language_model_is_trained_as_trainers_do(dtype: torch.dtype) -> None:
     """Accumulation of 4 with dropout, a shorter last group, clipping, a schedule, dicts, and autocast."""

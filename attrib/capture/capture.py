@@ -57,14 +57,32 @@ class Capture:
         """Take off all hooks."""
         self._listeners.remove()
 
+    def zeroed(self, left: int) -> None:
+        """The gradients are gone; so many announced batches are left."""
+        self._listeners.zeroed(left)
+
     @property
     def pulled(self) -> bool:
         """Whether a backward pass was heard since `clear`."""
         return self._listeners.pulled
 
+    @property
+    def backwards(self) -> int:
+        """How often a gradient came since the beginning."""
+        return self._listeners.backwards
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradients are that the last backward pass left."""
+        return self._listeners.finite
+
     def announce(self) -> None:
         """The passes that follow are of another batch."""
         self._listeners.announce()
+
+    def forget_skipped(self) -> list[int]:
+        """The numbers of the announced batches that no backward pass came of; they are forgotten."""
+        return self._listeners.forget_skipped()
 
     def prime(
         self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]], autocast: Autocast | None = None
@@ -170,7 +188,7 @@ class Capture:
 
     def _watched(self, trial: Trial) -> Factors | None:
         """Of the user's own pass; None where it does not say it all."""
-        if trial.heard.sites is None:
+        if trial.heard.sites is None or not trial.step.passes[0].steady:  # the sites hold the caller's tensors
             return None
         (each,) = trial.passes
         with random_state(each.start):
@@ -223,8 +241,13 @@ def _unknown(trial: Trial) -> bool:
 
 def _captured(trial: Trial, fit: Fit, arrays: Arrays, left: np.ndarray | None = None) -> Captured:
     draws, heard = fit.settled.draws, trial.heard
-    starts = [None if heard.passes == 0 and not heard.forwards else each.start for each in trial.passes]
-    random = [draws.stored(start) for start in starts]
+    if draws.stochastic and not heard.passes and not heard.forwards:
+        raise BatchIdentityError(
+            f"the random numbers of the loss cannot be drawn again: got no forward pass of the model, expected one to be "
+            f"heard as at the steps before, at step {trial.step.number}. Call the model itself, or announce the batch with "
+            f"recorder.batch(index, *batch). The step was refused."
+        )
+    random = [draws.stored(each.start) for each in trial.passes]
     return Captured(
         scales=fit.scales,
         left=fit.scales if left is None else left,

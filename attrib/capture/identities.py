@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..checks import Backward, ShareBound, Totals, batch_identity, split_bound, split_gaps
+from ..checks import Backward, ShareBound, Totals, batch_identity, split_bound, split_gaps, unscaling
 from ..errors import BatchIdentityError, SplitIdentityError
 from ..generators import generators, random_state
 from ..gradients import ExampleGradients, random_weights
@@ -139,13 +139,14 @@ def _accounted(trial: Trial, losses: Sequence[Tensor], totals: Totals, settled: 
     heard, root = trial.heard, split_bound(trial.shares.precision)
     assert heard.norms is not None
     rest = None if trial.penalty is None else trial.penalty / heard.clip
-    backward = Backward(heard.norms, rest, trial.examples / heard.clip, trial.shares.layout)
+    backward = Backward(heard.norms, rest, trial.shares.layout)
     scales, reduction = settled.reduction.of_backward(backward, totals, root)
-    shares = totals.weighted(heard.clip * scales)
+    clip = heard.clip if heard.clip != 1.0 else unscaling(scales, trial.step.sizes, heard.change)
+    shares = totals.weighted(clip * scales)
     norm = float(trial.step.gradient.double().norm()) or 1.0
     remainder = float((trial.examples - shares).double().norm()) / norm
     log = {"loss": float(torch.cat(list(losses)).double().mean()), "remainder": remainder}
-    return Fit(heard.clip * scales, log, replace(settled, reduction=reduction), shares)
+    return Fit(clip * scales, log, replace(settled, reduction=reduction), shares)
 
 
 def check_sum(trial: Trial, found: Sequence[Factors], scales: np.ndarray, expected: Tensor) -> None:
@@ -236,6 +237,11 @@ def _hint(trial: Trial, stochastic: bool, losses: Sequence[Tensor]) -> str:
             f" The step made {heard.passes} forward passes and the loss draws random numbers (dropout), which are drawn "
             f"again as for one: announce the batch of each before it, with recorder.batch(index, *batch), and call "
             f"recorder.step() without a batch; or put dropout into eval mode."
+        )
+    if stochastic and heard.forwards and heard.passes > sum(heard.forwards):
+        return (
+            " The loss draws random numbers (dropout), and a forward pass came before its batch was announced: announce "
+            "each with recorder.batch(index, *batch) before its forward pass."
         )
     if trial.step.number and trial.heard.surrounded:
         return (

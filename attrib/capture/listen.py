@@ -20,7 +20,8 @@ class Heard:
     of each announced batch. before, behind: the state of the generators around the last of them, None where none was heard.
     firsts: the state before the first forward pass of each announced batch. start: `before`, or the state now. sites: of
     the one pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is. norms
-    (K,): of the gradients as the last backward pass left them, None where there may be no remainder. autocasts: what the
+    (K,): of the gradients as the last backward pass left them, None where there may be no remainder; change: of their norm
+    since. autocasts: what the
     passes ran under, each once, the last one first; surrounded: whether one is on still, at the step."""
 
     clip: float
@@ -33,6 +34,7 @@ class Heard:
     sites: tuple[Trace, list[Tensor | None]] | None
     compiled: bool
     norms: Tensor | None
+    change: float
     autocasts: tuple[Autocast | None, ...]
     surrounded: bool
 
@@ -55,9 +57,23 @@ class Listeners:
         """Whether a backward pass was heard since `clear`."""
         return self._norms.heard
 
+    @property
+    def finite(self) -> bool:
+        """Whether the gradients are that the last backward pass left."""
+        return self._norms.finite
+
+    @property
+    def backwards(self) -> int:
+        """How often a gradient came since the beginning."""
+        return self._norms.heard_of
+
     def announce(self) -> None:
         """The forward passes that follow are of another batch."""
         self._random.announce()
+
+    def forget_skipped(self) -> list[int]:
+        """The numbers of the announced batches that no backward pass came of; they are forgotten."""
+        return self._random.forget_skipped()
 
     def heard(self, size: int, announced: int) -> Heard:
         """Since `clear`, of so many examples in a batch, and announced batches.
@@ -65,18 +81,19 @@ class Listeners:
         Raises:
             BatchIdentityError: the gradients were changed by different factors, and that is not accounted for.
         """
-        random = self._random
+        random, batches = self._random, self._random.of_batches()
         return Heard(
             clip=self._norms.clipping(),
-            passes=random.passes,
-            forwards=tuple(random.forwards),
+            passes=len(random.calls),
+            forwards=tuple(map(len, batches)),
             before=random.before,
             behind=random.behind,
-            firsts=tuple(random.firsts),
+            firsts=tuple(states[0] if states else None for states in batches),
             start=random.before if random.before is not None else generators(),
             sites=None if self._watch is None or announced > 1 else self._watch.seen(size),
             compiled=self._compiled,
             norms=self._norms.left() if self._accounts else None,
+            change=self._norms.change() if self._accounts else 1.0,
             autocasts=random.autocasts,
             surrounded=any(map(current, DEVICES)),
         )
@@ -94,9 +111,18 @@ class Listeners:
                 h.busy = False
 
     def clear(self) -> None:
-        """Forget the passes: their gradients are gone, or the step is recorded."""
+        """Forget the passes: the step is recorded, or it never was made."""
         self._norms.clear()
         self._random.clear()
+        if self._watch is not None:
+            self._watch.clear()
+
+    def zeroed(self, left: int) -> None:
+        """The gradients are gone, and with them their passes; not those of which no gradient came yet, of so many announced
+        batches that are left."""
+        if self._norms.heard:
+            self._random.clear(keep=left)
+        self._norms.clear()
         if self._watch is not None:
             self._watch.clear()
 

@@ -31,10 +31,11 @@ class CaptureOptions:
 @dataclass(frozen=True)
 class Announced:
     """A pass that the gradient of a step is made of: its batch, and the state of the generators when it was announced; None
-    where that was after the pass."""
+    where that was after the pass. steady: whether the caller's tensors hold the same still."""
 
     batch: Batch
     random: Tensor | None = None
+    steady: bool = True
 
 
 @dataclass(frozen=True)

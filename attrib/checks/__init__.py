@@ -11,7 +11,7 @@ from .guard import Guard
 from .identities import ShareBound, batch_identity, same_bits, same_state, split_bound, split_gaps, step_identity
 from .intake import check_batch, check_forwards, check_gradient, check_ids, check_options, hold, names_of
 from .randomness import Draws, RandomWatch
-from .reduction import KINDS, Backward, NormWatch, Reduction, Totals, fit_scale, fit_scales, weights_of
+from .reduction import KINDS, Backward, NormWatch, Reduction, Totals, fit_scale, fit_scales, unscaling, weights_of
 
 __all__ = [
     "KINDS",
@@ -38,5 +38,6 @@ __all__ = [
     "split_bound",
     "split_gaps",
     "step_identity",
+    "unscaling",
     "weights_of",
 ]

@@ -1,11 +1,13 @@
 """The state of the random generators before the forward pass, so that dropout can be drawn again."""
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..autocast import Autocast, current
 from ..errors import ChangedOutsideError
@@ -15,22 +17,42 @@ from ..generators import generators
 log = logging.getLogger("attrib")
 
 
+KEPT = 1024  # forward passes that are remembered: a step of more batches is not heard whole
+
+
+class ForwardPass:
+    """One that was heard. batch: the number of the batch that was announced before it, -1 for none; before: the generators'
+    state; reached: whether a backward pass went through what it returned, None where that cannot be heard."""
+
+    def __init__(self, batch: int, before: Tensor) -> None:
+        self.batch, self.before = batch, before
+        self.reached: bool | None = None
+
+    def listen(self, output: Any) -> None:
+        for t in tree_leaves(output):
+            if isinstance(t, Tensor) and t.requires_grad:
+                with suppress(RuntimeError):  # of a tensor that takes no hooks
+                    t.register_hook(self._reach)
+                    self.reached = False
+
+    def _reach(self, gradient: Tensor) -> None:
+        self.reached = True
+
+
 class RandomWatch:
     """Hooks on the model that note the generators' state; they hold nothing of the recorder, so a model may be copied. A
     compiled model is heard whether it is called itself or the one within; what is compiled holds no trace of the hooks.
 
     before, behind: the state around the last forward pass with gradients, None before the first: torch's generator, Python's
-    and numpy's global ones. passes: how many there were since `clear`. forwards, firsts: of each batch that was announced
-    how many followed, and the state before the first of them. autocasts: what they ran under, each once, the last one
-    first. busy: while the recorder runs the model itself.
+    and numpy's global ones. calls: the passes since `clear`. announced: batches since then. autocasts: what the passes ran
+    under, each once, the last one first. busy: while the recorder runs the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.before: Tensor | None = None
         self.behind: Tensor | None = None
-        self.passes = 0
-        self.forwards: list[int] = []
-        self.firsts: list[Tensor | None] = []
+        self.calls: list[ForwardPass] = []
+        self.announced = 0
         self.autocasts: tuple[Autocast | None, ...] = ()
         self.busy = False
         self._hooks = [
@@ -41,10 +63,8 @@ class RandomWatch:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled():
-            self.before, self.passes = generators(), self.passes + 1
-            if self.forwards:
-                self.forwards[-1] += 1
-                self.firsts[-1] = self.before if self.firsts[-1] is None else self.firsts[-1]
+            self.before = generators()
+            self.calls = [*self.calls[-KEPT:], ForwardPass(self.announced - 1, self.before)]
             on = current(next((p.device.type for p in module.parameters()), "cpu"))
             self.autocasts = tuple(dict.fromkeys((on, *self.autocasts)))
 
@@ -52,21 +72,45 @@ class RandomWatch:
         heard = not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled()
         if heard and self.before is not None:
             self.behind = generators()
+            if self.calls:
+                self.calls[-1].listen(output)
 
     def __deepcopy__(self, memo: Any) -> "RandomWatch":
         copied = object.__new__(RandomWatch)
-        copied.before, copied.behind, copied.passes, copied.busy, copied._hooks = None, None, 0, True, []
-        copied.forwards, copied.firsts, copied.autocasts = [], [], ()
+        copied.before, copied.behind, copied.busy, copied._hooks = None, None, True, []
+        copied.calls, copied.announced, copied.autocasts = [], 0, ()
         return copied
 
     def announce(self) -> None:
         """What follows is of another batch."""
-        self.forwards.append(0)
-        self.firsts.append(None)
+        self.announced += 1
 
-    def clear(self) -> None:
-        """The step is over."""
-        self.passes, self.forwards, self.firsts, self.autocasts = 0, [], [], ()
+    def forget_skipped(self) -> list[int]:
+        """The batches of which no backward pass came, though one of another did, or of theirs might have: they are none."""
+        reached = {call.batch for call in self.calls if call.reached}
+        skipped = (
+            sorted({c.batch for c in self.calls if c.reached is False and c.batch >= 0} - reached) if reached else []
+        )
+        self.calls = [call for call in self.calls if call.batch not in skipped]
+        for call in self.calls:
+            call.batch -= sum(batch < call.batch for batch in skipped)
+        self.announced -= len(skipped)
+        return skipped
+
+    def of_batches(self) -> list[list[Tensor]]:
+        """Of each announced batch the states before its passes: those that a backward pass went through, where that can be
+        heard."""
+        some = any(call.reached for call in self.calls)
+        counted = [call for call in self.calls if call.reached is not False or not some]
+        return [[call.before for call in counted if call.batch == n] for n in range(self.announced)]
+
+    def clear(self, keep: int = 0) -> None:
+        """The step is over. keep: batches, the last ones, that were announced for the next."""
+        first = self.announced - keep
+        self.calls = [call for call in self.calls if keep and call.batch >= first]
+        for call in self.calls:
+            call.batch -= first
+        self.announced, self.autocasts = keep, self.autocasts if keep else ()
 
     def remove(self) -> None:
         for hook in self._hooks:

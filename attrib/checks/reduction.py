@@ -35,11 +35,13 @@ class NormWatch:
     def __init__(self, parameters: Sequence[Tensor], accounts: bool = False) -> None:
         self._parameters, self._accounts = list(parameters), accounts
         self._raw: dict[int, Tensor] = {}  # (2,) or (1,) each
+        self.heard_of = 0
         self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in parameters if p.requires_grad]
 
     def _note(self, p: Tensor) -> None:
         if p.grad is not None and not p.grad.is_sparse:
             self._raw[id(p)] = self._norms(p.grad)
+            self.heard_of += 1
 
     def _norms(self, gradient: Tensor) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(gradient, n) for n in ((2, 1) if self._accounts else (2,))])
@@ -55,6 +57,18 @@ class NormWatch:
     def heard(self) -> bool:
         """Whether there was a backward pass since `clear`."""
         return bool(self._raw)
+
+    @property
+    def finite(self) -> bool:
+        """Whether what the last backward pass left is."""
+        return not self._raw or bool(torch.isfinite(torch.stack([norms[0] for norms in self._raw.values()])).all())
+
+    def change(self) -> float:
+        """What became of the norm of all gradients since the last backward pass."""
+        known = [p for p in self._parameters if id(p) in self._raw and p.grad is not None]
+        before = [self._raw[id(p)][0].double() for p in known]
+        now = [self._norms(p.grad)[0].double() for p in known if p.grad is not None]
+        return float(torch.stack(now).norm() / torch.stack(before).norm()) if known else 1.0
 
     def clear(self) -> None:
         self._raw.clear()
@@ -93,6 +107,9 @@ class NormWatch:
 
 
 KINDS = ("mean", "pooled", "sum")
+ROOM = 4  # entries of a gradient for each weight that is fitted to it, at least
+POWER = 1e-3  # how far the logarithm of a power of two may be from its exponent
+INDEPENDENT = 1e-4  # the least eigenvalue of the cosines of gradients to which weights are fitted
 
 
 def weights_of(kind: str, sizes: Sequence[int]) -> np.ndarray:
@@ -147,12 +164,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Backward:
-    """What the backward passes left: the norms (K,) of the tensors' gradients; rest (P,): what of them was a penalty's;
-    gradient (P,): the examples' part of p.grad as it is by now."""
+    """What the backward passes left: the norms (K,) of the tensors' gradients; rest (P,): what of them was a penalty's."""
 
     norms: Tensor
     rest: Tensor | None
-    gradient: Tensor
     layout: Layout
 
     def norms_of(self, vector: Tensor) -> Tensor:
@@ -199,7 +214,7 @@ class Reduction:
                     return factor * weights_of(kind, totals.sizes), self._fitted(kind)
             if len(totals.sizes) > 1:
                 scales = fit_scales(gradient, totals.each())
-                if within(_gap(gradient, totals.weighted(scales), 1.0)):
+                if scales is not None and within(_gap(gradient, totals.weighted(scales), 1.0)):
                     return scales, Reduction(())
         kind = (self.kinds or KINDS)[0]
         factor = fit_scale(gradient, totals.reduced(kind))
@@ -223,8 +238,11 @@ class Reduction:
 
     def of_backward(self, backward: Backward, totals: Totals, root: float) -> tuple[np.ndarray, "Reduction"]:
         """The factors (M,) in the gradients as the backward passes left them, and what is known then. root: how far norms
-        may differ by rounding. It is one of KINDS, whichever tensors agree with; else, of a single pass, the one factor that
-        most of the gradient agrees with, or the nearer of the kinds; of several those that come nearest to p.grad.
+        may differ by rounding. It is one of KINDS, whichever tensors agree with; else one of them times the one factor that
+        most of the gradient agrees with; else, of a single pass, the nearer of the kinds.
+
+        Raises:
+            BatchIdentityError: several passes have weights of their own, which cannot be told from what was done to p.grad.
         """
         weight = backward.norms_of(totals.summed).square()
         agreed = {kind: backward.agreeing(totals.reduced(kind), weight, root) for kind in KINDS}
@@ -233,19 +251,42 @@ class Reduction:
             fits = [kind for kind in KINDS if agreed[kind] == most]
             kinds = tuple(kind for kind in self.kinds if kind in fits)
             return weights_of((kinds or fits)[0], totals.sizes), Reduction(kinds, self.common)
-        if len(totals.sizes) > 1:
-            return fit_scales(backward.gradient, totals.each()), Reduction(())
-        norms = weight.sqrt()
-        ratios = {float(n / w) for n, w in zip(backward.norms, norms, strict=True) if n > 0 and w > 0}
-        best = {ratio: backward.agreeing(totals.summed * ratio, weight, root) for ratio in ratios}
-        ratio = max(best, key=best.__getitem__, default=1.0)
-        if best and 2 * best[ratio] > float(weight.sum()):
-            return np.array([ratio]), Reduction((), common=True)
+        norms, best = weight.sqrt(), {}
+        for kind in self.kinds or KINDS:
+            reduced = totals.reduced(kind)
+            pairs = zip(backward.norms, backward.norms_of(reduced), strict=True)
+            for ratio in {float(n / w) for n, w in pairs if n > 0 and w > 0}:
+                best[kind, ratio] = backward.agreeing(reduced * ratio, weight, root)
         if not best:
             return weights_of((self.kinds or KINDS)[0], totals.sizes), self
+        kind, ratio = max(best, key=best.__getitem__)
+        alone = backward.agreeing(totals.reduced(kind) * ratio, (weight > 0).to(weight), root) < 2
+        if 2 * best[kind, ratio] > float(weight.sum()) and not (alone and len(totals.sizes) > 1):
+            return ratio * weights_of(kind, totals.sizes), Reduction((kind,), common=True)
+        if len(totals.sizes) > 1:
+            raise BatchIdentityError(
+                "the weights of the batches of a step cannot be read off: got gradients that are none of the mean, the sum "
+                'or one factor beside, expected that with remainder="account". Give all batches of a step the same '
+                "reduction, such as losses.sum() / (examples of the step). The step was refused."
+            )
         whole = math.log(float(backward.norms.norm() / norms.norm()))
         kind = min(self.kinds or KINDS, key=lambda known: abs(whole - math.log(weights_of(known, totals.sizes)[0])))
         return weights_of(kind, totals.sizes), self
+
+
+def unscaling(scales: np.ndarray, sizes: Sequence[int], change: float) -> float:
+    """What a GradScaler took off again: the power of two by which the factors (M,) in the gradients, as the backward pass
+    left them, are one of KINDS, and which they no longer have by the `change` of their norm; 1 for none.
+
+    Where two would do (a mean over 2^k examples is a sum over as many), that which is nearer to the change.
+    """
+    powers = []
+    for kind in KINDS:
+        power = np.log2(scales[0] / weights_of(kind, sizes)[0]) if scales[0] > 0 else 0.0
+        if abs(power - round(power)) < POWER and round(power) >= 3 and 0 < change < 0.5:
+            powers.append(round(power))
+    nearest = min(powers, key=lambda power: abs(power + math.log2(change)), default=0)
+    return 2.0**-nearest
 
 
 def _gap(gradient: Tensor, total: Tensor, scale: float) -> float:
@@ -258,8 +299,19 @@ def fit_scale(gradient: Tensor, total: Tensor) -> float | None:
     return float((gradient.double() * total.double()).sum()) / square if square else None
 
 
-def fit_scales(gradient: Tensor, totals: Sequence[Tensor]) -> np.ndarray:
-    """(M,): the factors with which M vectors (P,) sum to what is nearest to `gradient`, by the normal equations."""
+def fit_scales(gradient: Tensor, totals: Sequence[Tensor]) -> np.ndarray | None:
+    """(M,): the factors with which M vectors (P,) sum to what is nearest to `gradient`, by the normal equations.
+
+    None where they do not say: of vectors that are nearly dependent, or about as many as they have entries, anything is
+    a sum.
+    """
     vectors = [t.double() for t in totals]
     products = np.array([[float(a @ b) for b in vectors] for a in vectors])
-    return np.linalg.lstsq(products, np.array([float(a @ gradient.double()) for a in vectors]), rcond=None)[0]
+    sizes = np.sqrt(np.diag(products))
+    entries = int(torch.stack([v != 0 for v in vectors]).any(0).sum())
+    if not sizes.all() or ROOM * len(vectors) > entries:
+        return None
+    whitened = products / np.outer(sizes, sizes)
+    if np.linalg.eigvalsh(whitened)[0] < INDEPENDENT:
+        return None
+    return np.linalg.solve(whitened, np.array([float(a @ gradient.double()) for a in vectors]) / sizes) / sizes

@@ -24,7 +24,7 @@ from ..generators import generators, random_state
 from ..optim import set_options
 from ..run import Run
 from .base import Intervention
-from .during import weighted
+from .during import NONE_LEFT, weighted
 from .schedule import Schedule, ScheduledPass
 
 Backward = Callable[[Tensor, nn.Module], Any]
@@ -105,14 +105,20 @@ class Course:
         set_options(self.optimizer, self.run.rules, scheduled.hyper)
         for change in self.interventions:
             change.options(self.run, step, self.optimizer)
-        batches = [self._batch(step, each) for each in scheduled.passes]
+        batches = [batch for each in scheduled.passes if len((batch := self._batch(step, each))[0])]
+        if not batches:
+            raise ReplayError(NONE_LEFT.format(step=step))
         with switched_off():
             stepper.zero_grad()
-            if (penalty := self.penalty(step, self.model)).requires_grad:
-                penalty.backward()  # first, so that a backward that clips sees it
             if len(batches) == 1:
+                self._penalise(step)
                 return self._made_of_one(step, batches[0], random, stepper)
             return self._accumulated(step, batches, random, stepper)
+
+    def _penalise(self, step: int) -> None:
+        """First, so that a backward that clips sees it."""
+        if (penalty := self.penalty(step, self.model)).requires_grad:
+            penalty.backward()
 
     def _made_of_one(self, step: int, replayed: ReplayedPass, random: Tensor | None, stepper: Stepper) -> Tensor | None:
         ids, inputs, drawn = replayed
@@ -127,10 +133,12 @@ class Course:
         self, step: int, batches: Sequence[ReplayedPass], random: Tensor | None, stepper: Stepper
     ) -> Tensor | None:
         sizes = [len(ids) for ids, _, _ in batches]
-        for ids, inputs, drawn in batches:
+        for n, (ids, inputs, drawn) in enumerate(batches):
             before = random if drawn is None else drawn
             with random_state(before):
                 self._announce(step, ids, inputs, stepper)
+                if n == 0:
+                    self._penalise(step)
                 self._differentiate(step, ids, inputs, sizes)
                 random = None if before is None else generators()
         self._changed(step)

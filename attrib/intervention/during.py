@@ -15,7 +15,7 @@ from ..layout import match_names
 from ..run import Run
 from .base import Groups, IndexedInputs, Window, chosen
 
-_NONE_LEFT = "no example is left in a batch: got all dropped, expected some to remain, at step {step}, Drop."
+NONE_LEFT = "no example is left in a batch: got all dropped, expected some to remain, at step {step}, Drop."
 _FLAGS = ("amsgrad", "foreach", "fused")  # of what state there is, and of who computes
 
 
@@ -58,15 +58,13 @@ class Drop(Window):
         dropped = run.numbers[_among(run.examples, self.examples)]
         for step, numbers in enumerate(run.reader.read("index", slice(first, max(first, stop))), first):
             if self.active(step) and np.isin(numbers[numbers >= 0], dropped).all():
-                raise ReplayError(_NONE_LEFT.format(step=step))
+                raise ReplayError(NONE_LEFT.format(step=step))
 
     def batch(self, step: int, batch: IndexedInputs) -> IndexedInputs:
         index, inputs = batch
         if not self.active(step):
             return batch
         left = np.flatnonzero(~_among(index, self.examples))
-        if not len(left):
-            raise ReplayError(_NONE_LEFT.format(step=step))
         return index[left], Batch.of(inputs, len(index)).take(torch.from_numpy(left)).said
 
 
