@@ -83,6 +83,7 @@ def test_every_share_is_the_gradient_of_its_own_loss(name: str, dtype: torch.dty
     rows = shares.rows(theta.float(), batch)
     products = shares.contract(theta.float(), batch, rows)[1].sum(-1)
     assert rows.dtype == torch.float32
+    assert not torch.equal(rows, rows.to(dtype).float())  # the parts of a sum that training rounds once
     losses = case.loss(model, *batch) * (1 / 12)
     unit = torch.finfo(dtype).eps / 2
     for i, loss in enumerate(losses):
