@@ -334,10 +334,10 @@ def test_passes_of_a_step_clipping_and_a_penalty_go_together(tmp_path: Path) -> 
 
 
 def test_a_run_in_bfloat16_may_be_attributed_in_double_precision() -> None:
-    trained = low(MemoryStore(), model="gpt")
+    trained = low(MemoryStore())
     found, want = (trained.attribute(dtype=dtype) for dtype in (torch.float64, None))
-    # every call rounds what it returns: about 40 in a row, forward and backward, either way
-    bound = 6 * 40**0.5 * U
+    # every call rounds what it returns, either way: embedding, two layers, one between them and the loss, there and back
+    bound = 6 * 10**0.5 * U
     found.check(bound)
     scale = float(np.abs(want.by("step", "example")).max())
     np.testing.assert_allclose(found.by("step", "example"), want.by("step", "example"), atol=bound * scale)
