@@ -31,8 +31,8 @@
     factors/*/*/* [step, slot, ...]            the same as factors of the layers, with capture="factors"
     random       [step, pass, byte]            state of torch's generator before the forward pass, where the loss uses it;
                                                of Python's and numpy's global ones behind it, where it uses those
-    theta, gradient and state/* are of the parameters' type, the header's "dtype"; where numpy lacks it, integers of its width.
-    penalty and shares are of float32 where that is less.
+    theta, gradient and state/* are of the parameters' type, the header's "dtype"; where numpy lacks it, integers of its
+    width. penalty and shares are of float32 where that is less.
     constants/*                                buffers and frozen parameters, by their number in the header's "constants"; of
                                                a type that numpy lacks as integers of its width (its "digests" say which)
     digests      [chunk]                       of all chunks of full blocks, see `seal`
