@@ -552,7 +552,8 @@ def test_parameters_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_parameters_that_are_not_real_are_refused(tmp_path: Path) -> None:
-    model = nn.Linear(2, 2).to(torch.complex64)
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"complex64.*'weight'"):
         attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, LOSS, tmp_path / "run")
 
