@@ -962,7 +962,7 @@ def test_a_first_step_that_is_not_the_rules_leaves_no_store(tmp_path: Path, monk
     def unlike(*_: Any) -> float:
         raise errors.StepIdentityError("not the rule's")
 
-    monkeypatch.setattr("attrib.recorder.step_identity", unlike)
+    monkeypatch.setattr("attrib.loop.step_identity", unlike)
     bench = Bench(tmp_path)
     with pytest.raises(errors.StepIdentityError):
         bench.good_step()
