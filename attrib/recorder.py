@@ -56,8 +56,8 @@ def record(
     """Wrap `optimizer` so that every step is recorded to `store`.
 
     Args:
-        optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float32 or float64); or several, a
-            list, which step one after the other.
+        optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float64, float32, bfloat16 or
+            float16); or several, a list, which step one after the other.
         model: the model under training, as the loop calls it: compiled, if that is; left as it is. store: path or Store.
         loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of

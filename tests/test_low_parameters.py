@@ -83,6 +83,7 @@ def test_every_share_is_the_gradient_of_its_own_loss(name: str, dtype: torch.dty
     rows = shares.rows(theta.float(), batch)
     products = shares.contract(theta.float(), batch, rows)[1].sum(-1)
     assert rows.dtype == torch.float32
+    assert not torch.equal(rows, rows.to(dtype).float())  # the parts of a sum that training rounds once
     losses = case.loss(model, *batch) * (1 / 12)
     unit = torch.finfo(dtype).eps / 2
     for i, loss in enumerate(losses):
@@ -333,10 +334,10 @@ def test_passes_of_a_step_clipping_and_a_penalty_go_together(tmp_path: Path) -> 
 
 
 def test_a_run_in_bfloat16_may_be_attributed_in_double_precision() -> None:
-    trained = low(MemoryStore(), model="gpt")
+    trained = low(MemoryStore())
     found, want = (trained.attribute(dtype=dtype) for dtype in (torch.float64, None))
-    # every call rounds what it returns: about 40 in a row, forward and backward, either way
-    bound = 6 * 40**0.5 * U
+    # every call rounds what it returns, either way: embedding, two layers, one between them and the loss, there and back
+    bound = 6 * 10**0.5 * U
     found.check(bound)
     scale = float(np.abs(want.by("step", "example")).max())
     np.testing.assert_allclose(found.by("step", "example"), want.by("step", "example"), atol=bound * scale)
