@@ -11,7 +11,7 @@ sensitivity to the momentum, has to be gone through in order.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +146,7 @@ class Accounting:
                 missed.append(over_tensors(self.measured.layout, carry * prepared.missed[n].to(carry)))
             sensitivity, carry = pullback(here, carry, vectors[n])
             backwards.append(sensitivity)
-            decays.append(entrywise_decay(here, self.measured.layout, sensitivity, steps.theta[n]))
+            decays.append(entrywise_decay(here, self.measured.layout, sensitivity, partial(_before, steps, n)))
         several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
         return Pulled(several, carry, _stacked(decays[::-1]), np.stack(missed[::-1]) if missed else None)
 
@@ -224,6 +224,10 @@ def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
         leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
     moved, replayed, before, *some = along_tensors(layout, vectors, along)
     return Along(moved, replayed, before, some[0] if some else moved - replayed, leverage.cpu().numpy())
+
+
+def _before(steps: Steps, n: int) -> Tensor:
+    return steps.theta[n]
 
 
 def _stacked(decays: list[Tensor | None]) -> np.ndarray | None:

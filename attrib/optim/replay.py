@@ -6,7 +6,7 @@ by one.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,13 +189,15 @@ def decay_rates(segments: Segments, tensors: int) -> np.ndarray:
     return rates
 
 
-def entrywise_decay(segments: Segments, layout: Layout, sensitivity: Tensor, theta: Tensor) -> Tensor | None:
+def entrywise_decay(
+    segments: Segments, layout: Layout, sensitivity: Tensor, theta: Callable[[], Tensor]
+) -> Tensor | None:
     """<U, coupled theta> over each tensor, (Q, K), of decay that is coupled entry by entry; None where there is none.
-    sensitivity: U, (Q, P). theta: (P,)."""
+    sensitivity: U, (Q, P). theta: gives (P,), asked for only where it is needed."""
     coupled = [(s.entries, s.coefficients.coupled) for s in segments if isinstance(s.coefficients.coupled, Tensor)]
     if not coupled:
         return None
-    pulled = torch.zeros_like(sensitivity[0])
+    pulled, parameters = torch.zeros_like(sensitivity[0]), theta()
     for entries, rate in coupled:
-        pulled[entries] = rate * theta[entries].to(pulled)
+        pulled[entries] = rate * parameters[entries].to(pulled)
     return torch.stack([sensitivity[:, part] @ pulled[part] for _, part in layout.slices()], 1)
