@@ -29,12 +29,18 @@ def rounding_allowed(dataset: xr.Dataset) -> np.ndarray:
     return np.minimum(np.abs(dataset["rounding"].values), dataset["spacing"].values)
 
 
+def size_of(dataset: xr.Dataset) -> np.ndarray:
+    """(Q,): the gross size of what is summed, both ends of it among that."""
+    return np.max([np.abs(dataset["initial"].values), np.abs(dataset["final"].values), dataset["gross"].values], axis=0)
+
+
 def check_parts(dataset: xr.Dataset, rtol: float) -> None:
     """Add everything up again.
 
     Args:
-        rtol: bound on what the timeline and the terms differ by, relative to `gross`: they are the same sum in two orders of
-            the recurrence, not of the same numbers. What rounding the stored parameters makes of it is allowed for on top.
+        rtol: bound on what the timeline and the terms differ by, relative to `size_of`, as of the residual that this is:
+            they are the same sum in two orders of the recurrence, not of the same numbers. What rounding the stored parameters
+            makes of it is allowed for on top.
 
     Raises:
         CompletenessError: a number is not finite, or two arrays that hold the same sum do not agree.
@@ -46,7 +52,7 @@ def check_parts(dataset: xr.Dataset, rtol: float) -> None:
                 f"a number of the result is not finite: expected finite numbers throughout, at array {name!r}, positions "
                 f"{at}. Attribute again."
             )
-    loose = rtol * dataset["gross"].values + rounding_allowed(dataset)
+    loose = rtol * size_of(dataset) + rounding_allowed(dataset)
     for what, got, expected, slack in _sums(dataset):
         off = np.abs(got - expected) - slack - (loose if what == "timeline" else 0.0)
         if (off > 0).any():

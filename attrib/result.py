@@ -28,7 +28,7 @@ from .errors import (
 )
 from .ledger import Ledger, query_names, terms_of
 from .marginals import order
-from .parts import PREFIX, check_parts, kept_axes, rounding_allowed
+from .parts import PREFIX, check_parts, kept_axes, rounding_allowed, size_of
 from .store import check_target, local_path, open_dataset, save_dataset
 
 # string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
@@ -256,12 +256,7 @@ class Result:
             if (failure := self.dataset.attrs.get(f"{name}_failure")) is not None:
                 raise error(f"{failure}\n{ledger}")
         residual = np.abs(ledger.terms["residual"].values)
-        sizes = [
-            np.abs(ledger.terms["initial"].values),
-            np.abs(ledger.terms["final"].values),
-            self.dataset["gross"].values,
-        ]
-        gross = np.max(sizes, axis=0)
+        gross = size_of(self.dataset)
         gap = np.maximum(residual - rounding_allowed(self.dataset), 0.0) / np.where(gross > 0, gross, 1.0)
         gap = np.where(np.isfinite(residual), gap, np.inf)
         worst = int(np.argmax(gap))

@@ -216,6 +216,19 @@ def test_part_that_was_changed_is_found_by_adding_up_again(name: str, result: at
             attrib.Result(dataset).check(1e-10)
 
 
+def test_a_residual_that_is_small_beside_the_measurement_is_small_for_the_timeline_too(tmp_path: Path) -> None:
+    """What a short window changes may be little beside the measurement, whose rounding is in all."""
+    trained = train(tmp_path / "run", lambda p: torch.optim.SGD(p, lr=1e-5))
+    dataset = trained.attribute(steps=slice(0, 1)).dataset.copy(deep=True)
+    off = 0.5e-6 * np.abs(dataset["initial"].values)
+    assert (off > 1e-6 * dataset["gross"].values).all()
+    for name, at in (("final", ...), ("residual", ...), ("curve", (..., -1)), ("timeline", (..., 0, 0))):
+        dataset[name].values[at] += off
+    attrib.Result(dataset).check(1e-6)
+    with pytest.raises(errors.CompletenessError, match="do not add up"):
+        attrib.Result(dataset).check(1e-7)
+
+
 def test_marginals_that_do_not_agree_are_found(tmp_path: Path) -> None:
     trained = train(tmp_path / "run", OPTIMIZERS["adamw"])
     kept = trained.attribute(keep=[("step", "example"), ("step", "group")])
