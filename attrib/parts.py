@@ -39,8 +39,8 @@ def check_parts(dataset: xr.Dataset, rtol: float) -> None:
 
     Args:
         rtol: bound on what the timeline and the terms differ by, relative to `size_of`, as of the residual that this is:
-            they are the same sum in two orders of the recurrence, not of the same numbers. What rounding the stored parameters
-            makes of it is allowed for on top.
+            they are the same sum in two orders of the recurrence, not of the same numbers. What rounding the stored
+            parameters makes of it is allowed for on top.
 
     Raises:
         CompletenessError: a number is not finite, or two arrays that hold the same sum do not agree.
