@@ -164,8 +164,10 @@ class Recorder(Wrapper):
         super().load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        pulled = self._capture.pulled  # else what was announced is of passes that are still to come
-        self._capture.zeroed(self._announced.clear(since=self._capture.backwards) if pulled else len(self._announced))
+        heard = self._capture.listeners
+        # where no gradient came, what was announced is of passes that are still to come
+        left = self._announced.clear(since=heard.backwards) if heard.pulled else len(self._announced)
+        heard.zeroed(left)
         super().zero_grad(set_to_none)
 
     def __enter__(self) -> "Recorder":
@@ -198,13 +200,13 @@ class Recorder(Wrapper):
         Raises:
             BatchError: it cannot be stored, or a backward pass came before it.
         """
-        gone = all(p.grad is None or not p.grad.any() for p in self._parameters)
-        if self._capture.pulled and (gone or not self._capture.finite):
+        heard = self._capture.listeners
+        if heard.pulled and (not heard.finite or all(p.grad is None or not p.grad.any() for p in self._parameters)):
             self._forget()  # of a step that was never made
-        missed = self._capture.pulled and self._options.capture.penalty is None
+        missed = heard.pulled and self._options.capture.penalty is None
         with torch.inference_mode(False):
-            self._announced.announce(index, batch, self._capture.backwards, missed, self._writer.steps)
-        self._capture.announce()
+            self._announced.announce(index, batch, heard.backwards, missed, self._writer.steps)
+        heard.announce()
 
     def step(self, index: Any = None, *batch: Any, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Check, step the wrapped optimizer, check again, append.
@@ -234,7 +236,7 @@ class Recorder(Wrapper):
 
     def _step(self, index: Any, batch: tuple[Any, ...]) -> None:
         began = time.perf_counter()
-        if skipped := self._capture.forget_skipped():
+        if skipped := self._capture.listeners.forget_skipped():
             self._announced.drop(skipped)
         announced = self._announced.of_step(index, batch, self._writer.steps)
         step = self._checked(tuple(Announced(a.batch, a.random, a.steady) for a in announced))

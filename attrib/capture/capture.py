@@ -29,7 +29,7 @@ CHECK_FIRST = 2
 
 
 class Capture:
-    """One record of a step in, one of what it leaves to be stored out."""
+    """One record of a step in, one of what it leaves to be stored out. listeners: to the user's own passes."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Capture:
         self._loss, self._noted = loss, False
         self._shares = self._under(None)
         accounts = options.remainder == "account"
-        self._listeners = Listeners(model, layout.names, parameters, options.kind != "replay", accounts)
+        self.listeners = Listeners(model, layout.names, parameters, options.kind != "replay", accounts)
         log.info(
             "recording %s: batch identity on the first %d steps, then every %d",
             *(options.kind, CHECK_FIRST, options.check_every),
@@ -51,38 +51,11 @@ class Capture:
 
     def clear(self) -> None:
         """Forget the user's passes: their gradients are gone, or the step is recorded."""
-        self._listeners.clear()
+        self.listeners.clear()
 
     def remove(self) -> None:
         """Take off all hooks."""
-        self._listeners.remove()
-
-    def zeroed(self, left: int) -> None:
-        """The gradients are gone; so many announced batches are left."""
-        self._listeners.zeroed(left)
-
-    @property
-    def pulled(self) -> bool:
-        """Whether a backward pass was heard since `clear`."""
-        return self._listeners.pulled
-
-    @property
-    def backwards(self) -> int:
-        """How often a gradient came since the beginning."""
-        return self._listeners.backwards
-
-    @property
-    def finite(self) -> bool:
-        """Whether the gradients are that the last backward pass left."""
-        return self._listeners.finite
-
-    def announce(self) -> None:
-        """The passes that follow are of another batch."""
-        self._listeners.announce()
-
-    def forget_skipped(self) -> list[int]:
-        """The numbers of the announced batches that no backward pass came of; they are forgotten."""
-        return self._listeners.forget_skipped()
+        self.listeners.remove()
 
     def prime(
         self, theta: Tensor, passes: Sequence[tuple[frozenset[str], Batch]], autocast: Autocast | None = None
@@ -91,7 +64,7 @@ class Capture:
         batch of that size came first. theta (P,): the parameters now. autocast: what the loss is computed under."""
         self._shares = self._under(autocast)
         if self._stores:
-            with self._listeners.deaf(), torch.enable_grad(), switched_off(), random_state(generators()):
+            with self.listeners.deaf(), torch.enable_grad(), switched_off(), random_state(generators()):
                 for active, batch in passes:
                     self._shares.at(active).factors(theta, batch)
 
@@ -102,8 +75,8 @@ class Capture:
             BatchIdentityError, SplitIdentityError, BatchError, LossError, ChangedOutsideError: nothing has changed, and the
                 step may be taken again.
         """
-        heard = self._listeners.heard(step.sizes[0], len(step.passes))
-        with self._listeners.deaf(), torch.enable_grad(), switched_off():
+        heard = self.listeners.heard(step.sizes[0], len(step.passes))
+        with self.listeners.deaf(), torch.enable_grad(), switched_off():
             step = self._settled(step, heard)
             trial = self._trial(step, heard, self._shares)
             watched = self._watched(trial)
