@@ -31,7 +31,9 @@ STEPS = 6
 ROUNDING = STEPS * 16 * 2.0**-24
 BF16, F16 = torch.bfloat16, torch.float16
 FEW = ("adamw", "sgd nesterov decay", "muon + sgd + adafactor", "rmsprop groups")
-BOUNDED = [name for name in OPTIMIZERS if name.startswith(("sgd", "adam")) and name != "sgd fused"]
+BOUNDED = [
+    name for name in OPTIMIZERS if name.startswith(("sgd", "adam")) and not name.startswith(("sgd fused", "adamax"))
+]
 FIRST = ("adamw amsgrad", "sgd nesterov decay", "adam fused")
 
 
