@@ -16,7 +16,7 @@ import test_random_models as random_models
 import torch
 import torch.nn.functional as F
 from cases import LAYERS, MODELS, covering, crossed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_along import layout_of
 from torch import Tensor, nn
@@ -201,6 +201,8 @@ LEFT_OUT = (random_models.chosen_rows, random_models.sorted_features)
 STEPS = [*(step for step in random_models.STEPS if step not in LEFT_OUT), chosen_rows]
 
 
+# bounds of rounding hold with all but certainty: the same examples every time
+@settings(derandomize=True)
 @given(
     steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=4),
     sizes=st.lists(st.integers(1, 12), min_size=2, max_size=3),
