@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .batch import Batch
@@ -25,13 +24,8 @@ class AnnouncedBatch(NamedTuple):
     batch: Batch
     inputs: Inputs
     random: Tensor | None
-    announced: Batch
+    original: Batch
     backwards: int
-
-    @property
-    def steady(self) -> bool:
-        """Whether the tensors still hold what they did when it was announced."""
-        return all(map(torch.equal, self.batch.tensors, self.announced.tensors))
 
 
 class Announcements:

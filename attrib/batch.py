@@ -2,8 +2,8 @@
 
 Trees are dicts, lists and tuples. A tensor whose first dimension is the number of examples has their rows; what all examples
 share is said by `shared`, or seen: a tensor of no dimension, or of one row where there are several examples. Should a shared
-tensor be as long as the batch by accident it counts as rows, which changes nothing: a batch is worked through whole unless
-its parts were seen to have the same losses by themselves.
+tensor be as long as the batch by accident it counts as rows. That changes no share: a batch is worked through whole unless
+its parts were seen to have the same losses by themselves; but it is cut with the batch where a replay drops examples.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,7 +119,7 @@ def _on(examples: "slice | Tensor", t: Tensor) -> "slice | Tensor":
 
 def _kind(number: Any) -> Any:
     """A float may anneal; by an integer or a flag a loss may go another way."""
-    return float if isinstance(number, float) else number
+    return float if isinstance(number, float) else (type(number), number)  # True is 1
 
 
 def _tree(part: Any, leaves: list[Any], where: str) -> Tree:
@@ -135,8 +135,7 @@ def _tree(part: Any, leaves: list[Any], where: str) -> Tree:
                 raise TypeError(f"a key {key!r} of type {type(key).__name__}", where)
         return "dict", tuple((key, _tree(value, leaves, f"{where}[{key!r}]")) for key, value in part.items())
     if type(part) in (list, tuple):
-        names = (f"{where}{n}" if where.endswith(" ") else f"{where}[{n}]" for n in range(len(part)))
-        return type(part).__name__, tuple(_tree(p, leaves, at) for p, at in zip(part, names, strict=True))
+        return type(part).__name__, tuple(_tree(p, leaves, _part(where, n)) for n, p in enumerate(part))
     raise TypeError(type(part).__name__, where)
 
 
@@ -160,11 +159,11 @@ def places(tree: Tree, where: str = "argument ") -> list[str]:
         return []
     if kind == "dict":
         return [place for key, part in content for place in places(part, f"{where}[{key!r}]")]
-    return [
-        place
-        for n, part in enumerate(content)
-        for place in places(part, f"{where}{n}" if where.endswith(" ") else f"{where}[{n}]")
-    ]
+    return [place for n, part in enumerate(content) for place in places(part, _part(where, n))]
+
+
+def _part(where: str, number: int) -> str:
+    return f"{where}{number}" if where.endswith(" ") else f"{where}[{number}]"
 
 
 def plain(tree: Tree) -> list[Any]:

@@ -239,7 +239,7 @@ class Recorder(Wrapper):
         if skipped := self._capture.listeners.forget_skipped():
             self._announced.drop(skipped)
         announced = self._announced.of_step(index, batch, self._writer.steps)
-        step = self._checked(tuple(Announced(a.batch, a.random, a.steady) for a in announced))
+        step = self._checked(tuple(Announced(a.batch, a.random, a.original) for a in announced))
         captured = self._capture.take(step)
         record = self._recorded(step, captured, announced)
         if step.number == 0:
@@ -282,7 +282,7 @@ class Recorder(Wrapper):
     def _recorded(self, step: Step, captured: Captured, announced: Sequence[AnnouncedBatch]) -> StepRecord:
         """The record of a step before it is made."""
         states = read_state(self._rules, self.optimizer, self._parameters) if self._writer.wants_state else {}
-        each = zip(announced, captured.scales.tolist(), captured.left.tolist(), captured.random, strict=True)
+        each = zip(announced, captured.scales.tolist(), captured.factor_scales.tolist(), captured.random, strict=True)
         return StepRecord(
             theta=self._array(step.theta),
             gradient=self._array(step.gradient),

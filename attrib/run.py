@@ -142,9 +142,9 @@ class Run:
         attributing."""
         return np.repeat([p.scale for p in self.passes(step)], [p.size for p in self.passes(step)])
 
-    def left(self, step: int) -> np.ndarray:
+    def factor_scales(self, step: int) -> np.ndarray:
         """(B,): of each example the factor between its stored factors and its share."""
-        return np.repeat([p.left for p in self.passes(step)], [p.size for p in self.passes(step)])
+        return np.repeat([p.factor_scale for p in self.passes(step)], [p.size for p in self.passes(step)])
 
     def vector(self, step: int) -> Tensor:
         """(P,): all parameters of a step, 0 .. T, bit for bit."""
@@ -162,7 +162,7 @@ class Run:
 
     def factors(self, step: int, names: Sequence[str] | None = None) -> dict[str, list[Factor]]:
         """With capture="factors": of each parameter (or of those in `names`) the factors of a step's batch, which times
-        `left(step)` are its shares; see `attrib.kernels.factors`."""
+        `factor_scales(step)` are its shares; see `attrib.kernels.factors`."""
         size = self._size(step)
         return from_tensors(self.header["factors"], lambda name: torch.from_numpy(self._at(name, step))[:size], names)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import gradients
 from .batch import Batch
-from .checks import KINDS, Reduction, Totals, fit_scale, split_bound, split_gaps, weights_of
+from .checks import REDUCTIONS, Reduction, Totals, fit_scale, split_bound, split_gaps, weights_of
 from .constants import is_low, wide
 from .errors import LossError
 from .functional import training_modes
@@ -187,7 +187,7 @@ class Shares:
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
         parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
-        return Contributions(torch.stack(parts, 2).cpu().numpy() * self.run.left(step.number)[:, None], None)
+        return Contributions(torch.stack(parts, 2).cpu().numpy() * self.run.factor_scales(step.number)[:, None], None)
 
     def _replayed(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         passes, losses = [], []
@@ -217,7 +217,7 @@ class Shares:
         if self._gradients is None or not self._gradients.coarse:
             return [1.0] * count
         recorded, sizes = np.array([p.scale for p in step.passes]), [p.size for p in step.passes]
-        known: list[float] = weights_of((self._reduction.kinds or KINDS)[0], sizes).tolist()
+        known: list[float] = weights_of((self._reduction.kinds or REDUCTIONS)[0], sizes).tolist()
         if (self._reduction.kinds and not self._reduction.common) or np.isnan(recorded).any():
             return known
         return recorded.tolist()

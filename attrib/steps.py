@@ -151,15 +151,15 @@ def _widened(t: Tensor) -> Tensor:
 
 class RecordedPass(NamedTuple):
     """One of the passes of a step. slots: which of the step's examples are its own; kind, rows (b,), shared: where its
-    inputs stand; scale: from an example's gradient to its share, NaN where it has to be fitted; left: from its stored
-    factors to it; random: the generators' state before the pass, or None."""
+    inputs stand; scale: from an example's gradient to its share, NaN where it has to be fitted; factor_scale: from its
+    stored factors to it; random: the generators' state before the pass, or None."""
 
     slots: slice
     kind: int
     rows: np.ndarray
     shared: int
     scale: float
-    left: float
+    factor_scale: float
     random: Tensor | None
 
     @property
@@ -281,7 +281,7 @@ def passes_of(passes: Passes, n: int, rows: np.ndarray, random: np.ndarray | Non
     """Those of the n-th of some steps. rows (B,): where its inputs stand; random: of these steps (n, M, bytes)."""
     states = [None] * passes.values.shape[1] if random is None else list(torch.from_numpy(random[n]))
     return tuple(
-        RecordedPass(p.slots, p.kind, rows[p.slots], p.shared, p.scale, p.left, state)
+        RecordedPass(p.slots, p.kind, rows[p.slots], p.shared, p.scale, p.factor_scale, state)
         for p, state in zip(passes.of_step(n), states, strict=False)
     )
 

@@ -138,7 +138,7 @@ def _total(run: Run, step: int) -> torch.Tensor:
     if run.capture == "gradients":
         return torch.from_numpy(run.shares(step).sum(0, dtype=np.float64)).to(run.compute)
     total = torch.zeros(run.layout.size, dtype=run.compute)
-    found, scales = run.factors(step), torch.from_numpy(run.left(step)).to(run.compute)
+    found, scales = run.factors(step), torch.from_numpy(run.factor_scales(step)).to(run.compute)
     for name, part in run.layout.slices():
         for factor in found[name]:
             total[part] += factor.weighted(scales).total()

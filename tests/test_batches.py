@@ -578,6 +578,40 @@ def test_a_scaled_loss_is_told_from_what_is_done_to_gradients(passes: int, chang
         np.testing.assert_allclose(run.scales(step), 1 / 5 / passes, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [5, 8])  # a sum over 8 is a mean times 2^3
+@pytest.mark.parametrize("reduction", [torch.mean, torch.sum])
+def test_clipping_by_value_is_no_unscaling(size: int, reduction: Any) -> None:
+    model, store = Net().double(), MemoryStore()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attrib.record(optimizer, model, cross_entropy, store, remainder="account") as recorder:
+        for step in range(3):
+            index, x, y = examples(size, step)
+            recorder.zero_grad()
+            reduction(cross_entropy(model, x, y)).backward()
+            nn.utils.clip_grad_value_(model.parameters(), 0.01)
+            recorder.step(index, x, y)
+    run = attrib.open_run(store)
+    for step in range(3):
+        np.testing.assert_allclose(run.scales(step), 1.0 if reduction is torch.sum else 1 / size, rtol=1e-12)
+
+
+def test_a_factor_that_may_be_weight_or_scale_is_refused() -> None:
+    """Eight times the mean, cut to less than a third: by clipping, or by what took the eight off again."""
+    model, (index, x, y) = Net().double(), examples(5, 0)
+    recorder = attrib.record(adamw(model), model, cross_entropy, MemoryStore(), remainder="account")
+
+    def take(factor: float) -> None:
+        recorder.zero_grad()
+        (factor * cross_entropy(model, x, y).mean()).backward()
+        nn.utils.clip_grad_value_(model.parameters(), 0.01)
+        recorder.step(index, x, y)
+
+    with pytest.raises(errors.BatchIdentityError, match=r"got 2\^3.*Weight the loss by another number"):
+        take(8.0)
+    take(8.1)
+    assert recorder.steps == 1
+
+
 def test_one_factor_beside_is_read_off_whatever_is_added_to_gradients() -> None:
     model, store = Net().double(), MemoryStore()
     with attrib.record(adamw(model), model, cross_entropy, store, remainder="account") as recorder:
@@ -595,7 +629,8 @@ def test_one_factor_beside_is_read_off_whatever_is_added_to_gradients() -> None:
         np.testing.assert_allclose(run.scales(step), 0.37 / 20, rtol=1e-9)
 
 
-def test_weights_that_gradients_cannot_tell_apart_are_refused() -> None:
+@pytest.mark.parametrize("passes", [5, 16])  # as many as the gradient has entries, and more
+def test_weights_that_gradients_cannot_tell_apart_are_refused(passes: int) -> None:
     """As many batches as the gradient has entries sum to anything."""
     torch.manual_seed(0)
     model, store = nn.Linear(4, 1).double(), MemoryStore()
@@ -609,7 +644,7 @@ def test_weights_that_gradients_cannot_tell_apart_are_refused() -> None:
     ):
         recorder = attrib.record(adamw(model), model, loss, store, remainder=remainder)
         recorder.zero_grad()
-        for n in range(16):
+        for n in range(passes):
             index, x, y = examples(3, n)
             recorder.batch(index, x, y)
             (loss(model, x, y).sum() * (0.3 + 0.1 * n)).backward()
@@ -677,6 +712,8 @@ def test_a_flag_is_not_the_number_that_it_equals() -> None:
             loss(model, x, y, (True, 1)[step % 2]).mean().backward()
             recorder.step(index, x, y, (True, 1)[step % 2])
     explain(store, model, loss).check(1e-10)
+    run = attrib.open_run(store)
+    assert [type(run.batch(step)[2]) for step in range(6)] == [bool, int] * 3
 
 
 def test_an_announcement_after_the_pass_is_named() -> None:

@@ -254,7 +254,7 @@ def test_factors_are_smaller_than_gradients_and_read_by_group(tmp_path: Path) ->
     assert list(a.run.factors(step, names)) == list(names)
     found = a.run.factors(step)
     rows = np.concatenate(
-        [sum(f.rows().numpy() for f in found[name]) * a.run.left(step)[:, None] for name in a.run.groups], 1
+        [sum(f.rows().numpy() for f in found[name]) * a.run.factor_scales(step)[:, None] for name in a.run.groups], 1
     )
     b = train(tmp_path / "b", OPTIMIZERS["sgd"], "mlp", "gradients", batch=8)
     np.testing.assert_allclose(rows, b.run.shares(step), atol=1e-14)

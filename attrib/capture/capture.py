@@ -212,7 +212,7 @@ def _unknown(trial: Trial) -> bool:
     return trial.heard.norms is not None and bool(np.isnan(_assumed(trial).scales).any())
 
 
-def _captured(trial: Trial, fit: Fit, arrays: Arrays, left: np.ndarray | None = None) -> Captured:
+def _captured(trial: Trial, fit: Fit, arrays: Arrays, factor_scales: np.ndarray | None = None) -> Captured:
     draws, heard = fit.settled.draws, trial.heard
     if draws.stochastic and not heard.passes and not heard.forwards:
         raise BatchIdentityError(
@@ -223,7 +223,7 @@ def _captured(trial: Trial, fit: Fit, arrays: Arrays, left: np.ndarray | None = 
     random = [draws.stored(each.start) for each in trial.passes]
     return Captured(
         scales=fit.scales,
-        left=fit.scales if left is None else left,
+        factor_scales=fit.scales if factor_scales is None else factor_scales,
         shares=arrays,
         penalty=trial.penalty,
         random=[None if state is None else state.numpy() for state in random],

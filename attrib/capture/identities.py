@@ -30,11 +30,12 @@ class PassTrial:
     shares: ExampleGradients
     factor: float = 1.0
 
-    def total(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (b,), and the gradient of their sum (P,), divided by the factor."""
+    def total(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses (b,), the gradient of their sum (P,), both divided by the factor, and the generators' state behind them."""
         with random_state(self.start):
             losses, total = self.shares.total(theta, self.batch)
-        return losses / self.factor, total / self.factor
+            behind = generators()
+        return losses / self.factor, total / self.factor, behind
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,11 @@ def fitted(trial: Trial) -> Fit:
     def totals() -> Iterator[Tensor]:
         nonlocal draws
         for each in trial.passes:
-            with random_state(each.start):
-                found, total = each.shares.total(step.theta, each.batch)
-                draws = draws.settled(step.number, each.start, generators())
+            found, total, behind = each.total(step.theta)
+            draws = draws.settled(step.number, each.start, behind)
             if len(losses) < len(trial.passes):
-                losses.append(found / each.factor)
-            yield total / each.factor
+                losses.append(found)
+            yield total
 
     known = Totals.of(step.sizes, totals)
     settled = replace(step.settled, draws=draws)

@@ -21,8 +21,8 @@ class Heard:
     firsts: the state before the first forward pass of each announced batch. start: `before`, or the state now. sites: of
     the one pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is. norms
     (K,): of the gradients as the last backward pass left them, None where there may be no remainder; change: of their norm
-    since. autocasts: what the
-    passes ran under, each once, the last one first; surrounded: whether one is on still, at the step."""
+    since. autocasts: what the passes ran under, each once, the last one first; surrounded: whether one is on still, at the
+    step."""
 
     clip: float
     passes: int
@@ -65,7 +65,7 @@ class Listeners:
     @property
     def backwards(self) -> int:
         """How often a gradient came since the beginning."""
-        return self._norms.heard_of
+        return self._norms.gradients
 
     def announce(self) -> None:
         """The forward passes that follow are of another batch."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..autocast import Autocast
@@ -31,11 +32,16 @@ class CaptureOptions:
 @dataclass(frozen=True)
 class Announced:
     """A pass that the gradient of a step is made of: its batch, and the state of the generators when it was announced; None
-    where that was after the pass. steady: whether the caller's tensors hold the same still."""
+    where that was after the pass; original: the caller's own tensors, of which the batch is a copy."""
 
     batch: Batch
     random: Tensor | None = None
-    steady: bool = True
+    original: Batch | None = None
+
+    @property
+    def steady(self) -> bool:
+        """Whether the caller's tensors still hold what they did when the batch was announced."""
+        return self.original is None or all(map(torch.equal, self.batch.tensors, self.original.tensors))
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,14 @@ class Step:
 class Captured:
     """What there is to record of a step.
 
-    scales: share = scale * gradient of the example's loss, of each pass; NaN where it is not known. left: share = left *
-    stored factor. shares: the arrays to be stored. penalty: its part of the gradient (P,). random: the generators' state
-    before each pass, (bytes,) uint8, where the loss draws numbers. log: the mean loss and the identities, where they were
-    checked. settled: for the next step.
+    scales: share = scale * gradient of the example's loss, of each pass; NaN where it is not known. factor_scales: share =
+    factor_scale * stored factor. shares: the arrays to be stored. penalty: its part of the gradient (P,). random: the
+    generators' state before each pass, (bytes,) uint8, where the loss draws numbers. log: the mean loss and the identities,
+    where they were checked. settled: for the next step.
     """
 
     scales: np.ndarray
-    left: np.ndarray
+    factor_scales: np.ndarray
     shares: Arrays
     penalty: Tensor | None
     random: list[np.ndarray | None]

@@ -17,7 +17,7 @@ from ..generators import generators
 log = logging.getLogger("attrib")
 
 
-KEPT = 1024  # forward passes that are remembered: a step of more batches is not heard whole
+KEPT = 16  # forward passes before any batch was announced that are remembered
 
 
 class ForwardPass:
@@ -64,7 +64,9 @@ class RandomWatch:
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled():
             self.before = generators()
-            self.calls = [*self.calls[-KEPT:], ForwardPass(self.announced - 1, self.before)]
+            if not self.announced:  # what nothing was announced for is asked for once at most
+                self.calls = self.calls[-KEPT:]
+            self.calls.append(ForwardPass(self.announced - 1, self.before))
             on = current(next((p.device.type for p in module.parameters()), "cpu"))
             self.autocasts = tuple(dict.fromkeys((on, *self.autocasts)))
 

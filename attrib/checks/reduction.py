@@ -35,13 +35,13 @@ class NormWatch:
     def __init__(self, parameters: Sequence[Tensor], accounts: bool = False) -> None:
         self._parameters, self._accounts = list(parameters), accounts
         self._raw: dict[int, Tensor] = {}  # (2,) or (1,) each
-        self.heard_of = 0
+        self.gradients = 0  # that came, ever
         self._hooks = [p.register_post_accumulate_grad_hook(self._note) for p in parameters if p.requires_grad]
 
     def _note(self, p: Tensor) -> None:
         if p.grad is not None and not p.grad.is_sparse:
             self._raw[id(p)] = self._norms(p.grad)
-            self.heard_of += 1
+            self.gradients += 1
 
     def _norms(self, gradient: Tensor) -> Tensor:
         return torch.stack([torch.linalg.vector_norm(gradient, n) for n in ((2, 1) if self._accounts else (2,))])
@@ -106,8 +106,9 @@ class NormWatch:
         )
 
 
-KINDS = ("mean", "pooled", "sum")
+REDUCTIONS = ("mean", "pooled", "sum")
 ROOM = 4  # entries of a gradient for each weight that is fitted to it, at least
+SCALED = 7  # the least exponent of a factor that is taken for a GradScaler's
 POWER = 1e-3  # how far the logarithm of a power of two may be from its exponent
 INDEPENDENT = 1e-4  # the least eigenvalue of the cosines of gradients to which weights are fitted
 
@@ -154,7 +155,7 @@ class Totals:
 
     def weighted(self, scales: np.ndarray) -> Tensor:
         """(P,): sum_m scales_m total_m."""
-        for kind in KINDS:
+        for kind in REDUCTIONS:
             weights = weights_of(kind, self.sizes)
             factor = float(scales[0] / weights[0])
             if np.array_equal(scales, factor * weights):
@@ -184,11 +185,11 @@ class Backward:
 class Reduction:
     """How the loop reduces the losses of a step, as far as it is known.
 
-    kinds: of KINDS those that fit every step so far; none of them where the passes have weights of their own. common:
+    kinds: of REDUCTIONS those that fit every step so far; none of them where the passes have weights of their own. common:
     whether there is a factor beside, such as that of a weight or of loss scaling, which is fitted at every step.
     """
 
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = REDUCTIONS
     common: bool = False
 
     def expected(self, sizes: Sequence[int], clip: float) -> np.ndarray:
@@ -199,16 +200,16 @@ class Reduction:
         return np.full(len(sizes), np.nan)
 
     def fit(self, gradient: Tensor, totals: Totals, clip: float, bound: ShareBound) -> tuple[np.ndarray, "Reduction"]:
-        """The scales (M,) from p.grad (P,), and what is known then: one of KINDS where the gap that leaves is within
+        """The scales (M,) from p.grad (P,), and what is known then: one of REDUCTIONS where the gap that leaves is within
         rounding, fitted otherwise. What rounding is of, where gradients cancel, is asked for only where the cheap bound does
         not settle it.
         """
         for within in (bound.cheap, bound.gross):
-            fits = [k for k in KINDS if within(_gap(gradient, totals.reduced(k), clip))]
+            fits = [k for k in REDUCTIONS if within(_gap(gradient, totals.reduced(k), clip))]
             if fits:
                 kinds = tuple(k for k in self.kinds if k in fits)
                 return clip * weights_of((kinds or fits)[0], totals.sizes), Reduction(kinds, self.common)
-            for kind in KINDS:
+            for kind in REDUCTIONS:
                 factor = fit_scale(gradient, totals.reduced(kind))
                 if factor is not None and within(_gap(gradient, totals.reduced(kind), factor)):
                     return factor * weights_of(kind, totals.sizes), self._fitted(kind)
@@ -216,7 +217,7 @@ class Reduction:
                 scales = fit_scales(gradient, totals.each())
                 if scales is not None and within(_gap(gradient, totals.weighted(scales), 1.0)):
                     return scales, Reduction(())
-        kind = (self.kinds or KINDS)[0]
+        kind = (self.kinds or REDUCTIONS)[0]
         factor = fit_scale(gradient, totals.reduced(kind))
         return (clip if factor is None else factor) * weights_of(kind, totals.sizes), self._fitted(kind)
 
@@ -225,7 +226,7 @@ class Reduction:
         if not self.kinds and len(totals.sizes) > 1:
             return fit_scales(gradient, totals.each())
         fits = []
-        for kind in self.kinds or KINDS:
+        for kind in self.kinds or REDUCTIONS:
             factor = fit_scale(gradient, totals.reduced(kind))
             if factor is not None:
                 fits.append((_gap(gradient, totals.reduced(kind), factor), factor * weights_of(kind, totals.sizes)))
@@ -238,27 +239,27 @@ class Reduction:
 
     def of_backward(self, backward: Backward, totals: Totals, root: float) -> tuple[np.ndarray, "Reduction"]:
         """The factors (M,) in the gradients as the backward passes left them, and what is known then. root: how far norms
-        may differ by rounding. It is one of KINDS, whichever tensors agree with; else one of them times the one factor that
-        most of the gradient agrees with; else, of a single pass, the nearer of the kinds.
+        may differ by rounding. It is one of REDUCTIONS, whichever tensors agree with; else one of them times the one factor
+        that most of the gradient agrees with; else, of a single pass, the nearer of the kinds.
 
         Raises:
             BatchIdentityError: several passes have weights of their own, which cannot be told from what was done to p.grad.
         """
         weight = backward.norms_of(totals.summed).square()
-        agreed = {kind: backward.agreeing(totals.reduced(kind), weight, root) for kind in KINDS}
+        agreed = {kind: backward.agreeing(totals.reduced(kind), weight, root) for kind in REDUCTIONS}
         most = max(agreed.values())
         if most > 0:
-            fits = [kind for kind in KINDS if agreed[kind] == most]
+            fits = [kind for kind in REDUCTIONS if agreed[kind] == most]
             kinds = tuple(kind for kind in self.kinds if kind in fits)
             return weights_of((kinds or fits)[0], totals.sizes), Reduction(kinds, self.common)
         norms, best = weight.sqrt(), {}
-        for kind in self.kinds or KINDS:
+        for kind in self.kinds or REDUCTIONS:
             reduced = totals.reduced(kind)
             pairs = zip(backward.norms, backward.norms_of(reduced), strict=True)
             for ratio in {float(n / w) for n, w in pairs if n > 0 and w > 0}:
                 best[kind, ratio] = backward.agreeing(reduced * ratio, weight, root)
         if not best:
-            return weights_of((self.kinds or KINDS)[0], totals.sizes), self
+            return weights_of((self.kinds or REDUCTIONS)[0], totals.sizes), self
         kind, ratio = max(best, key=best.__getitem__)
         alone = backward.agreeing(totals.reduced(kind) * ratio, (weight > 0).to(weight), root) < 2
         if 2 * best[kind, ratio] > float(weight.sum()) and not (alone and len(totals.sizes) > 1):
@@ -270,23 +271,36 @@ class Reduction:
                 "reduction, such as losses.sum() / (examples of the step). The step was refused."
             )
         whole = math.log(float(backward.norms.norm() / norms.norm()))
-        kind = min(self.kinds or KINDS, key=lambda known: abs(whole - math.log(weights_of(known, totals.sizes)[0])))
+        kind = min(
+            self.kinds or REDUCTIONS, key=lambda known: abs(whole - math.log(weights_of(known, totals.sizes)[0]))
+        )
         return weights_of(kind, totals.sizes), self
 
 
 def unscaling(scales: np.ndarray, sizes: Sequence[int], change: float) -> float:
-    """What a GradScaler took off again: the power of two by which the factors (M,) in the gradients, as the backward pass
-    left them, are one of KINDS, and which they no longer have by the `change` of their norm; 1 for none.
+    """What a GradScaler took off again, 1 for nothing: the power of two by which the factors (M,) in the gradients, as the
+    backward pass left them, are one of REDUCTIONS, where the `change` of their norm since is about as much.
 
-    Where two would do (a mean over 2^k examples is a sum over as many), that which is nearer to the change.
+    A loss that is reduced by one of REDUCTIONS itself was not scaled. Where two powers would do (a mean over 2^k examples is
+    a sum over as many), it is that which is nearer to the change.
+
+    Raises:
+        BatchIdentityError: a small power, which a weight of the loss and the clipping of its gradient look like as well.
     """
-    powers = []
-    for kind in KINDS:
-        power = np.log2(scales[0] / weights_of(kind, sizes)[0]) if scales[0] > 0 else 0.0
-        if abs(power - round(power)) < POWER and round(power) >= 3 and 0 < change < 0.5:
-            powers.append(round(power))
-    nearest = min(powers, key=lambda power: abs(power + math.log2(change)), default=0)
-    return 2.0**-nearest
+    powers = [float(np.log2(scales[0] / weights_of(kind, sizes)[0])) for kind in REDUCTIONS] if scales[0] > 0 else [0.0]
+    whole = [round(power) for power in powers if abs(power - round(power)) < POWER]
+    if not whole or 0 in whole or not 0 < change < 1:
+        return 1.0
+    power = min(whole, key=lambda known: abs(known + math.log2(change)))
+    if power < 1 or math.log2(change) > -power / 2:
+        return 1.0
+    if power < SCALED:
+        raise BatchIdentityError(
+            f"it cannot be told whether a factor in the loss was taken off again: got 2^{power}, and gradients of which "
+            f"{change:.3g} is left, expected no such factor, or that of a GradScaler, 2^{SCALED} or more. Weight the loss "
+            f"by another number, or scale it by more. The step was refused."
+        )
+    return 2.0**-power
 
 
 def _gap(gradient: Tensor, total: Tensor, scale: float) -> float:

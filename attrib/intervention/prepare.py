@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import KINDS, check_options, weights_of
+from ..checks import REDUCTIONS, check_options, weights_of
 from ..errors import ReplayError
 from ..matching import check_model
 from ..run import Run
@@ -109,7 +109,7 @@ def _reduction(run: Run, start: int, until: int) -> Reduced:
     passes = run.reader.passes(slice(start, until))
     scales, sizes = passes.numbers("scale"), passes.numbers("size")
     there = sizes > 0
-    for kind in KINDS:
+    for kind in REDUCTIONS:
         expected = np.zeros_like(scales)
         for n, here in enumerate(there):
             expected[n, here] = weights_of(kind, sizes[n, here].tolist())

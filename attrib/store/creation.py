@@ -33,12 +33,12 @@ PADDING = {"index": -1, "row": -1}  # of slots beyond a step's batch; of all oth
 
 class PassRecord(NamedTuple):
     """One of the passes that the gradient of a step was made of. inputs: None where they are known to stand in the store.
-    scale, left: see `schema`."""
+    scale, factor_scale: see `schema`."""
 
     size: int
     inputs: Inputs | None
     scale: float
-    left: float
+    factor_scale: float
     random: np.ndarray | None  # (bytes,) uint8
 
 

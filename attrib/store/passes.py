@@ -10,14 +10,14 @@ from .schema import PASS_FACTS
 
 
 class Pass(NamedTuple):
-    """One of them. slots: of the step; kind, shared: where its inputs stand; scale: NaN where it is to be fitted; left: of
-    it, with stored factors."""
+    """One of them. slots: of the step; kind, shared: where its inputs stand; scale: NaN where it is to be fitted;
+    factor_scale: of stored factors."""
 
     slots: slice
     kind: int
     shared: int
     scale: float
-    left: float
+    factor_scale: float
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Passes:
     def of_step(self, n: int) -> Iterator[Pass]:
         """Those of the n-th step."""
         first = 0
-        for size, kind, shared, scale, left in self.values[n].tolist():
+        for size, kind, shared, scale, factor_scale in self.values[n].tolist():
             if size:
-                yield Pass(slice(first, first + int(size)), int(kind), int(shared), scale, left)
+                yield Pass(slice(first, first + int(size)), int(kind), int(shared), scale, factor_scale)
                 first += int(size)
 
     def of_slots(self, name: str, width: int) -> np.ndarray:

@@ -106,7 +106,7 @@ def _growing(
                 hyper=read["hyper"][n],
                 ids=ids,
                 passes=tuple(
-                    PassRecord(p.slots.stop - p.slots.start, None, p.scale, p.left, random)
+                    PassRecord(p.slots.stop - p.slots.start, None, p.scale, p.factor_scale, random)
                     for p, random in zip(passes.of_step(n), drawn[n], strict=False)
                 ),
                 state={k.removeprefix("state/"): reader.read(k, step // frame) for k in keys} if begins else None,

@@ -24,7 +24,8 @@
         shared                                 which row of shared/ holds what its examples share, -1 for nothing
         scale                                  share = scale * gradient of the example's loss (reduction, clipping); NaN
                                                where it is to be fitted to p.grad when it is asked for
-        left                                   share = left * stored factor, of which the reduction may be part already
+        factor_scale                           share = factor_scale * stored factor, of which the reduction may be
+                                               part already
     examples/*/* [row, ...]                    the inputs: a table per form (header "forms"), an array per tensor in it
     shared/*/*   [row, ...]                    tensors and numbers of a batch that all of its examples share
     gradients    [step, slot, parameter]       per-example shares, with capture="gradients"
@@ -61,7 +62,7 @@ STATE_BYTES = 8 << 20  # of a chunk of parameters or gradients, which are read w
 
 LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "remainder", "seconds")
 FACTS = LOGS  # columns of `facts`
-PASS_FACTS = ("size", "kind", "shared", "scale", "left")  # columns of `passes`
+PASS_FACTS = ("size", "kind", "shared", "scale", "factor_scale")  # columns of `passes`
 
 _EVERY_CHUNK: Any = {"write_empty_chunks": True}  # what is not there is lost, and not zeros
 

@@ -332,7 +332,7 @@ class Writer:
 def _numbers(record: StepRecord, placed: Placed) -> np.ndarray:
     """(M, fact), of its passes."""
     places = zip(record.passes, placed.passes, strict=True)
-    return np.array([[each.size, at.kind, at.shared, each.scale, each.left] for each, at in places])
+    return np.array([[each.size, at.kind, at.shared, each.scale, each.factor_scale] for each, at in places])
 
 
 def _padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
