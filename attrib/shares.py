@@ -187,14 +187,17 @@ class Shares:
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
         parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
-        return Contributions(torch.stack(parts, 2).cpu().numpy() * self.run.factor_scales(step.number)[:, None], None)
+        found = torch.stack(parts, 2).cpu().numpy()
+        found *= np.repeat([p.factor_scale for p in step.passes], [p.size for p in step.passes])[:, None]
+        return Contributions(found, None)
 
     def _replayed(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         passes, losses = [], []
         for n in range(len(step.passes)):
             with self._pass(step, n) as (shares, batch, factor):
                 each, products = shares.contract(self._theta(step), batch, sensitivity, self._groups)
-            passes.append(products.cpu().numpy() / factor)
+            passes.append(products.cpu().numpy())
+            passes[-1] /= factor  # in place: of many queries it is large
             losses.append(each.double() / factor)
         found = passes[0] if len(passes) == 1 else np.concatenate(passes, 1)
         scales = self._scales(step, found, gradient)
