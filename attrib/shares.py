@@ -187,9 +187,9 @@ class Shares:
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
         parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
-        found = torch.stack(parts, 2).cpu().numpy()
-        found *= np.repeat([p.factor_scale for p in step.passes], [p.size for p in step.passes])[:, None]
-        return Contributions(found, None)
+        rows = torch.stack(parts, 2).cpu().numpy()
+        rows *= np.repeat([p.factor_scale for p in step.passes], [p.size for p in step.passes])[:, None]
+        return Contributions(rows, None)
 
     def _replayed(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         passes, losses = [], []
