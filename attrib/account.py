@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from .accounting import relative
-from .ledger import TERMS
+from .ledger import TERMS, share_said
 from .marginals import Axes, Slots
 from .parts import PREFIX
 from .result import IDENTITIES
@@ -19,8 +19,6 @@ from .steps import RecordedStep
 from .tally import Tally
 
 UPDATES = ("update_remainder",)  # rows that stand on the step that moved the parameters
-OWN = "the gradient of the example's own loss"  # what a share is in a result
-COUPLED = f"{OWN}; the losses of a batch depend on each other, so it goes through what the other examples do to it, too"
 
 
 def share_bound(recorded: torch.dtype, computed: torch.dtype) -> float:
@@ -173,5 +171,5 @@ class Account:
             "group": list(self.labels),
         }
         failures = {f"{name}_failure": sentence for name, sentence in tally.failures.items()}
-        facts = {**facts, "shares": COUPLED if tally.coupled else OWN, **failures, "window": [first, stop]}
+        facts = {**facts, "share": share_said(facts["shares"], tally.coupled), **failures, "window": [first, stop]}
         return xr.Dataset(variables, coordinates, facts)

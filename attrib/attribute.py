@@ -61,6 +61,7 @@ def attribute(
     memory: int | None = None,
     identities: Sequence[str] = IDENTITIES,
     executor: Executor | None = None,
+    shares: str | None = None,
 ) -> Result:
     """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups.
 
@@ -87,6 +88,7 @@ def attribute(
         executor: whose workers do the work: any `concurrent.futures.Executor`, such as
             `ProcessPoolExecutor(2, get_context("spawn"))` or Dask's `client.get_executor()`; None: this process. The
             result is the same up to the order of sums.
+        shares: what a share is, see `attrib.record`; None: what it is in the run, which capture="replay" alone can change.
 
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
@@ -94,7 +96,8 @@ def attribute(
         WorkerError: a worker died; its `result` is complete for what was done, None for nothing.
     """
     path, model = Secant() if path is None else path, uncompiled(model)
-    options = AttributeOptions(loss, path, steps, keep, groups, dtype, progress, cube, memory, identities, executor)
+    rest = keep, groups, dtype, progress, cube, memory, identities, executor, shares
+    options = AttributeOptions(loss, path, steps, *rest)
     options.check(run, model)
     note_values(run, model, _window(run, steps).stop, getattr(measurement, "average", None))
     return attributed(run, model, measurement, options)
@@ -115,6 +118,7 @@ class AttributeOptions:
     memory: int | None = None
     identities: Sequence[str] = IDENTITIES
     executor: Executor | None = None
+    shares: str | None = None
 
     def check(self, run: Any, model: nn.Module) -> None:
         """Raise TypeError, ValueError or ModelMismatchError where they are not what they should be."""
@@ -181,7 +185,7 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     losses = Losses(run.log("loss"), max(bound, 2 * few))
     remainder = (float("inf") if run.declares_remainder else max(bound, 4 * few)) if run.accounts_remainder else None
     account = Account(labels, member, tuple(kept), options.cube is not None, bound, remainder, losses)
-    shares = Shares(run, model, options.loss, compute, budget.slices, member)
+    shares = Shares(run, model, options.loss, compute, budget.slices, member, options.shares)
     limit = window.stop if "limit" in options.identities else None
     parts = query.parts(budget.at_once)
     works = (
@@ -332,6 +336,7 @@ def _facts(run: Run, window: range, measurement: Any, options: AttributeOptions)
         "identities": [*(() if run.declares_remainder else ("batch",)), "step", "measurement", *options.identities],
         "dtype": str(options.dtype or run.dtype).removeprefix("torch."),
         **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
+        "shares": options.shares or run.definition,
         "parameters": run.layout.size,
         "tensors": len(run.groups),
         "batch": h["slots"],

@@ -16,6 +16,14 @@ TERMS = (
     "remainder",
     "update_remainder",
 )  # what is no example's; of the last two, those there are
+SHARE = {  # what a share is, and is not
+    "example": "what each example's own loss asked for, not what passed through its rows of the batch",
+    "rows": "what passed through each example's rows of the batch, not what its own loss asked for where losses depend on "
+    "each other",
+}
+COUPLED = (
+    "here the losses of a batch do depend on each other, so it goes through what the other examples did to it, too"
+)
 SHOWN = 8  # queries printed
 
 
@@ -24,15 +32,18 @@ class Ledger:
     """The terms, each (query,), in the measurement's units, in order; printed, or shown as a table in a notebook.
 
     identities: name -> the largest relative gap over the steps where it was checked, NaN for none (see the README for what
-    each is relative to). sizes: of a term that may be anything, in words how large it is.
+    each is relative to). sizes: of a term that may be anything, in words how large it is. shares: "example" or "rows";
+    share: what that means.
     """
 
     terms: xr.Dataset
     identities: dict[str, float]
     sizes: dict[str, str] = field(default_factory=dict)
+    shares: str = ""
+    share: str = ""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("terms", "identities", "sizes"):
+        if name in ("terms", "identities", "sizes", "shares", "share"):
             raise AttributeError(name)
         try:
             return self.terms[name]
@@ -55,6 +66,7 @@ class Ledger:
             lines.append(f"... and {len(table) - SHOWN} more queries")
         lines += [f"{name} identity".ljust(24) + _gap(gap) for name, gap in self.identities.items()]
         lines += [said(name).ljust(24) + size for name, size in self.sizes.items()]
+        lines += [f"shares by {self.shares}".ljust(24) + self.share] if self.share else []
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -64,7 +76,13 @@ class Ledger:
         more = f"<p>... and {len(table) - SHOWN} more queries</p>" if len(table) > SHOWN else ""
         gaps = "; ".join(f"{escape(name)} {_gap(gap)}" for name, gap in self.identities.items())
         sizes = "".join(f"<p>{escape(said(name))}: {escape(size)}</p>" for name, size in self.sizes.items())
-        return f"{shown}{more}<p>Identities, largest gap: {gaps}</p>{sizes}"
+        share = f"<p>Shares by {escape(self.shares)}: {escape(self.share)}</p>" if self.share else ""
+        return f"{shown}{more}<p>Identities, largest gap: {gaps}</p>{sizes}{share}"
+
+
+def share_said(shares: str, coupled: bool) -> str:
+    """What a share is in a result. coupled: whether a batch was met whose losses depend on each other."""
+    return f"{SHARE[shares]}; {COUPLED}" if coupled and shares == "example" else SHARE[shares]
 
 
 def said(term: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import CaptureOptions, Settled, Step
-from .checks import Guard, same_bits, step_identity
+from .checks import Guard, check_options, same_bits, step_identity
 from .constants import to_tensor, wide
 from .layout import Layout
 from .optim import MOMENTUM, Replay, Rerun, Rules, step_bounds
@@ -29,6 +29,13 @@ class RecordOptions:
     states_every: int
     constants: str
     rule: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where one is none."""
+        capture = self.capture
+        words = capture.kind, self.constants, capture.remainder, capture.shares
+        every = capture.check_every
+        check_options(*words, check_every=every, block=self.block, states_every=self.states_every)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
         "capture": options.capture.kind,
         "check_every": options.capture.check_every,
         "remainder": options.capture.remainder,
+        "shares": options.capture.shares,
         "asked": {
             "block": options.block,
             "states_every": options.states_every,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .announced import AnnouncedBatch, Announcements
 from .capture import Announced, Capture, Captured, CaptureOptions, Settled, Step
-from .checks import Guard, check_gradient, check_options, names_of
+from .checks import Guard, check_gradient, names_of
 from .constants import to_array, wide
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
 from .functional import uncompiled
@@ -52,14 +52,14 @@ def record(
     constants: str = "values",
     remainder: str = "refuse",
     rule: str | None = None,
+    shares: str = "example",
 ) -> "Recorder":
     """Wrap `optimizer` so that every step is recorded to `store`.
 
     Args:
-        optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float64, float32, bfloat16 or
-            float16); or several, a list, which step one after the other.
+        optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype; or a list, stepping in turn.
         model: the model under training, as the loop calls it: compiled, if that is; left as it is. store: path or Store.
-        loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
+        loss: `loss(model, *batch) -> (B,)`, of each example, unreduced; with shares="rows" a scalar objective will do.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of
             the examples too, (B, P) a step; "factors" the same in the form that layers give, where that is shorter.
         overwrite: replace the run that is there.
@@ -75,7 +75,8 @@ def record(
         constants: "values" stores buffers and frozen parameters, of whatever type, bit for bit; "digest" only what they are
             recognised by, 128 bits each: for a large frozen base, which then has to be at hand when attributing.
         remainder: "refuse" steps whose p.grad holds more than the shares (noise, hooks, clipping by value), or "account".
-        rule: "frozen" for an optimizer that has no rule: its coefficients are read off each update, see `optim.frozen`.
+        rule: "frozen" for an optimizer that has none: its coefficients are read off each update, see `optim.frozen`.
+        shares: what an example's share is: "example", what its own loss asked for; "rows", what passed through its rows.
 
     Returns:
         A `Recorder`: an Optimizer whose `step` takes the example ids and the batch, or batches announced by `batch`.
@@ -85,16 +86,15 @@ def record(
         ResumeError, ModelMismatchError, StoreError: the run that is there cannot be gone on with; nothing was changed.
 
     Example:
-        >>> recorder = attrib.record(optimizer, model, loss, "run.zarr")  # doctest: +SKIP
-        >>> for index, x, y in loader:  # doctest: +SKIP
-        ...     recorder.zero_grad()
-        ...     loss(model, x, y).mean().backward()
-        ...     recorder.step(index, x, y)
-        >>> recorder.close()  # doctest: +SKIP
+        >>> with attrib.record(optimizer, model, loss, "run.zarr") as recorder:  # doctest: +SKIP
+        ...     for index, x, y in loader:
+        ...         recorder.zero_grad()
+        ...         loss(model, x, y).mean().backward()
+        ...         recorder.step(index, x, y)
     """
-    check_options(capture, constants, remainder, check_every=check_every, block=block, states_every=states_every)
-    captured = CaptureOptions(capture, check_every, penalty, remainder)
+    captured = CaptureOptions(capture, check_every, penalty, remainder, shares)
     options = RecordOptions(captured, overwrite, resume, block, states_every, constants, rule)
+    options.check()
     return Recorder(together(optimizer), model, loss, store, options)
 
 

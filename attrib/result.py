@@ -213,7 +213,8 @@ class Result:
             }
         )
         sizes = {name: self._size(row) for name, row in rows.items() if name.endswith("remainder")}
-        return Ledger(terms, {name: self._gap(name) for name in IDENTITIES}, sizes)
+        share = [str(self.dataset.attrs.get(name, "")) for name in ("shares", "share")]
+        return Ledger(terms, {name: self._gap(name) for name in IDENTITIES}, sizes, *share)
 
     def _size(self, row: xr.DataArray) -> str:
         """How large a row is that may hold anything: through U, and as it was recorded."""

@@ -38,6 +38,7 @@ SAME = {  # of the header: what must not differ -> how it is called
     "capture": "capture=",
     "check_every": "check_every=",
     "remainder": "remainder=",
+    "shares": "shares=",
     "asked": "block=, states_every= or penalty=",
 }
 

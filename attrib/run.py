@@ -180,6 +180,11 @@ class Run:
         """Whether p.grad may hold anything beyond the shares: recorded with remainder="account"."""
         return bool(self.header.get("remainder") == "account")
 
+    @property
+    def definition(self) -> str:
+        """What example i's share is: "example", the gradient of its own loss, or "rows", what flowed through its rows."""
+        return str(self.header.get("shares", "example"))
+
     def log(self, name: str) -> np.ndarray:
         """(T,) of "loss", "batch_identity", "step_identity" or, with stored shares, "split_identity"; of "remainder", what
         p.grad held beyond the shares, relative to |p.grad|, where the run accounts for it; NaN where it was not checked.
@@ -284,7 +289,7 @@ class Run:
             "model": h["model"],
             "optimizer": h["optimizer"] + describe_options(self.options),
             "type": h["dtype"],
-            "capture": h["capture"],
+            "capture": h["capture"] + (", shares by rows" if self.definition == "rows" else ""),
             "size": f"{self.reader.nbytes_stored() / 2**20:.1f} MiB, {h['block']} steps a block",
             "batch identity": f"{_worst(checked)} over {int((~np.isnan(checked)).sum())} checked steps "
             f"(the first two, then every {h['check_every']})",

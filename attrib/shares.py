@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import gradients
 from .batch import Batch
-from .checks import REDUCTIONS, Reduction, Totals, fit_scale, split_bound, split_gaps, weights_of
+from .checks import REDUCTIONS, SHARES, Reduction, Totals, fit_scale, split_bound, split_gaps, weights_of
 from .constants import is_low, wide
 from .errors import LossError
 from .functional import training_modes
@@ -62,6 +62,7 @@ class Shares:
     Args:
         slices: bytes of a slice of the passes over the examples.
         member: (K, G), which tensors make a group.
+        definition: what a share is, "example" or "rows"; None for what it is in the run.
 
     Raises:
         LossError: a loss is needed and missing.
@@ -75,23 +76,26 @@ class Shares:
         dtype: torch.dtype,
         slices: int,
         member: np.ndarray,
+        definition: str | None = None,
     ) -> None:
         if loss is None and run.capture == "replay":
             raise LossError(
                 "a loss is needed: got loss=None, expected the loss given to attrib.record, since this run was captured by "
                 '"replay". Pass loss=, or record with capture="gradients".'
             )
-        self.run, self._made_of = run, (run, model, loss, dtype, slices, member)
+        _check_definition(run, definition)
+        self.run, self._made_of = run, (run, model, loss, dtype, slices, member, definition)
         self._model, self._dtype, self._member = model, dtype, member
         self._precision = run.precision if is_low(run.precision) else dtype
         self._device = next(model.parameters()).device
         self._groups = member.argmax(1).tolist()
         self._contract = {"gradients": self._stored, "factors": self._factored, "replay": self._replayed}[run.capture]
         self._said = False
-        self._gradients: gradients.ExampleGradients | None = None
+        self._gradients: gradients.Gradients | None = None
         if loss is not None:
             with training_modes(model, run.header["training"]):
-                self._gradients = gradients.ExampleGradients(loss, model, run.layout, dtype, slices, run.autocast)
+                kind = gradients.DEFINITIONS[definition or run.definition]
+                self._gradients = kind(loss, model, run.layout, dtype, slices, run.autocast)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shares, self._made_of
@@ -205,7 +209,7 @@ class Shares:
         return Contributions(found, scales, float(torch.cat(losses).mean()))
 
     @contextmanager
-    def _pass(self, step: RecordedStep, n: int) -> Iterator[tuple[gradients.ExampleGradients, Batch, float]]:
+    def _pass(self, step: RecordedStep, n: int) -> Iterator[tuple[gradients.Gradients, Batch, float]]:
         """The gradients of the parameters that moved, and the batch of the n-th pass of a step, the world being as it was
         then; and of which multiple of the loss they are: the loop's own where a pass rounds to few bits, as there."""
         assert self._gradients is not None
@@ -290,3 +294,14 @@ class Shares:
 
     def _theta(self, step: RecordedStep) -> Tensor:
         return step.theta.to(self._device, wide(self._dtype))
+
+
+def _check_definition(run: Run, definition: str | None) -> None:
+    """Raise ValueError where shares cannot be so defined."""
+    if definition not in (None, *SHARES):
+        raise ValueError(f"unknown shares: got {definition!r}, expected one of {', '.join(map(repr, SHARES))}.")
+    if definition not in (None, run.definition) and run.capture != "replay":
+        raise ValueError(
+            f"the shares are stored as they were defined: got shares={definition!r}, expected {run.definition!r}, of a run "
+            f'captured by {run.capture!r}. Leave it out, or record with capture="replay".'
+        )

@@ -443,7 +443,7 @@ def test_every_contribution_is_the_true_one_whatever_the_batch(name: str, captur
     else:  # and what the message advises was done above
         with pytest.raises(errors.UntraceableModelError, match=r"path=attrib\.GaussLegendre\(nodes=4\)"):
             attrib.attribute(run, model, measured, loss=loss, progress=False)
-    assert "depend on each other" in result.dataset.attrs["shares"] if case.coupled and capture == "replay" else True
+    assert "depend on each other" in result.dataset.attrs["share"] if case.coupled and capture == "replay" else True
     nodes = [((p + 1) / 2, w / 2) for p, w in zip(*np.polynomial.legendre.leggauss(8), strict=True)]
     found = result.by("step", "example").values
     order = [run.layout.names.index(n) for n, _ in model.named_parameters()]

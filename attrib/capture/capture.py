@@ -14,7 +14,7 @@ from ..checks import check_forwards, split_bound
 from ..errors import BatchIdentityError
 from ..functional import uncompiled
 from ..generators import generators, random_state
-from ..gradients import ExampleGradients
+from ..gradients import DEFINITIONS, Gradients
 from ..layout import Layout
 from .identities import Fit, PassTrial, Trial, check_split, check_sum, fitted, of_the_loop
 from .listen import Heard, Listeners
@@ -126,9 +126,9 @@ class Capture:
                 *(gap, trial.step.number, trial.shares.precision),
             )
 
-    def _under(self, autocast: Autocast | None) -> ExampleGradients:
+    def _under(self, autocast: Autocast | None) -> Gradients:
         dtype = self._parameters[0].dtype
-        return ExampleGradients(self._loss, self._model, self._layout, dtype, autocast=autocast)
+        return DEFINITIONS[self._options.shares](self._loss, self._model, self._layout, dtype, autocast=autocast)
 
     def _settled(self, step: Step, heard: Heard) -> Step:
         """The step as it was heard, under the autocast of the first."""
@@ -144,7 +144,7 @@ class Capture:
         self._shares, autocast = settled_autocast(self._under, lambda shares: self._trial(step, heard, shares), heard)
         return replace(step, settled=replace(step.settled, autocast=autocast))
 
-    def _trial(self, step: Step, heard: Heard, shares: ExampleGradients) -> Trial:
+    def _trial(self, step: Step, heard: Heard, shares: Gradients) -> Trial:
         passes = []
         for announced in step.passes:
             factor = 1 / announced.batch.size / len(step.passes) if shares.coarse else 1.0

@@ -13,7 +13,7 @@ from ..batch import Batch
 from ..checks import Backward, ShareBound, Totals, batch_identity, split_bound, split_gaps, unscaling
 from ..errors import BatchIdentityError, SplitIdentityError
 from ..generators import generators, random_state
-from ..gradients import ExampleGradients, random_weights
+from ..gradients import Gradients, random_weights
 from .listen import Heard
 from .records import Factors, Settled, Step
 
@@ -27,7 +27,7 @@ class PassTrial:
 
     batch: Batch
     start: Tensor
-    shares: ExampleGradients
+    shares: Gradients
     factor: float = 1.0
 
     def total(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +49,7 @@ class Trial:
     penalty: Tensor | None
 
     @property
-    def shares(self) -> ExampleGradients:
+    def shares(self) -> Gradients:
         """Of any pass, for what is the same of all."""
         return self.passes[0].shares
 

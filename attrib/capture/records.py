@@ -21,12 +21,13 @@ Factors = dict[str, list[Factor]]  # of each parameter the factors that sum to i
 class CaptureOptions:
     """kind: what is stored of the shares. check_every: the identities are checked at the first steps and every so many.
     penalty: model -> scalar, what of the loss is no example's. remainder: what becomes of what p.grad holds beyond the
-    shares, "refuse" or "account"."""
+    shares, "refuse" or "account". shares: what a share is, "example" or "rows"."""
 
     kind: str
     check_every: int
     penalty: Callable[[nn.Module], Tensor] | None = None
     remainder: str = "refuse"
+    shares: str = "example"
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,21 @@ from ..autocast import Autocast, candidates
 from ..constants import is_low
 from ..errors import ChangedOutsideError
 from ..generators import random_state
-from ..gradients import ExampleGradients
+from ..gradients import Gradients
 from .identities import Trial, of_the_loop
 from .listen import Heard
 from .records import Step
 
 log = logging.getLogger("attrib")
 
-TrialOf = Callable[[ExampleGradients], Trial]
+TrialOf = Callable[[Gradients], Trial]
 
 
 def settled_autocast(
-    made: Callable[[Autocast | None], ExampleGradients], trial: TrialOf, heard: Heard
-) -> tuple[ExampleGradients, Autocast | None]:
+    made: Callable[[Autocast | None], Gradients], trial: TrialOf, heard: Heard
+) -> tuple[Gradients, Autocast | None]:
     """The gradients under the autocast of the loop, and which it is. made: from an autocast; trial: of the first step."""
-    tried: list[tuple[float, ExampleGradients, Autocast | None]] = []
+    tried: list[tuple[float, Gradients, Autocast | None]] = []
     known = candidates(heard.autocasts)
     for autocast in known:
         shares = made(autocast)

@@ -9,12 +9,13 @@
 
 from .guard import Guard
 from .identities import ShareBound, batch_identity, same_bits, same_state, split_bound, split_gaps, step_identity
-from .intake import check_batch, check_forwards, check_gradient, check_ids, check_options, hold, names_of
+from .intake import SHARES, check_batch, check_forwards, check_gradient, check_ids, check_options, hold, names_of
 from .randomness import Draws, RandomWatch
 from .reduction import REDUCTIONS, Backward, NormWatch, Reduction, Totals, fit_scale, fit_scales, unscaling, weights_of
 
 __all__ = [
     "REDUCTIONS",
+    "SHARES",
     "Backward",
     "Draws",
     "Guard",

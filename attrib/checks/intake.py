@@ -17,6 +17,7 @@ from ..layout import Layout
 CAPTURES = ("replay", "gradients", "factors")
 CONSTANTS = ("values", "digest")  # what is stored of them
 REMAINDERS = ("refuse", "account")  # what becomes of what p.grad holds beyond the shares
+SHARES = ("example", "rows")  # what a share is
 
 
 TRAINED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # types of parameters
@@ -26,8 +27,11 @@ def _listed(types: Sequence[torch.dtype]) -> str:
     return " or ".join(str(t).removeprefix("torch.") for t in types)
 
 
-def check_options(capture: str, constants: str = "values", remainder: str = "refuse", **counts: int | None) -> None:
+def check_options(
+    capture: str, constants: str = "values", remainder: str = "refuse", shares: str = "example", **counts: int | None
+) -> None:
     words = {"capture": (capture, CAPTURES), "constants": (constants, CONSTANTS), "remainder": (remainder, REMAINDERS)}
+    words |= {"shares": (shares, SHARES)}
     for name, (word, known) in words.items():
         if word not in known:
             raise ValueError(f"unknown {name}: got {word!r}, expected one of {', '.join(map(repr, known))}.")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..constants import is_low, rounding, wide
-from ..generators import random_state
+from ..functional import Functional
+from ..generators import generators, random_state
 from .along import random_weights
 from .batchwise import Batchwise, find
-from .sites import Site
+from .sites import Site, SiteTracer
 from .terms import contract, jvp_flow, names_of, terms_at
 
 PROBED = 7  # examples that an assignment is made on, or that are replaced
@@ -53,7 +54,7 @@ class Assignment:
 class Trace:
     """One traced forward pass. bytes: of what the calls on data returned, all examples together. start: the state of the
     generators before it. mixed: whether rows of the data met others, so that in another batch losses may depend on each
-    other. precision: what the pass rounds to on its way."""
+    other. precision: what the pass rounds to on its way. examples: of the batch, where there is not a loss of each."""
 
     parameters: dict[str, Tensor]
     sites: list[Site]
@@ -63,6 +64,12 @@ class Trace:
     start: Tensor | None = None
     mixed: bool = False
     precision: torch.dtype = torch.float32
+    examples: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Examples of the batch."""
+        return len(self.losses) if self.examples is None else self.examples
 
     @property
     def coarse(self) -> bool:
@@ -73,6 +80,21 @@ class Trace:
 Follow = Callable[[Batch], Trace]  # a batch -> its forward pass, with the values at the sites
 
 
+def followed(
+    loss: Functional, parameters: dict[str, Tensor], batch: Batch, values: bool = False, checked: bool = True
+) -> Trace:
+    """One forward pass, the model holding these very `parameters`. checked: whether it is seen to that it writes nothing."""
+    start = generators() if checked else None
+    batch = Batch.of(batch).map(Tensor.detach)
+    moving = {n: p for n, p in parameters.items() if p.requires_grad}
+    with torch.enable_grad(), SiteTracer(moving, batch.data, values) as tracer:
+        losses = loss.run(*batch.args)
+    if checked:
+        loss.check_constants()
+    found = moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed, loss.precision, batch.size
+    return Trace(*found)
+
+
 def few(batch: Batch) -> Batch:
     """The first examples of a batch."""
     return batch.take(slice(0, PROBED))
@@ -80,7 +102,7 @@ def few(batch: Batch) -> Batch:
 
 def kind_of(trace: Trace) -> tuple[Any, ...]:
     """What an assignment may depend on."""
-    size = len(trace.losses)
+    size = trace.size
     return (*(_kind(s, size) for s in trace.sites), *sorted(trace.unsplit), size == 1)
 
 
@@ -101,7 +123,7 @@ def assigned(follow: Follow, batch: Batch, start: Tensor | None) -> tuple[Trace,
         found = torch.autograd.grad(trace.losses[i], wanted, retain_graph=True, allow_unused=True)
         probes.append(Probe(i, found[:count], dict(zip(trace.parameters, found[count:], strict=True))))
     whole = dict.fromkeys(trace.unsplit, "which rows are whose depends on the content of the batch")
-    sites = _by_name(trace.sites)
+    sites = sites_by_name(trace.sites)
     for name in trace.parameters:
         if name not in whole and (reason := _unsplit(name, sites.get(name, []), trace, readings, probes)):
             whole[name] = reason
@@ -119,10 +141,10 @@ def unproven(trace: Trace, assignment: Assignment) -> dict[str, str]:
     leaves, edges = [trace.parameters[n] for n in names], [s.edge for s in trace.sites]
     pulled = torch.autograd.grad((trace.losses * weights).sum(), leaves, retain_graph=True, allow_unused=True)
     deltas = torch.autograd.grad(trace.losses.sum(), edges, retain_graph=True, allow_unused=True) if edges else ()
-    wrong, sites = {}, _by_name(trace.sites)
+    wrong, sites = {}, sites_by_name(trace.sites)
     for name, gradient in zip(names, pulled, strict=True):
         want = torch.zeros_like(trace.parameters[name]) if gradient is None else gradient
-        found = _contracted(name, sites.get(name, []), trace, assignment.readings, deltas, want)
+        found = contracted(name, sites.get(name, []), trace, assignment.readings, deltas, want)
         if found is None:
             wrong[name] = "its sites cannot be contracted"
         elif not found.within(abs(float(weights.double() @ found.products) - found.direct), float(weights.abs().max())):
@@ -170,18 +192,18 @@ def _readings(follow: Follow, batch: Batch, trace: Trace, start: Tensor | None) 
         order[i] = (i + 1) % size
         with random_state(start):
             replaced = follow(batch.take(order))
-        moved = _differs(replaced.losses.detach(), trace.losses.detach())
+        moved = differs(replaced.losses.detach(), trace.losses.detach())
         moved[i] = False
         coupled = coupled or bool(moved.any())
         for change, before, after in zip(changes, trace.sites, replaced.sites, strict=False):
             assert before.value is not None
             assert after.value is not None
             if before.shape == after.shape:
-                change.append((i, _differs(after.value, before.value)))
+                change.append((i, differs(after.value, before.value)))
     return [find(site.shape, size, change) for site, change in zip(trace.sites, changes, strict=True)], coupled
 
 
-def _differs(a: Tensor, b: Tensor) -> Tensor:
+def differs(a: Tensor, b: Tensor) -> Tensor:
     """Beyond what the same sums, made in another order, differ by: in few bits by the last of them."""
     if not a.is_floating_point():
         return a != b
@@ -192,7 +214,7 @@ def _differs(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(both, (a - b).abs() > bound * largest, a != b)
 
 
-def _by_name(sites: Sequence[Site]) -> dict[str, list[int]]:
+def sites_by_name(sites: Sequence[Site]) -> dict[str, list[int]]:
     """Parameter -> the numbers of its sites."""
     found: dict[str, list[int]] = {}
     for n, site in enumerate(sites):
@@ -238,7 +260,7 @@ def _unsplit(
         gradient = probe.gradients[name]
         if gradient is None:
             continue
-        found = _contracted(name, mine, trace, readings, probe.deltas, gradient)
+        found = contracted(name, mine, trace, readings, probe.deltas, gradient)
         if found is None:
             return "its sites cannot be contracted"
         off = found.products.clone()
@@ -248,16 +270,16 @@ def _unsplit(
     return None
 
 
-def _contracted(
+def contracted(
     name: str,
     mine: list[int],
     trace: Trace,
-    readings: list[Batchwise | None],
+    readings: Sequence[Batchwise | None],
     deltas: Sequence[Tensor | None],
     gradient: Tensor,
 ) -> _Contracted | None:
     gradient = gradient.to(wide(gradient.dtype))
-    direction, size = direction_like(gradient), len(trace.losses)
+    direction, size = direction_like(gradient), trace.size
     products = torch.zeros(size, dtype=torch.float64, device=gradient.device)
     reached = [(trace.sites[n], r, d) for n in mine if (r := readings[n]) is not None and (d := deltas[n]) is not None]
     along = {name: direction[None]}

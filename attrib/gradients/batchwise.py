@@ -23,6 +23,12 @@ class Batchwise:
             return t.unflatten(self.dim, (-1, batch)).movedim(self.dim + 1, 0)
         return t.unflatten(self.dim, (batch, -1)).movedim(self.dim, 0)
 
+    def weighed(self, t: Tensor, weights: Tensor) -> Tensor:
+        """t (..., B k, ...), each row times the weight (B,) of its example."""
+        count = t.shape[self.dim] // len(weights)
+        each = weights.repeat(count) if self.minor else weights.repeat_interleave(count)
+        return t * each.to(t.dtype).view(-1, *(1,) * (t.dim() - 1 - self.dim))
+
 
 def candidates(shape: Iterable[int], batch: int) -> list[Batchwise]:
     """All readings of a shape, the usual ones first."""

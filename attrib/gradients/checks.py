@@ -36,6 +36,11 @@ def check_losses(losses: Any, batch: Batch) -> Tensor:
             f"the loss is not one number per example: got {got}, expected shape ({size},). "
             f'Return per-example losses (reduction="none"); reduce them in the training loop.'
         )
+    return check_finite(losses)
+
+
+def check_finite(losses: Tensor) -> Tensor:
+    """Return losses (B,), or an objective (1,), if they are finite, else raise LossError."""
     if not isfinite(float(losses.detach().sum())) and not torch.isfinite(losses).all():  # a finite sum says it for all
         bad = int((~torch.isfinite(losses)).nonzero()[0, 0])
         raise LossError(
@@ -43,3 +48,10 @@ def check_losses(losses: Any, batch: Batch) -> Tensor:
             f"batch. The step was refused; parameters and store are as they were."
         )
     return losses
+
+
+def check_objective(values: Any, batch: Batch) -> Tensor:
+    """Return losses (B,), or a scalar as (1,), if they are finite, else raise LossError."""
+    if isinstance(values, Tensor) and values.dim() == 0:
+        return check_finite(values[None])
+    return check_losses(values, batch)

@@ -33,7 +33,7 @@ from .assignment import Assignment, Trace, calls_of, kind_of, ownership
 from .checks import check_losses, refuse_written_buffers
 from .forms import Form, Forms
 from .mapped import agree, rows_by_vmap
-from .terms import Reached, Term, contract, factors_of, names_of, rows_of, terms_at
+from .terms import Reached, Term, contract, factors_of, names_of, rows_of, sites_of, terms_at
 
 log = logging.getLogger("attrib")
 
@@ -177,7 +177,7 @@ class ExampleGradients:
             trace = self._forms.follow(held, batch)
             assignment = self._forms.assignment(theta, trace, batch, form)
             reached, gaps = _reached(trace, assignment)
-        whole, at = {*assignment.whole, *self._forms.misread(gaps)}, _by_name(reached)
+        whole, at = {*assignment.whole, *self._forms.misread(gaps)}, sites_of(reached)
         out: dict[str, list[Factor]] = {}
         for name in self.layout.names:
             found = None if name in whole else factors_of(at.get(name, []), name, len(trace.losses))
@@ -201,7 +201,7 @@ class ExampleGradients:
         found = zip(trace.sites, assignment.readings, deltas, strict=True)
         reached = [(site, reading, d) for site, reading, d in found if d is not None and reading is not None]
         out: dict[str, list[Factor]] = {}
-        at = _by_name(reached)
+        at = sites_of(reached)
         for name in self.layout.names:
             factors = factors_of(at.get(name, []), name, len(trace.losses))
             if factors is None:
@@ -280,15 +280,6 @@ def _together(names: Sequence[str], number: dict[str, int], groups: Sequence[int
     for name in names:
         found.setdefault(number[name] if groups is None else groups[number[name]], []).append(name)
     return list(found.values())
-
-
-def _by_name(reached: Reached) -> dict[str, Reached]:
-    """Parameter -> its sites."""
-    found: dict[str, Reached] = {}
-    for at in reached:
-        for name in names_of(at[0]):
-            found.setdefault(name, []).append(at)
-    return found
 
 
 def _reached(trace: Trace, assignment: Assignment) -> tuple[Reached, dict[str, Tensor]]:

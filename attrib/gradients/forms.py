@@ -22,9 +22,8 @@ from ..errors import ChangedOutsideError, LossError
 from ..functional import Functional
 from ..generators import generators, random_state, set_generators
 from .along import LossVector
-from .assignment import Assignment, Trace, assigned, calls_of, few, kind_of, unproven
+from .assignment import Assignment, Trace, assigned, calls_of, few, followed, kind_of, unproven
 from .checks import check_losses, first_line
-from .sites import SiteTracer
 
 log = logging.getLogger("attrib")
 
@@ -177,16 +176,10 @@ class Forms:
 
     def follow(self, parameters: dict[str, Tensor], batch: Batch, values: bool = False, checked: bool = True) -> Trace:
         """One forward pass, the model holding these very `parameters`."""
-        start = generators() if checked else None
-        batch = Batch.of(batch).map(Tensor.detach)
-        moving = {n: p for n, p in parameters.items() if p.requires_grad}
-        with torch.enable_grad(), SiteTracer(moving, batch.data, values) as tracer:
-            losses = self._loss.run(*batch.args)
+        trace = followed(self._loss, parameters, batch, values, checked)
         if checked:
-            self._loss.check_constants()
-            check_losses(losses, batch)
-        precision = self._loss.precision
-        return Trace(moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed, precision)
+            check_losses(trace.losses, Batch.of(batch))
+        return trace
 
     def misread(self, gaps: dict[str, Tensor]) -> list[str]:
         """Parameters with a site whose rows are other examples' in this batch than in the one that they were assigned on."""

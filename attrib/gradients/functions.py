@@ -84,6 +84,15 @@ def _normalised(function: Callable[..., Tensor], b: Bound) -> Tensor:
     return function(**{name: value for name, value in b.items() if name not in ("weight", "bias")})
 
 
+def unwritten(function: Callable[..., Any], args: Any, kwargs: Bound) -> tuple[Any, Bound]:
+    """The arguments of a call without the running statistics that it writes on its way, so that it may be made again: they
+    are read in no training pass."""
+    if function is not F.batch_norm:
+        return args, kwargs
+    bound = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+    return ((), {**bound, "running_mean": None, "running_var": None}) if bound.get("training") else (args, kwargs)
+
+
 def _norm_last(function: Callable[..., Tensor], names: tuple[str, ...]) -> Function:
     """Weights over the last dimensions: layer_norm, rms_norm."""
 
@@ -95,7 +104,7 @@ def _norm_last(function: Callable[..., Tensor], names: tuple[str, ...]) -> Funct
 
 
 def _norm_channel(function: Callable[..., Tensor], names: tuple[str, ...]) -> Function:
-    """Weights over dimension 1: group_norm, batch_norm with fixed statistics."""
+    """Weights over dimension 1: group_norm, batch_norm, whatever its statistics."""
 
     def weight(b: Bound, delta: Tensor, split: Split) -> Factor:
         return Dense(_channel_sum(split(delta * _normalised(function, b))))

@@ -33,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..autocast import Autocast, current
 from ..generators import random_state
-from .functions import FUNCTIONS
+from .functions import FUNCTIONS, unwritten
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class Call:
 class Site:
     """A call where weights meet data: its output's shape, place in the autograd graph and, on request, value.
 
-    volatile: which of its rows are whose may differ from batch to batch of one shape.
+    volatile: which of its rows are whose may differ from batch to batch of one shape. mixed: rows of the data had met other
+    rows of it by then.
     """
 
     call: Call
@@ -86,6 +87,7 @@ class Site:
     edge: GradientEdge
     value: Tensor | None = None
     volatile: bool = False
+    mixed: bool = False
 
 
 class SiteTracer(TorchFunctionMode):
@@ -123,7 +125,7 @@ class SiteTracer(TorchFunctionMode):
         if func in _COMPOSITES:
             with self:
                 return _COMPOSITES[func](*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = tree_flatten(unwritten(func, args, kwargs))
         tensors = [(i, t) for i, t in enumerate(leaves) if isinstance(t, Tensor)]
         weights = {i: self._weights[t] for i, t in tensors if t in self._weights}
         self._meet(t for i, t in tensors if i not in weights)
@@ -175,7 +177,7 @@ class SiteTracer(TorchFunctionMode):
                 value = t.detach().clone() if self._values else None
                 if self._keep:
                     t.register_hook(partial(self._note_gradient, len(self.sites)))
-                self.sites.append(Site(this, t.shape, get_gradient_edge(t), value, volatile))
+                self.sites.append(Site(this, t.shape, get_gradient_edge(t), value, volatile, self.mixed))
             else:
                 names = frozenset().union(*(w.names for w in call.weights.values()))
                 self._weights[t] = Weight(t, names, this)

@@ -106,6 +106,15 @@ def factors_of(reached: Reached, name: str, size: int) -> list[Factor] | None:
     return found
 
 
+def sites_of(reached: Reached) -> dict[str, Reached]:
+    """Parameter -> its sites."""
+    found: dict[str, Reached] = {}
+    for at in reached:
+        for name in names_of(at[0]):
+            found.setdefault(name, []).append(at)
+    return found
+
+
 def rows_of(found: Sequence[Factor]) -> Tensor | float:
     """(B, entries), 0.0 where there is no site."""
     return sum((factor.rows() for factor in found), 0.0)

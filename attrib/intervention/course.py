@@ -180,6 +180,11 @@ class Course:
 
     def _weights(self, step: int, losses: Tensor, ids: np.ndarray) -> Tensor:
         """w (B,): see above."""
+        if losses.dim() == 0:
+            raise ReplayError(
+                f"an objective has no losses to be changed: got a number, expected one per example (B,), at step {step}. "
+                f"Replay without a hook `loss`, such as Reweight; Drop takes examples out of the batch."
+            )
         free = losses.detach().to(self.run.dtype).requires_grad_()
         changed = free
         for change in self.interventions:

@@ -65,7 +65,7 @@ def replay(
         >>> again = attrib.replay(run, 500, grown, model=model, loss=loss, store="again.zarr")  # doctest: +SKIP
     """
     course = prepare(run, start, interventions, Loop(uncompiled(model), loss, until, backward, batches))
-    options = {"constants": "values" if run.constants() else "digest", **options}  # as they were recorded
+    options = {**_recorded(run), **options}
     check_record(course, store, options.get("capture", "replay"))
 
     def penalty(model: nn.Module) -> Tensor:
@@ -81,6 +81,11 @@ def replay(
         for step in tqdm(course.steps, desc="replay", unit="step", delay=2, disable=not progress):
             random = course.step(step, random, recorder)
     return open_run(store)
+
+
+def _recorded(run: Run) -> dict[str, Any]:
+    """The options that a replay is recorded with unless other ones are passed."""
+    return {"constants": "values" if run.constants() else "digest", "shares": run.definition}
 
 
 def retrain(

@@ -205,6 +205,7 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         "path": attrs.get("path", ""),
         "computed in": attrs.get("dtype", ""),
         "capture": attrs.get("capture", ""),
+        "shares": f"by {attrs['shares']}: {attrs['share']}" if "share" in attrs else "",
         "run": attrs.get("run", ""),
         "recorded": attrs.get("recorded", ""),
         "written with": versions,

@@ -1,0 +1,200 @@
+"""RowGradients: shares by rows, the second definition of a share.
+
+    total     sum_i g_i                   (P,)         one backward pass, and each site's own
+    contract  <U_q, g_{i,k}>              (Q, B, K)    one backward pass to the sites, for all groups
+    rows      g_i                         (B, P)
+    factors   g_i                                      in the form the layers give it
+
+with g_i the part of the gradient of a scalar objective that flows through the rows of example i. It sums to the gradient of
+any objective, coupled or not, and is that of the example's own loss where losses are independent. The batch is worked
+through whole. The same questions as of `ExampleGradients`, and the same answers there.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..autocast import Autocast
+from ..batch import Batch
+from ..functional import Functional
+from ..generators import generators, random_state
+from ..kernels.factors import Dense, Factor
+from ..layout import Layout
+from ..program import Programs
+from ..program import kind_of as kind_of_inputs
+from .assignment import Trace, calls_of
+from .checks import check_finite, refuse_written_buffers
+from .owners import Owners
+from .terms import Reached, Term, contract, factors_of, rows_of, sites_of, terms_at
+from .through import RowVector, flowed
+
+log = logging.getLogger("attrib")
+
+
+class RowGradients:
+    """Shares by rows of `loss(model, *batch)`, which returns one loss per example (B,), or a scalar.
+
+    Args: as of `ExampleGradients`; slices: of no account.
+    """
+
+    coupled = True  # a batch is never cut
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        model: nn.Module,
+        layout: Layout,
+        dtype: torch.dtype,
+        slices: int | None = None,
+        autocast: Autocast | None = None,
+    ) -> None:
+        refuse_written_buffers(model)
+        self.layout = layout
+        self._loss = Functional(model, loss, layout, dtype, autocast)
+        self.vector = RowVector(self._loss, layout)
+        self._programs, self._factor, self._said = Programs(), 1.0, set[str]()
+
+    def at(self, active: frozenset[str], factor: float = 1.0) -> "RowGradients":
+        """The same at a step where these parameters have a gradient, of `factor` times the loss; what is learnt of it is
+        shared."""
+        other = copy(self)
+        other._loss, other._factor = self._loss.times(factor), factor
+        other.vector = self.vector.at(active, other._loss)
+        return other
+
+    @property
+    def coarse(self) -> bool:
+        """Whether a pass rounds to less than single precision on its way."""
+        return self._loss.coarse
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What a pass rounds to on its way."""
+        return self._loss.precision
+
+    @property
+    def active(self) -> frozenset[str]:
+        """Names of the parameters that have a gradient at the step, all at first; the others' shares are zero."""
+        return self.vector.active
+
+    def total(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(P,), batch -> losses (B,) or objective (1,), sum of all shares (P,)."""
+        batch = Batch.of(batch)
+        return self.gradient(theta, batch, torch.ones(batch.size, dtype=theta.dtype, device=theta.device))
+
+    def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(P,), batch, v (B,) -> losses (B,) or objective (1,), the sum of the shares times v (P,), by no closed form."""
+        losses, found = self.vector.gradient(theta, Batch.of(batch), weights)
+        return losses, self.layout.flatten(found.values())
+
+    def hvp(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
+        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the objective, over all parameters."""
+        return torch.stack([*map(self._loss.hessian(theta, *Batch.of(batch).args), directions)])
+
+    def contract(
+        self, theta: Tensor, batch: Batch, directions: Tensor, groups: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(P,), batch, U (Q, P) -> losses (B,) or objective (1,), <U_q, g_i> per parameter tensor, (Q, B, K) float64. All
+        tensors are told apart, whatever their groups."""
+        batch, start = Batch.of(batch), generators()
+        named = self.layout.unflatten(directions.to(theta.dtype))
+        number = {name: k for k, name in enumerate(self.layout.names)}
+        shape = len(number), len(directions), batch.size
+        products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
+        losses, terms, slow = self._terms(theta, batch, named)
+        for term in terms:
+            products[number[term.name]] += contract(term, named[term.name])
+        if slow:
+            with random_state(start):
+                along = self.vector.along(theta, batch, named, [[name] for name in slow])[1]
+            for g, name in enumerate(slow):
+                products[number[name]] = along[..., g]
+        return losses, products.permute(1, 2, 0)
+
+    def rows(self, theta: Tensor, batch: Batch) -> Tensor:
+        """(P,), batch -> the share of each example, (B, P)."""
+        batch = Batch.of(batch)
+        found = self.factors(theta, batch)
+        out = theta.new_zeros(batch.size, self.layout.size)
+        for name, part in self.layout.slices():
+            out[:, part] = rows_of(found[name])
+        return out
+
+    def factors(self, theta: Tensor, batch: Batch) -> dict[str, list[Factor]]:
+        """(P,), batch -> of each parameter the factors that sum to its shares; written out where there are none."""
+        batch, start = Batch.of(batch), generators()
+        with self.vector.flow(theta, batch) as flow:
+            found = self._factored(flow.reached, flow.owners, batch.size)
+        missing = [name for name in self.layout.names if name not in found]
+        if missing:
+            with random_state(start):
+                rows = list(self.vector.rows(theta, batch, missing))
+            found |= {name: [Dense(torch.stack([row[name] for row in rows]))] for name in missing}
+        return {name: found[name] for name in self.layout.names}
+
+    def watched(
+        self, theta: Tensor, batch: Batch, trace: Trace, deltas: list[Tensor | None]
+    ) -> dict[str, list[Factor]] | None:
+        """`factors` from a pass that was made already: its sites and the gradients of their outputs, whatever reduction
+        they have in them. None where they do not say it all."""
+        owners = self.vector.known(trace)
+        if owners is None or owners.calls != calls_of(trace):
+            return None
+        found = self._factored(owners.reached(trace, deltas), owners, batch.size)
+        return found if len(found) == len(self.layout.names) else None
+
+    def rows_at_once(self) -> int:
+        """A batch is not cut."""
+        raise NotImplementedError
+
+    def _factored(self, reached: Reached, owners: Owners, size: int) -> dict[str, list[Factor]]:
+        """Of the parameters that have closed forms at all their sites."""
+        at, out = sites_of(reached), {}
+        for name in self.layout.names:
+            found = None if name in owners.slow else factors_of(at.get(name, []), name, size)
+            if found is not None:
+                out[name] = found
+        return out
+
+    def _terms(
+        self, theta: Tensor, batch: Batch, directions: dict[str, Tensor]
+    ) -> tuple[Tensor, list[Term], list[str]]:
+        """Losses, terms of all sites, and the parameters that go by the truth; from a traced graph once there is one."""
+        moving, count = [n for n in self.layout.names if n in self.active], len(self.layout.names)
+        known: list[Owners] = []  # from the call that comes before tracing
+
+        def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], list[str]]:
+            named = zip(self.layout.names, inputs[:count], strict=True)
+            parameters = {n: p.detach().requires_grad_(n in self.active) for n, p in named}
+            along = dict(zip(moving, inputs[count : count + len(moving)], strict=True))
+            given = batch.with_tensors(inputs[count + len(moving) :])
+            with self._loss.bound(parameters) as held:
+                trace = self.vector.follow(held, given, checked=not known)
+                if not known:
+                    known.append(self.vector.owners(theta, batch, trace))
+                (owners,) = known
+                along = {name: u for name, u in along.items() if name not in owners.slow}
+                flow = flowed(trace, owners)
+                found = [term for at in flow.reached for term in terms_at(*at, along, batch.size)]
+            return trace.losses.detach(), found, sorted(owners.slow)
+
+        parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
+        inputs = [*parameters, *(directions[n] for n in moving), *batch.tensors]
+        kind = kind_of_inputs(inputs), self.active, batch.kind, self._factor
+        run = function(inputs) if batch.numbers else self._programs(kind, function, inputs)  # they may anneal
+        losses, terms, slow = run
+        self._note(slow)
+        return check_finite(losses), terms, slow
+
+    def _note(self, slow: Sequence[str]) -> None:
+        """Once, what is slow."""
+        if new := [name for name in slow if name not in self._said]:
+            self._said.update(new)
+            log.warning(
+                "the row shares of %d of %d tensors are slow, first of %r: they are not had from the layers in closed form, "
+                "but call by call, for one example at a time",
+                *(len(new), len(self.layout.names), new[0]),
+            )
