@@ -18,7 +18,7 @@ from .shares import Contributions, Split
 from .steps import RecordedStep
 from .tally import Tally
 
-UPDATES = ("update_remainder",)  # rows that stand on the step that moved the parameters
+UPDATES = ("update_remainder", "buffers")  # rows that stand on the step that moved the parameters
 OWN = "the gradient of the example's own loss"  # what a share is in a result
 COUPLED = f"{OWN}; the losses of a batch depend on each other, so it goes through what the other examples do to it, too"
 
