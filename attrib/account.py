@@ -18,7 +18,7 @@ from .shares import Contributions, Split
 from .steps import RecordedStep
 from .tally import Tally
 
-UPDATES = ("update_remainder",)  # rows that stand on the step that moved the parameters
+UPDATES = ("update_remainder", "buffers")  # rows that stand on the step that moved the parameters
 
 
 def share_bound(recorded: torch.dtype, computed: torch.dtype) -> float:

@@ -3,6 +3,8 @@
     Gbar_s                       path gradient: <Gbar_s, Delta_s> = m(theta_{s+1}) - m(theta_s)
     U_s, carry                   the update pulled back: sensitivity of m(theta_T) to the gradient of step s
     decay, timeline              what weight decay and a penalty did; what the step's update did
+    buffers                      what the step's change of the running statistics did: <Gbar_s, b_{s+1} - b_s>, Gbar_s and
+                                 the measurement being those of (theta, b)
     what is left of the carry, times the momentum before the first step: inherited
 
 The adjoint of theta starts afresh at every step, so the path gradients of all steps can be had at once; only the carry, the
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .buffers import owners, with_buffers
 from .layout import Layout
 from .optim import Segments, decay_rates, entrywise_decay, explained, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
@@ -43,7 +46,8 @@ class Prepared(NamedTuple):
     """Of n steps: the vectors (n, Q, P) float64 that are pulled back, Gbar, None once they are; the coefficients of the
     updates; what goes along the vectors, None where they are not known yet; the measurement at both ends
     (n, Q); the rates of decay (n, 2, K); where it was looked at, the limit; and what decay that is coupled entry by entry
-    added, (n, Q, K); missed (n, P): see `Steps`, and what it adds along the carry, (n, Q, K)."""
+    added, (n, Q, K); missed (n, P): see `Steps`, and what it adds along the carry, (n, Q, K); and where training changes
+    buffers b, <Gbar_b, their change> (n, Q, K)."""
 
     vectors: Tensor | None
     coefficients: list[Segments]
@@ -55,6 +59,7 @@ class Prepared(NamedTuple):
     entrywise: np.ndarray | None = None
     missed: Tensor | None = None
     along_carry: np.ndarray | None = None
+    buffers: np.ndarray | None = None
 
 
 class Pulled(NamedTuple):
@@ -98,18 +103,19 @@ class Accounting:
         return self.measured.steps_at_once()
 
     def begin(self) -> Adjoint:
-        size = self.measured.count, self.measured.layout.size
+        size = self.measured.count, self.measured.parameters.size
         return Adjoint(torch.zeros(size, dtype=torch.float64, device=self.measured.example.device))
 
     def prepare(self, steps: Steps) -> Prepared:
-        theta = steps.theta.to(self.measured.example.device)
-        limit = self.limit(steps, theta)
-        path = self.integrated(theta)
-        vectors = path.gradient.double()
-        along = along_updates(self.measured.layout, vectors, steps)
+        states = with_buffers(steps.theta, steps.buffers).to(self.measured.example.device)
+        limit = self.limit(steps, states)
+        path = self.integrated(states)
+        vectors, buffers = self.parted(path.gradient.double(), steps)
+        along = along_updates(self.measured.parameters, vectors, steps)
         coefficients = [segments for segments, _ in steps.updates]
         start, end = (t.double().cpu().numpy() for t in (path.start, path.end))
-        return Prepared(vectors, coefficients, along, start, end, self.rates(coefficients), limit, missed=steps.missed)
+        rates, missed = self.rates(coefficients), steps.missed
+        return Prepared(vectors, coefficients, along, start, end, rates, limit, missed=missed, buffers=buffers)
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         assert prepared.vectors is not None
@@ -123,7 +129,7 @@ class Accounting:
         return self.summed(steps, p.along, p.along.moved, p, products)
 
     def inherited(self, steps: Steps, adjoint: Adjoint) -> np.ndarray:
-        return over_tensors(self.measured.layout, adjoint.state * steps.momentum.to(adjoint.state.device))
+        return over_tensors(self.measured.parameters, adjoint.state * steps.momentum.to(adjoint.state.device))
 
     # what a sensitivity of the same optimizers shares
 
@@ -137,16 +143,29 @@ class Accounting:
             return backwards[0]
         return PathGradient(*map(torch.cat, zip(*backwards[::-1], strict=True)))
 
+    def parted(self, vectors: Tensor, steps: Steps) -> tuple[Tensor, np.ndarray | None]:
+        """Vectors (n, Q, P + E): those along the parameters, (n, Q, P), and what the buffers' changes do along the rest,
+        (n, Q, K), each at the tensor that it stands with; None where no buffer moves."""
+        layout, buffers = self.measured.parameters, self.measured.buffers
+        if not buffers.names:
+            return vectors, None
+        moved = steps.buffers.double().diff(dim=0).to(vectors.device)
+        each = over_tensors(buffers, vectors[..., layout.size :] * moved[:, None])
+        found = np.zeros((*each.shape[:2], len(layout.names)))
+        for n, owner in enumerate(owners(layout, buffers)):
+            found[..., owner] += each[..., n]
+        return vectors[..., : layout.size].contiguous(), found
+
     def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor) -> "Pulled":
         """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P)."""
         backwards, decays, missed = [], [], []
         for n in reversed(range(len(prepared.coefficients))):
             here = [segment.to(carry.device) for segment in prepared.coefficients[n]]
             if prepared.missed is not None:
-                missed.append(over_tensors(self.measured.layout, carry * prepared.missed[n].to(carry)))
+                missed.append(over_tensors(self.measured.parameters, carry * prepared.missed[n].to(carry)))
             sensitivity, carry = pullback(here, carry, vectors[n])
             backwards.append(sensitivity)
-            decays.append(entrywise_decay(here, self.measured.layout, sensitivity, partial(_before, steps, n)))
+            decays.append(entrywise_decay(here, self.measured.parameters, sensitivity, partial(_before, steps, n)))
         several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
         return Pulled(several, carry, _stacked(decays[::-1]), np.stack(missed[::-1]) if missed else None)
 
@@ -159,7 +178,7 @@ class Accounting:
 
     def rates(self, coefficients: list[Segments]) -> np.ndarray:
         """Of decay, (n, 2, K)."""
-        return np.stack([decay_rates(segments, len(self.measured.layout.names)) for segments in coefficients])
+        return np.stack([decay_rates(segments, len(self.measured.parameters.names)) for segments in coefficients])
 
     def summed(self, steps: Steps, along: Along, timeline: np.ndarray, prepared: Prepared, products: Products) -> Terms:
         """along: what goes along the vectors that are pulled back. timeline (n, Q, K): the changes of the measurement."""
@@ -167,11 +186,15 @@ class Accounting:
         decay = p.rates[:, None, 0] * products.theta - p.rates[:, None, 1] * along.theta
         decay = decay if p.entrywise is None else decay + p.entrywise
         decay = decay if products.penalty is None else decay + products.penalty
+        timeline = timeline if p.buffers is None else timeline + p.buffers
         off, moved, changed = along.moved - along.replayed, np.abs(along.moved).sum(2), np.abs(timeline).sum(2)
         # each gap relative to the gross size of what is summed, so that cancellation does not blow it up
         gross = changed + np.abs(p.start) + np.abs(p.end)
         rows = {"decay": decay, "timeline": timeline}
         sums = {"gross": np.abs(decay).sum(2), "rounding": off.sum(2), "spacing": eps * along.leverage}
+        if p.buffers is not None:
+            rows["buffers"] = p.buffers
+            sums["gross"] = sums["gross"] + np.abs(p.buffers).sum(2)
         step = relative(np.abs(along.off).max(2), np.maximum(moved, eps**0.5 * along.leverage))
         off = off if p.along_carry is None else off + p.along_carry
         if self.unmodelled:  # what no rule explains, rounding among it, is a row

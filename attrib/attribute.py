@@ -20,8 +20,9 @@ from .account import Account, Losses, share_bound
 from .accounting import Accounting
 from .averaged import Averaged, Averages
 from .budget import Budget, Sizes, divide, divide_ahead
+from .buffers import with_buffers
 from .constants import wide
-from .errors import Interrupted, MeasurementError, WorkerError
+from .errors import Interrupted, WorkerError
 from .executor import Pool, pool_of
 from .functional import differentiable, uncompiled
 from .interrupt import interruptible
@@ -31,6 +32,7 @@ from .matching import check_model
 from .measure import Average, Measurement, OfAverage
 from .path import Measured, Path, Secant
 from .plan import sizes_of
+from .query import query_of
 from .result import IDENTITIES as RESULT_IDENTITIES
 from .result import Result, join
 from .run import Run
@@ -171,8 +173,9 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
         average, measurement = measurement.average, measurement.measurement
         averages = Averages(run, average, window.stop)
     final = run.vector(window.stop) if averages is None else averages.last.to(run.dtype)
+    final = with_buffers(final, run.trajectory.buffers.vectors(window.stop, window.stop)[0])
     final = final.to(next(model.parameters()).device)
-    query = _query(run, model, measurement, options.dtype, final)
+    query = query_of(run, model, measurement, options.dtype, final, window)
     labels, member = group_tensors(run.layout.names, options.groups)
     sizes = {"step": len(window), "example": len(run.numbers), "group": len(labels)}
     kept = choose(options.keep, query.count, sizes)
@@ -276,21 +279,6 @@ def _interrupted(result: Result, asked: int) -> Interrupted:
 
 
 # what was asked
-
-
-def _query(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None, theta: Tensor) -> Measured:
-    """In float64 unless asked otherwise; in the run's type where a callable's own tensors leave no choice."""
-    try:
-        return Measured(model, measurement, run.layout, dtype or torch.float64, theta)
-    except MeasurementError as error:
-        if dtype is not None or run.dtype == torch.float64:
-            raise
-        try:
-            found = Measured(model, measurement, run.layout, run.compute, theta)
-        except MeasurementError:
-            raise error from None
-        log.info("the measurement is computed in %s, the type of its own tensors", run.compute)
-        return found
 
 
 def _sensitivity(

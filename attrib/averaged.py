@@ -11,7 +11,8 @@
                                                              a window: with the momentum from before, `inherited`
 
 The average is linear in the updates, so all terms add up as they do without it. `timeline` is what each move of the average
-itself did. States of the average are kept in float64: an average of float32 numbers is none.
+itself did. States of the average are kept in float64: an average of float32 numbers is none. Buffers that training changes
+are the model's own at every state.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .accounting import Accounting, Prepared, along_updates, over_tensors
+from .buffers import with_buffers
 from .measure import Average
 from .run import Run
 from .sensitivity import Adjoint, Products, Terms, Traced, along_tensors
@@ -123,14 +125,15 @@ class Averaged:
     def prepare(self, steps: Steps) -> tuple[Prepared, np.ndarray]:
         """The path gradients between the states of the average, and its own moves along them (n, Q, K)."""
         measured = self.accounting.measured
-        states = self.averages.at(steps).to(measured.example.device)
+        states = with_buffers(self.averages.at(steps), steps.buffers).to(measured.example.device)
         path = self.accounting.integrated(states)
-        vectors = path.gradient.double()
-        (timeline,) = along_tensors(measured.layout, vectors, lambda part: [states[1:, part] - states[:-1, part]])
+        vectors, buffers = self.accounting.parted(path.gradient.double(), steps)
+        (timeline,) = along_tensors(measured.parameters, vectors, lambda part: [states[1:, part] - states[:-1, part]])
         coefficients = [segments for segments, _ in steps.updates]
         start, end = (t.double().cpu().numpy() for t in (path.start, path.end))
         limit, rates = self.accounting.limit(steps, states), self.accounting.rates(coefficients)
-        return Prepared(vectors, coefficients, None, start, end, rates, limit, missed=steps.missed), timeline
+        missed = steps.missed
+        return Prepared(vectors, coefficients, None, start, end, rates, limit, missed=missed, buffers=buffers), timeline
 
     def scan(self, steps: Steps, prepared: Any, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         p, timeline = prepared
@@ -146,11 +149,11 @@ class Averaged:
 
     def terms(self, steps: Steps, traced: Traced, products: Products) -> Terms:
         p, timeline = traced.prepared
-        along = along_updates(self.accounting.measured.layout, p.vectors, steps)
+        along = along_updates(self.accounting.measured.parameters, p.vectors, steps)
         return self.accounting.summed(steps, along, timeline, p, products)
 
     def inherited(self, steps: Steps, adjoint: Adjoint) -> np.ndarray:
         assert adjoint.theta is not None
         ahead = (steps.theta[0].double() - self.averages.at(steps)[0]).to(adjoint.theta.device)
-        layout = self.accounting.measured.layout
+        layout = self.accounting.measured.parameters
         return self.accounting.inherited(steps, adjoint) + over_tensors(layout, adjoint.theta * ahead)

@@ -1,6 +1,7 @@
 """A function of a module, as a pure function of its trainable parameters.
 
-The caller's module comes back as it was: parameters are handed in by name, buffers and frozen parameters are copies.
+The caller's module comes back as it was: parameters are handed in by name, frozen ones too, and buffers as copies, which a
+pass may write to.
 """
 
 import sys
@@ -159,6 +160,9 @@ class Functional:
         cast_ones = {n: t if self._as_trained else cast(t, dtype) for n, t in constants}
         # frozen parameters may be large, and no model writes to them; should one, it is noticed
         self._constants = {n: t if n in own else t.clone() for n, t in cast_ones.items()}
+        self._frozen = [n for n in self._constants if n in own]
+        self._written_to = frozenset(name for name, _ in model.named_buffers())  # or may be
+        self.buffers: dict[str, Tensor] = {}  # those that `holding` was given
         self._versions = self._now()
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
@@ -182,6 +186,14 @@ class Functional:
         """The function times a number."""
         other = copy(self)
         other._factor = factor
+        return other
+
+    def holding(self, buffers: Mapping[str, Tensor]) -> "Functional":
+        """The function of a model that holds these buffers, by name: those of the step it is evaluated at."""
+        if not buffers:
+            return self
+        other = copy(self)
+        other.buffers = {n: t if self._as_trained else cast(t, self.dtype) for n, t in buffers.items()}
         return other
 
     def cast(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -232,12 +244,16 @@ class Functional:
         return product
 
     @contextmanager
-    def bound(self, parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    def bound(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
+    ) -> Iterator[dict[str, Tensor]]:
         """Within it the model holds the given parameters, so that a backward pass that runs parts of it again (activation
-        checkpointing) runs them with these. Yields the very tensors that it holds."""
+        checkpointing) runs them with these, and its buffers: copies, so that whoever writes to them (running statistics)
+        writes into nothing. buffers: in the place of those that it holds. Yields the very parameters that it holds."""
         self._versions = self._now()
         trained = {n: t.to(self.dtype) if is_low(self.dtype) else t for n, t in parameters.items()}
-        given = {**self._constants, **trained}
+        given = {**self._constants, **self.buffers, **(buffers or {}), **trained}
+        given |= {n: t.clone() for n, t in given.items() if n in self._written_to}
         held = {
             id(t): given[n] for n, t in (*self._model.named_parameters(), *self._model.named_buffers()) if n in given
         }
@@ -257,16 +273,29 @@ class Functional:
                 tensors[name] = t
 
     def _now(self) -> dict[str, int]:
-        return {name: t._version for name, t in self._constants.items()}
+        return {name: self._constants[name]._version for name in self._frozen}
 
     def check_constants(self) -> None:
-        """Raise ChangedOutsideError if a call wrote to a buffer: then it is not a function of the parameters."""
-        for name, t in self._constants.items():
-            if t._version != self._versions[name]:
+        """Raise ChangedOutsideError if a call wrote to a frozen parameter: then it is not a function of the others."""
+        for name, version in self._versions.items():
+            if self._constants[name]._version != version:
                 raise ChangedOutsideError(
-                    f"a buffer changes when the model runs: got a write to {name!r}, expected none. Put the module "
-                    f"that owns it into eval mode (running statistics couple examples and steps)."
+                    f"a frozen parameter changes when the model runs: got a write to {name!r}, expected none. Make it a "
+                    f"buffer of its module (register_buffer), which may be written to."
                 )
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever is written to the model's buffers within it, they are what they were behind it."""
+    held = [(module._buffers, name, t) for module in model.modules() for name, t in module._buffers.items()]
+    for named, name, t in held:
+        named[name] = None if t is None else t.clone()
+    try:
+        yield
+    finally:
+        for named, name, t in held:
+            named[name] = t
 
 
 @contextmanager

@@ -38,6 +38,10 @@ class Layout:
     def _slices(self) -> tuple[tuple[str, slice], ...]:
         return tuple(zip(self.names, itertools.starmap(slice, itertools.pairwise(self.bounds.tolist())), strict=True))
 
+    def followed(self, other: "Layout") -> "Layout":
+        """This one with the tensors of another behind it."""
+        return Layout(self.names + other.names, self.shapes + other.shapes) if other.names else self
+
     def slices(self) -> Iterable[tuple[str, slice]]:
         """Of each tensor its name and its part of the vector."""
         return self._slices

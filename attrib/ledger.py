@@ -1,6 +1,7 @@
 """The ledger: initial + examples + decay + inherited + residual = final, per query, and the five identities of the run.
 
-Where there is a remainder, or an update that no rule explains, it has a column of its own before the residual.
+Where there is a remainder, an update that no rule explains, or buffers that training changes, they have a column of their
+own before the residual.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ TERMS = (
     "inherited",
     "remainder",
     "update_remainder",
-)  # what is no example's; of the last two, those there are
+    "buffers",
+)  # what is no example's; of the last three, those there are
 SHARE = {  # what a share is, and is not
     "example": "what each example's own loss asked for, not what passed through its rows of the batch",
     "rows": "what passed through each example's rows of the batch, not what its own loss asked for where losses depend on "

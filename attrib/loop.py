@@ -90,6 +90,7 @@ def header_of(loop: Loop, options: RecordOptions) -> dict[str, Any]:
         "recorded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "training": [],
         "factors": None,
+        "buffers": [],
         "settled": settled_facts(Settled()),
     }
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .announced import AnnouncedBatch, Announcements
+from .buffers import packed
 from .capture import Announced, Capture, Captured, CaptureOptions, Settled, Step
 from .checks import Guard, check_gradient, names_of
 from .constants import to_array, wide
@@ -137,7 +138,7 @@ class Recorder(Wrapper):
         weakref.finalize(self, self._writer.drop).atexit = False
 
     def _begun(self, store: Any, loop: Loop, resumed: Resumed | None) -> Writer:
-        options, values = self._options, self._guard.constants.values()
+        options, values = self._options, {**self._guard.constants, **self._guard.buffers.before}.values()
         constants = [to_array(t) for t in values] if options.constants == "values" else []
         replaces = options.overwrite or options.resume  # what is there with resume=True, if anything, has no step
         reopened = None if resumed is None else resumed.reopened
@@ -243,7 +244,8 @@ class Recorder(Wrapper):
         captured = self._capture.take(step)
         record = self._recorded(step, captured, announced)
         if step.number == 0:
-            self._writer.update_header(training=self._guard.training(), factors=captured.settled.described)
+            found = {"factors": captured.settled.described, "buffers": list(step.buffers)}
+            self._writer.update_header(training=self._guard.training(), **found)
         with self._writer.ready(record), shielded():  # from Ctrl-C: a step that is made is recorded
             moved = time.perf_counter()
             with torch.no_grad():
@@ -255,7 +257,8 @@ class Recorder(Wrapper):
             self._writer.update_header(settled=settled_facts(self._settled))
             self._forget()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
-            self._writer.append(record._replace(log=log), to_array(after))
+            buffers = packed(self._guard.buffers.before)
+            self._writer.append(record._replace(log=log, buffers=buffers), to_array(after))
         self._left = time.perf_counter()
 
     def _forget(self) -> None:
@@ -277,7 +280,8 @@ class Recorder(Wrapper):
         named = zip(self._layout.names, self._parameters, strict=True)
         active = frozenset(name for name, p in named if p.grad is not None)
         dtype = wide(theta.dtype)
-        return Step(number, theta.to(dtype), gradient.to(dtype), active, passes, self._settled)
+        buffers = self._guard.buffers.before
+        return Step(number, theta.to(dtype), gradient.to(dtype), active, passes, self._settled, buffers)
 
     def _recorded(self, step: Step, captured: Captured, announced: Sequence[AnnouncedBatch]) -> StepRecord:
         """The record of a step before it is made."""
@@ -293,6 +297,7 @@ class Recorder(Wrapper):
             log=captured.log,
             shares=captured.shares,
             penalty=None if captured.penalty is None else to_array(captured.penalty),
+            buffers=packed(step.buffers),
         )
 
     def _array(self, vector: Tensor) -> np.ndarray:

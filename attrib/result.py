@@ -58,7 +58,7 @@ class Result:
 
     dataset: xarray.Dataset with initial, final, residual, rounding, spacing, gross (query);
         decay (query, step, group); inherited (query, group); where there is one, remainder (query, step, group) and
-        update_remainder (query, update_step, group);
+        update_remainder and buffers (query, update_step, group);
         timeline (query, update_step, group); curve (query, state); one array per kept marginal; the identities by step.
     """
 
@@ -101,6 +101,12 @@ class Result:
         """(query, update_step, group): what updates held beyond what their rule makes of the gradients; zeros where a rule
         makes all of it."""
         return self._row("update_remainder", self.timeline())
+
+    @property
+    def buffers(self) -> xr.DataArray:
+        """(query, update_step, group): what changes of buffers did that training made (running statistics), each at the
+        group of its module's parameters; zeros where it made none."""
+        return self._row("buffers", self.timeline())
 
     def _row(self, name: str, like: xr.DataArray) -> xr.DataArray:
         return self.dataset[name] if name in self.dataset else xr.zeros_like(like).rename(name)
@@ -171,7 +177,7 @@ class Result:
         return str(self.dataset.attrs.get("units", ""))
 
     def timeline(self) -> xr.DataArray:
-        """(query, update_step, group): the change that each step's update made, decay and momentum included.
+        """(query, update_step, group): the change that each step's update made, decay, momentum and buffers included.
 
         The other clock: it sums to final - initial as `by` does with its terms, but stands on the step that moved the
         parameters, not on the one whose batch supplied the gradient.
@@ -236,9 +242,9 @@ class Result:
 
         Args:
             rtol: bound on |residual|, relative to the gross size of what is summed: the largest of |initial|, |final| and
-                the sum over steps and tensors of |contributions|, |decay| and |remainder|. On top of it, the part of the
-                residual that was measured to come from rounding the stored parameters (`dataset["rounding"]`) is allowed
-                for, as far as their spacing explains it; in float64 that is nothing.
+                the sum over steps and tensors of |contributions|, |decay|, |remainder| and |buffers|. On top of it, the part
+                of the residual that was measured to come from rounding the stored parameters (`dataset["rounding"]`) is
+                allowed for, as far as their spacing explains it; in float64 that is nothing.
 
         Raises:
             CompletenessError: with the worst query, its residual and the identity that is furthest off; also where a number

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .autocast import from_facts
 from .batch import Batch
+from .buffers import Buffers
 from .capture import Settled
 from .checks import Draws, Reduction
 from .constants import to_array
@@ -75,6 +76,7 @@ def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
         steps = int(reader.header["written_steps"])
         trajectory = Trajectory(reader, loop.rules, loop.layout)
         reopened, settled, passes = reopen(reader, held), _settled(reader), _passes(reader, loop, steps)
+        buffers = Buffers.of(reader).at(steps)
         looked = np.flatnonzero(~np.isnan(reader.fact("step_identity", slice(0, steps))))
         after = _moved(trajectory, loop, steps)  # last: until now nothing was changed
     except BaseException:
@@ -83,7 +85,7 @@ def resume(target: Any, loop: Loop, options: RecordOptions) -> Resumed | None:
         raise
     log.info("going on with the run at %s from step %d", reader.target, steps)
     set_generators(torch.from_numpy(reopened.generators.copy()))
-    loop.guard.resumed(reader.header["training"], after, loop.optimizer)
+    loop.guard.resumed(reader.header["training"], after, loop.optimizer, buffers)
     inspected = int(looked[-1]) if len(looked) else 0
     ids = np.dtype(object if "ids/span" in reader else np.int64)
     return Resumed(replace(reopened, after=to_array(after)), settled, inspected, after, passes, ids)
@@ -109,7 +111,7 @@ def _check(reader: Reader, loop: Loop, here: dict[str, Any]) -> None:
                 f"on with the same options, or record a new run."
             )
     for name, value in here["digests"].items():
-        if there["digests"][name] != value:
+        if there["digests"][name] != value and name not in there.get("buffers", ()):
             raise ModelMismatchError(
                 f"a buffer or frozen parameter is not the one that was recorded: got digest {value[2]}, expected "
                 f"{there['digests'][name][2]}, at {name!r}. Give it the value it had: run.load(model, 0) puts it in."

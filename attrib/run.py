@@ -148,13 +148,25 @@ class Run:
 
     def vector(self, step: int) -> Tensor:
         """(P,): all parameters of a step, 0 .. T, bit for bit."""
+        return self.trajectory.state(self._state(step))
+
+    def _state(self, step: int) -> int:
         if not -self.steps - 1 <= step <= self.steps:
             raise IndexError(f"no such state: got step {step}, expected 0 to {self.steps} of {self.reader.target}.")
-        return self.trajectory.state(step % (self.steps + 1))
+        return step % (self.steps + 1)
+
+    def whole(self, step: int) -> Tensor:
+        """(P + E,): what a measurement depends on at a step, 0 .. T: all parameters, then the floating buffers that move."""
+        return self.trajectory.whole(self._state(step))
 
     def parameters(self, step: int) -> dict[str, Tensor]:
         """Name -> tensor, the parameters that step `step` started from; T for the final ones. Bit for bit."""
         return self.layout.unflatten(self.vector(step))
+
+    def buffers(self, step: int) -> dict[str, Tensor]:
+        """Name -> tensor, the buffers that training changed (running statistics), as they were before step `step`; T for the
+        final ones. Bit for bit."""
+        return self.trajectory.buffers.at(self._state(step)) if self.trajectory.buffers else {}
 
     def shares(self, step: int) -> np.ndarray:
         """(B, P): the per-example gradient shares of a step, with capture="gradients"."""
@@ -192,7 +204,7 @@ class Run:
         return self.reader.fact(name, slice(0, self.steps))
 
     def load(self, model: nn.Module, step: int) -> None:
-        """Put the parameters of a step, and the recorded buffers and frozen parameters, into a model, bit for bit. Those of
+        """Put the parameters and buffers of a step, and the recorded frozen parameters, into a model, bit for bit. Those of
         which the run holds the digest only are left as they are.
 
         Raises:
@@ -202,7 +214,7 @@ class Run:
         model = uncompiled(model)
         check_model(self, model, values=False)
         held = dict([*model.named_parameters(), *model.named_buffers()])
-        values = {**self.parameters(step), **self.constants()}
+        values = {**self.parameters(step), **self.constants(), **self.buffers(step)}
         types = {name: getattr(torch, known.dtype) for name, known in self.digests.items()}
         for name, dtype in {**dict.fromkeys(self.groups, self.dtype), **types}.items():
             if held[name].dtype != dtype:
@@ -248,10 +260,12 @@ class Run:
         return from_facts(self.header["settled"]["autocast"])
 
     def constants(self) -> dict[str, Tensor]:
-        """Buffers and frozen parameters, by name; none where the run was recorded with constants="digest"."""
+        """Buffers that training does not change and frozen parameters, by name; none where the run was recorded with
+        constants="digest"."""
         return {
             name: to_tensor(self.reader.read(f"constants/{n}"), self.digests[name].dtype)
             for n, name in enumerate(self.header["constants"])
+            if name not in self.trajectory.buffers.known
         }
 
     def blocks(self, start: int, stop: int, backwards: bool = True) -> Iterator[Steps]:

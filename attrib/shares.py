@@ -216,8 +216,11 @@ class Shares:
         recorded, factor = step.passes[n], self._factors(step)[n]
         batch = self.run.inputs(recorded).map(lambda t: t.to(self._device))
         with training_modes(self._model, self.run.header["training"]), random_state(recorded.random):
-            yield self._gradients.at(step.active, factor), batch, factor
+            yield self._gradients.at(step.active, factor, self._buffers(step)), batch, factor
         torch.clear_autocast_cache()  # within a caller's autocast every rounded weight would be kept
+
+    def _buffers(self, step: RecordedStep) -> dict[str, Tensor]:
+        return {name: t.to(self._device) for name, t in self.run.buffers(step.number).items()}
 
     def _factors(self, step: RecordedStep) -> list[float]:
         count = len(step.passes)

@@ -222,6 +222,12 @@ class Steps:
         return self.block.theta[self._at.start : self._at.stop + 1]
 
     @property
+    def buffers(self) -> Tensor:
+        """(n + 1, E): the floating buffers that training changes, from the first step on; E = 0 where there are none."""
+        buffers = self.block.trajectory.buffers
+        return buffers.vectors(self.start, self.range.stop) if buffers else torch.zeros(len(self) + 1, 0)
+
+    @property
     def gradient(self) -> Tensor:
         """(n, P), as the optimizer saw it."""
         return self.block.gradient[self._at]

@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from .buffers import Buffers, with_buffers
 from .errors import ReplayError, StoreError
 from .layout import Layout
 from .optim import Rerun, Rules, resume
@@ -27,6 +28,7 @@ class Trajectory:
     def __init__(self, reader: Reader, rules: Rules, layout: Layout) -> None:
         self.reader, self.rules, self.layout = reader, rules, layout
         self.block, self._every = int(reader.header["block"]), int(reader.header["states_every"])
+        self.buffers = Buffers.of(reader)
         self.dtype: torch.dtype = getattr(torch, reader.header["dtype"])
         self._frame = max(self.block, self._every)
         blocks = self._frame // self.block
@@ -41,6 +43,13 @@ class Trajectory:
             return self.states(step, step)[0]
         return self._read("theta", -(-step // self._every)) if self.reader.complete else self.states(step - 1, step)[1]
 
+    def whole(self, step: int) -> Tensor:
+        """(P + E,): what a measurement depends on, the parameters and the floating buffers that training changes."""
+        return self._whole(self.state(step), step)
+
+    def _whole(self, theta: Tensor, step: int) -> Tensor:
+        return with_buffers(theta, self.buffers.vectors(step, step)[0]) if self.buffers else theta
+
     def states(self, first: int, stop: int, last: Tensor | None = None) -> Tensor:
         """(stop - first + 1, P). last: the state at `stop`, where it is known already."""
         if self._every == 1:
@@ -53,15 +62,15 @@ class Trajectory:
         return torch.stack(found[first - begin :])
 
     def each(self, states: Iterable[int]) -> Iterator[Tensor]:
-        """(P,) each, in ascending order. Those of a block stand in the same chunks, or are made in one go: they are had
-        together."""
+        """`whole` of each, in ascending order. Those of a block stand in the same chunks, or are made in one go: they are
+        had together."""
         for _, block in groupby(states, lambda step: min(step, self.reader.steps - 1) // self.block):
             first, *others = block
             if not others:
-                yield self.state(first)
+                yield self.whole(first)
                 continue
             several = self.states(first, others[-1])
-            yield from (several[step - first] for step in (first, *others))
+            yield from (self._whole(several[step - first], step) for step in (first, *others))
 
     def accumulators(self, first: int) -> dict[str, Tensor]:
         """Before the first step of a block, (P,) each."""

@@ -528,20 +528,6 @@ def test_reentrant_checkpointing_is_named_with_what_works(tmp_path: Path) -> Non
             recorder.step(torch.arange(SIZE), x, y)
 
 
-@pytest.mark.parametrize("mend", ["eval", "batch"])
-def test_what_is_advised_for_running_statistics_works(mend: str, tmp_path: Path) -> None:
-    norm = nn.BatchNorm1d(6).eval() if mend == "eval" else nn.BatchNorm1d(6, track_running_stats=False)
-    model = nn.Sequential(nn.Linear(4, 6), norm, nn.Linear(6, 3)).double()
-    x, y = data(0)
-    with attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, cross_entropy, tmp_path / "run") as recorder:
-        for _ in range(3):
-            recorder.zero_grad()
-            cross_entropy(model, x, y).mean().backward()
-            recorder.step(torch.arange(SIZE), x, y)
-    measured = attrib.measure.log_prob(*data(5, 3))
-    attrib.attribute(attrib.open_run(tmp_path / "run"), model, measured, loss=cross_entropy, progress=False).check(1e-9)
-
-
 @pytest.mark.parametrize("capture", ["gradients", "factors"])
 def test_stored_shares_of_a_converged_run_are_those_of_their_examples(capture: str, tmp_path: Path) -> None:
     """p.grad has cancelled to rounding: no scale can be had from it."""

@@ -149,7 +149,7 @@ class Capture:
         for announced in step.passes:
             factor = 1 / announced.batch.size / len(step.passes) if shares.coarse else 1.0
             start = heard.start if announced.random is None else announced.random
-            passes.append(PassTrial(announced.batch, start, shares.at(step.active, factor), factor))
+            passes.append(PassTrial(announced.batch, start, shares.at(step.active, factor, step.buffers), factor))
         trial = Trial(step, heard, tuple(passes), step.gradient, None)
         trial = late(trial) or trial if step.settled.late else trial
         penalty = self._options.penalty

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LossError
+from ..functional import buffers_kept
 
 
 def penalty_gradients(
@@ -16,7 +17,8 @@ def penalty_gradients(
     Raises:
         LossError: it is not a finite scalar.
     """
-    value = penalty(model)
+    with buffers_kept(model):
+        value = penalty(model)
     if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
         raise LossError(f"the penalty is not a number: got {value!r}, expected a finite scalar tensor.")
     moved = [p for p in parameters if p.grad is not None]

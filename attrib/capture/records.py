@@ -1,6 +1,6 @@
 """The records that go into a capture and come out of it, all frozen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,7 +67,7 @@ class Settled:
 @dataclass(frozen=True)
 class Step:
     """A step about to be made. theta (P,); gradient (P,), p.grad as the optimizer is going to see it; active: names of the
-    parameters that have one."""
+    parameters that have one. buffers: those that training changes, as they were when the step began."""
 
     number: int
     theta: Tensor
@@ -75,6 +75,7 @@ class Step:
     active: frozenset[str]
     passes: tuple[Announced, ...]
     settled: Settled
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from ..constants import Constant, constant_of
 from ..errors import ChangedOutsideError
 from ..functional import constants_of
 from ..layout import Layout
+from .moving import MovingBuffers
 
 
 class Place(NamedTuple):
@@ -21,6 +22,12 @@ class Place(NamedTuple):
     held: Any
     version: int | None
 
+    @property
+    def uncounted(self) -> bool:
+        """Whether it may be written to without its counter moving."""
+        constant = self.version is not None and not isinstance(self.held, nn.Parameter)
+        return constant and bool(self.held.is_floating_point())
+
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     """With NaN the same as NaN: what a step has spoilt nobody else has changed."""
@@ -30,7 +37,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 class Guard:
     """Remembers a model's parameters, the digests of its constants and its modes, and the parameters after each step.
 
-    A constant is looked at where another tensor stands in its place, or its version counter moved.
+    A constant is looked at where another tensor stands in its place, or its version counter moved; buffers of floating-point
+    numbers at every step, since torch's batch norm writes to them past the counter. buffers: those that training changes,
+    which are found at the first step.
 
     Raises:
         ValueError: a constant whose values cannot be had.
@@ -47,6 +56,7 @@ class Guard:
                 raise ValueError(
                     f"a buffer or frozen parameter cannot be stored: got {error}, expected a plain tensor, at {name!r}."
                 ) from error
+        self.buffers = MovingBuffers(model)
         self._modules = dict(model.named_modules())
         self._places = list(self._held(model))
         self._modes: list[bool] | None = None
@@ -57,14 +67,19 @@ class Guard:
         """Names of the modules in train mode."""
         return [name for name, module in self._modules.items() if module.training]
 
-    def resumed(self, training: Sequence[str], after: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Steps were made before: with these modules in train mode, and to these parameters (P,)."""
+    def resumed(
+        self, training: Sequence[str], after: Tensor, optimizer: torch.optim.Optimizer, buffers: Mapping[str, Tensor]
+    ) -> None:
+        """Steps were made before: with these modules in train mode, to these parameters (P,) and these buffers, which are
+        put into the model."""
         self._modes = [name in set(training) for name in self._modules]
+        self.buffers.put(buffers)
         self.stepped(after, optimizer)
 
     def stepped(self, after: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """The parameters (P,) that a step ended with, and the optimizer that made it."""
         self._after = after
+        self.buffers.stepped()
         states = optimizer.state.values()
         self._state = [(t, t._version) for state in states for t in state.values() if isinstance(t, Tensor)]
 
@@ -138,10 +153,15 @@ class Guard:
                         yield Place(name, holder, key, held, held._version if name in self.digests else None)
 
     def _check_places(self, step: int) -> None:
-        """Modules and parameters are those that were recorded, constants have their values."""
+        """Modules and parameters are those that were recorded, constants have their values; at the first step, buffers that
+        have others are those that move."""
+        moved: set[str] = set()
+        self.buffers.check(step)
         for n, place in enumerate(self._places):
             held = place.holder.get(place.key)
-            if held is place.held and (place.version is None or held._version == place.version):
+            if place.name in self.buffers:
+                continue
+            if held is place.held and (place.version is None or held._version == place.version) and not place.uncounted:
                 continue
             if place.version is None:
                 raise ChangedOutsideError(
@@ -157,8 +177,24 @@ class Guard:
                         f"attrib.record([one, other], ...); a part that stands still in a step has p.grad None. The step "
                         f"was refused."
                     )
-                raise ChangedOutsideError(
-                    f"a buffer or frozen parameter changed between steps: expected it constant, at {place.name!r}, step "
-                    f"{step}. Put the module that owns it into eval mode, or train it with this optimizer."
-                )
+                if self.buffers.names is None and isinstance(held, Tensor) and not isinstance(place.held, nn.Parameter):
+                    moved.add(place.name)
+                    continue
+                raise ChangedOutsideError(_changed(place, step))
             self._places[n] = place._replace(held=held, version=held._version)
+        if self.buffers.names is None:
+            self.buffers.found(moved)
+            self.buffers.check(step)
+
+
+def _changed(place: Place, step: int) -> str:
+    if isinstance(place.held, nn.Parameter):
+        return (
+            f"a buffer or frozen parameter changed between steps: expected it constant, at {place.name!r}, step {step}. "
+            f"Train it with this optimizer, or make it a buffer of its module (register_buffer). The step was refused."
+        )
+    return (
+        f"a buffer or frozen parameter changed between steps: expected a buffer to move from the first step on or never, at "
+        f"{place.name!r}, step {step}. Put it back (the module that owns it into eval mode), or close this run, which keeps "
+        f"the steps before, and record what follows as a new one. The step was refused."
+    )

@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..buffers import with_buffers
 from ..errors import ReplayError
 from ..intervention import Intervention, retrain
 from ..intervention.base import Window
@@ -87,8 +88,15 @@ def _measured(
     found = {}
     for state, trained in states:
         if state in at:
-            own = dict(trained.named_parameters())
-            found[state] = values(run.layout.flatten(own[name] for name in run.groups)).double().cpu().numpy()
+            own, buffers = (
+                dict([*trained.named_parameters(), *trained.named_buffers()]),
+                run.trajectory.buffers.floating,
+            )
+            theta = run.layout.flatten(own[name] for name in run.groups)
+            whole = (
+                with_buffers(theta, buffers.flatten(own[name] for name in buffers.names)) if buffers.names else theta
+            )
+            found[state] = values(whole).double().cpu().numpy()
         if state >= at[-1]:
             break
     return found
@@ -131,8 +139,8 @@ def ablate(
         ModelMismatchError, MeasurementError; ValueError: a pattern that names no parameter; IndexError: no such state.
     """
     values = values_of(run, model, measurement, dtype)
-    theta = run.vector(run.steps if state is None else state)
-    other = torch.zeros_like(theta) if to is None else run.vector(to)
+    theta = run.whole(run.steps if state is None else state)
+    other = torch.zeros_like(theta) if to is None else run.whole(to)
     named = {name: [name] for name in run.layout.names} if groups is None else groups
     slices, rows = dict(run.layout.slices()), []
     for name, patterns in named.items():

@@ -63,7 +63,7 @@ def connectivity(
         check_same(runs[0], run)
     values = values_of(runs[0], model, measurement, dtype)
     at = np.linspace(0, 1, positions)
-    vectors = [run.vector(state).double() for run, state in points.values()]
+    vectors = [run.whole(state).double() for run, state in points.values()]
 
     def loss(theta: torch.Tensor) -> np.ndarray:
         return values(theta.to(runs[0].compute)).double().cpu().numpy()

@@ -58,7 +58,8 @@ def curvature(
     values, vectors = np.zeros((len(chosen), count)), np.zeros((len(chosen), count, size))
     before = np.random.default_rng(0).normal(size=(count, size))  # the first guess; then the state before
     for n, state in enumerate(tqdm(chosen, desc="curvature", unit="state", delay=2, disable=not progress)):
-        product = _product(function, run.vector(state).to(device, dtype or run.compute), batch)
+        there = function.holding({name: t.to(device) for name, t in run.buffers(state).items()})
+        product = _product(there, run.vector(state).to(device, dtype or run.compute), batch)
         operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
         found, basis = eigsh(operator, k=count, which="LA", v0=before.sum(0), tol=TOLERANCE)
         order = np.argsort(-found)

@@ -17,7 +17,7 @@ from ..errors import ModelMismatchError
 from ..functional import uncompiled
 from ..kernels import lines
 from ..matching import check_model
-from ..path import Measured
+from ..query import measured_of
 from ..run import Run
 
 
@@ -58,7 +58,8 @@ def interpolate(
     points: int = 21,
     dtype: torch.dtype | None = None,
 ) -> xr.DataArray:
-    """A measurement along the straight line from a state of a run to a state of this or another.
+    """A measurement along the straight line from a state of a run to a state of this or another, buffers that training
+    changes (running statistics) along it too.
 
     Args:
         points: evenly spaced, both ends among them; at least 3.
@@ -72,7 +73,8 @@ def interpolate(
     if points < 3:
         raise ValueError(f"there is no line: got {points} points, expected at least 3, at interpolate.")
     check_same(run, other)
-    values, start, end = values_of(run, model, measurement, dtype), run.vector(state), other.vector(other_state)
+    values = values_of(run, model, measurement, dtype)
+    start, end = run.whole(state), other.whole(other_state)
     at = np.linspace(0, 1, points)
     found = [values(torch.lerp(start.double(), end.double(), float(t)).to(run.compute)).double() for t in at]
     return labelled(torch.stack(found).cpu().numpy(), {"position": at}, measurement)
@@ -89,11 +91,11 @@ def convexity_gap(line: xr.DataArray) -> xr.DataArray:
 
 
 def values_of(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """theta (P,) -> the measurement (Q,)."""
+    """A state (P + E,), as `run.whole` gives it -> the measurement (Q,)."""
     model = uncompiled(model)
     check_model(run, model)
     device = next(model.parameters()).device
-    query = Measured(model, measurement, run.layout, dtype or run.compute, run.vector(0).to(device))
+    query = measured_of(run, model, measurement, dtype or run.compute, run.whole(0).to(device))
     return lambda theta: query.values(theta.to(device))
 
 
@@ -112,7 +114,7 @@ def check_same(run: Run, other: Run) -> None:
             f"{run.layout.names} of {run.layout.shapes}, at {other.reader.target}."
         )
     for name, known in run.digests.items():
-        if other.digests.get(name) != known:
+        if other.digests.get(name) != known and name not in run.header.get("buffers", ()):
             raise ModelMismatchError(
                 f"the runs differ in a buffer or frozen parameter, so that no line of parameters joins them: got another "
                 f"value, at {name!r} of {other.reader.target}."

@@ -1,25 +1,13 @@
-"""What a loss and a model must be."""
+"""What a loss must be."""
 
 from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..batch import Batch
-from ..errors import ChangedOutsideError, LossError
-
-
-def refuse_written_buffers(model: nn.Module) -> None:
-    """Raise ChangedOutsideError for a module that writes running statistics: they change from step to step, and are not
-    recorded."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
-            raise ChangedOutsideError(
-                f"a module writes its running statistics while it trains: got {type(module).__name__} in train mode, "
-                f"expected buffers that stay as they are, at {name!r}. Build it with track_running_stats=False, to "
-                f"train on the statistics of each batch, or call model.get_submodule({name!r}).eval() before training."
-            )
+from ..errors import LossError
 
 
 def first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ size.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 
 import torch
@@ -30,7 +30,7 @@ from ..program import Programs
 from ..program import kind_of as kind_of_inputs
 from .along import LossVector, random_weights
 from .assignment import Assignment, Trace, calls_of, kind_of, ownership
-from .checks import check_losses, refuse_written_buffers
+from .checks import check_losses
 from .forms import Form, Forms
 from .mapped import agree, rows_by_vmap
 from .terms import Reached, Term, contract, factors_of, names_of, rows_of, sites_of, terms_at
@@ -61,18 +61,19 @@ class ExampleGradients:
         slices: int | None = None,
         autocast: Autocast | None = None,
     ) -> None:
-        refuse_written_buffers(model)
         self.layout = layout
         self._loss = Functional(model, loss, layout, dtype, autocast)
         self.vector = LossVector(self._loss, layout)
         self._forms = Forms(self._loss, self.vector, slices or slice_bytes(layout.size, dtype.itemsize))
         self._programs, self._factor = Programs(), 1.0
 
-    def at(self, active: frozenset[str], factor: float = 1.0) -> "ExampleGradients":
-        """The same at a step where these parameters have a gradient, of `factor` times the loss; what is learnt of it is
-        shared."""
+    def at(
+        self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None
+    ) -> "ExampleGradients":
+        """The same at a step where these parameters have a gradient and the model holds these buffers, of `factor` times the
+        loss; what is learnt of it is shared."""
         other = copy(self)
-        other._loss, other._factor = self._loss.times(factor), factor
+        other._loss, other._factor = self._loss.times(factor).holding(buffers or {}), factor
         other.vector = self.vector.at(active, other._loss)
         other._forms = self._forms.at(other.vector, other._loss)
         return other
@@ -222,15 +223,16 @@ class ExampleGradients:
         moving = [n for n in self.layout.names if n in self.active]
         if form.reason is not None:
             return self.vector.values(theta, batch), [], moving
-        count = len(self.layout.names)
+        count, buffers = len(self.layout.names), self._loss.buffers
         known: list[Assignment] = []  # from the call that comes before tracing
 
         def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], dict[str, Tensor], list[str]]:
             named = zip(self.layout.names, inputs[:count], strict=True)
             parameters = {n: p.detach().requires_grad_(n in self.active) for n, p in named}
             along = dict(zip(moving, inputs[count : count + len(moving)], strict=True))
-            given = batch.with_tensors(inputs[count + len(moving) :])
-            with self._loss.bound(parameters) as held:
+            last = count + len(moving) + len(buffers)
+            given, written = batch.with_tensors(inputs[last:]), inputs[last - len(buffers) : last]
+            with self._loss.bound(parameters, dict(zip(buffers, written, strict=True))) as held:
                 trace = self._forms.follow(held, given, checked=not known)
                 if not known:
                     known.append(self._forms.assignment(theta, trace, batch, form))
@@ -241,7 +243,7 @@ class ExampleGradients:
             return trace.losses.detach(), found, gaps, list(assignment.whole)
 
         parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
-        inputs = [*parameters, *(directions[n] for n in moving), *batch.tensors]
+        inputs = [*parameters, *(directions[n] for n in moving), *buffers.values(), *batch.tensors]
         kind = kind_of_inputs(inputs), self.active, batch.kind, self._factor
         run = function(inputs) if batch.numbers else self._programs(kind, function, inputs)  # they may anneal
         losses, terms, gaps, whole = run

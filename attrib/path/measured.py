@@ -1,9 +1,10 @@
 """A measurement as a pure function of the flat parameter vector, and what every path makes of it."""
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,11 +16,13 @@ from ..functional import Functional, mapped, ordinary
 from ..layout import Layout
 from ..measure import OfAverage
 from ..program import Programs, kind_of
+from .statistics import Statistics
 
 log = logging.getLogger("attrib")
 
 GRADIENT_BYTES = 32 << 20  # gradients (q, P) of the queries run side by side
 STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
+NO_BUFFERS = Layout((), ())
 TRACED_BYTES = 32 << 20  # gradients (Q, P) of one step
 
 
@@ -69,14 +72,31 @@ class Measured:
         layout: the parameters that move.
         dtype: compute type.
         example: a parameter vector (P,), to learn Q with; `first` (Q,) are the values there, of all queries.
+        buffers: those that move as well, and are a function's arguments like the parameters; they stand behind them in all
+            vectors, (P + E,). held: values of those that move and are no floating-point numbers.
 
     Raises:
         MeasurementError: not a finite tensor of shape (Q,), or different when asked twice.
     """
 
-    def __init__(self, model: nn.Module, measurement: Any, layout: Layout, dtype: torch.dtype, example: Tensor) -> None:
-        self.layout, self.dtype, self.example = layout, dtype, example
-        self._made_of = model, measurement, layout, dtype, example
+    def __init__(
+        self,
+        model: nn.Module,
+        measurement: Any,
+        layout: Layout,
+        dtype: torch.dtype,
+        example: Tensor,
+        buffers: Layout = NO_BUFFERS,
+        held: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.parameters, self.buffers = layout, buffers
+        self.layout = layout = layout.followed(buffers)
+        self.dtype, self.example = dtype, example
+        self._made_of = model, measurement, self.parameters, dtype, example, buffers, dict(held)
+
+        def function(values: Callable[..., Tensor]) -> Functional:
+            return Functional(model, values, layout, dtype).holding(held)
+
         if isinstance(measurement, OfAverage):
             raise MeasurementError(
                 "a measurement of an average is of a whole run: got one where states of a model are measured, expected that "
@@ -85,16 +105,16 @@ class Measured:
         rows, batch = getattr(measurement, "rows", None), getattr(measurement, "batch", ())
         self.batch: tuple[Tensor, ...] = ()
         if rows is not None and batch:
-            self._function = Functional(model, rows, layout, dtype)
+            self._function = function(rows)
             self.batch = self._function.cast(tuple(ordinary(b.to(example.device)) for b in batch))
         else:
-            self._function = Functional(model, lambda m: measurement(m), layout, dtype)
+            self._function = function(lambda m: measurement(m))
         self._chosen: slice | None = None
         self.first = self._first_values(example)
         self.count = len(self.first)
         if self.batch and self.count > 1 and not self._by_rows(example):
             log.info("the rows of the measurement depend on each other: its queries are taken together")
-            self.batch, self._function = (), Functional(model, lambda m: measurement(m), layout, dtype)
+            self.batch, self._function = (), function(lambda m: measurement(m))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self._made_of, self._chosen, self.first)
@@ -121,14 +141,27 @@ class Measured:
         return self.layout.unflatten(theta.detach().to(self.dtype))
 
     def of_parameters(self, parameters: dict[str, Tensor], *batch: Tensor) -> Tensor:
-        """Parameters by name and a batch of rows -> (Q,). Attention by plain mathematics: it can be traced and mapped."""
-        with sdpa_kernel(SDPBackend.MATH):
+        """Parameters by name and a batch of rows -> (Q,). Attention by plain mathematics: it can be traced and mapped; and
+        so are norms by running statistics that move: they can be differentiated by these."""
+        statistics = Statistics() if self.buffers.names else nullcontext()
+        with sdpa_kernel(SDPBackend.MATH), statistics:
             values = self._function(parameters, *batch)
         return values if self.batch or self._chosen is None else values[self._chosen]
 
     def bound(self, parameters: dict[str, Tensor]) -> AbstractContextManager[Any]:
         """Within it the model holds these parameters: for backward passes that run parts of it again."""
         return self._function.bound(parameters)
+
+    def check_held(self, others: Mapping[str, Tensor]) -> None:
+        """Raise MeasurementError where it has other values with these in the place of the buffers that are `held`."""
+        with torch.no_grad():
+            values = self.of_parameters({**self.named(self.example), **others}, *self.batch)
+        if not torch.equal(values, self.values(self.example)):
+            raise MeasurementError(
+                f"the measurement depends on a buffer that moves and is no floating-point number: got other values with it "
+                f"as it was before, expected the same, at one of {', '.join(others)}. Its change cannot be written as a "
+                f"sum: keep it as a floating-point buffer, or take a measurement that does not read it."
+            )
 
     def gradient(self, theta: Tensor, weights: Tensor) -> Tensor:
         """(P,), (Q,) -> (P,): the gradient of the queries' sum with these weights, by one backward pass of torch's; zeros

@@ -43,7 +43,8 @@ class PassRecord(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """Everything about one step, as arrays. `state` is read only where `Writer.wants_state`."""
+    """Everything about one step, as arrays. `state` is read only where `Writer.wants_state`. buffers (entries,), by
+    type, are those after the step; of the first, until it is made, those before it."""
 
     theta: np.ndarray | None  # (P,) before the step
     gradient: np.ndarray  # (P,)
@@ -54,6 +55,7 @@ class StepRecord(NamedTuple):
     log: dict[str, float]  # some of LOGS
     shares: dict[str, np.ndarray]  # (B, ...) by name, with capture="gradients" or "factors"
     penalty: np.ndarray | None = None  # (P,), of the gradient
+    buffers: dict[str, np.ndarray] = {}  # noqa: RUF012 - a named tuple's default, which nobody changes
 
 
 class Placed(NamedTuple):
@@ -230,6 +232,9 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
         at_once = max(1, min(slots, CHUNK_BYTES // max(1, n * values[0].nbytes)))
         rest = ("parameter",) if name == "gradients" else tuple(f"d{d}" for d in range(values.ndim - 1))
         add(name, values.shape, (n, at_once, *values.shape[1:]), values.dtype, ("step", "slot", *rest))
+    for dtype, values in first.buffers.items():
+        create(group, f"initial/{dtype}", values.shape, values.shape, values.dtype, ("entry",))[...] = values
+        add(f"buffers/{dtype}", values.shape, (n, *values.shape), values.dtype, ("step", "entry"))
     random = first.passes[0].random
     if random is not None:
         add("random", (passes, len(random)), (n, passes, len(random)), np.uint8)

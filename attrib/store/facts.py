@@ -106,10 +106,12 @@ FACTS_OF_A_RUN: dict[str, Callable[[Any], bool]] = {
     "settled": _dict_of(_anything),
 }
 
+LATER: dict[str, Callable[[Any], bool]] = {"buffers": _list_of(_text)}  # that runs of this format need not have
+
 
 def check_facts(header: dict[str, Any], where: Any) -> None:
     """Raise StoreError at the first fact that is not there, or not such as a recorder writes."""
-    for name, kind in FACTS_OF_A_RUN.items():
+    for name, kind in (FACTS_OF_A_RUN | {name: kind for name, kind in LATER.items() if name in header}).items():
         if name not in header or not kind(header[name]):
             raise StoreError(
                 f"the header is not one that a recorder writes: got {name} {str(header.get(name))[:60]!r}, at {where}. If "
@@ -117,6 +119,8 @@ def check_facts(header: dict[str, Any], where: Any) -> None:
             )
     if not len(header["forms"]) == len(header["rows"]) == len(header["shared"]):
         raise StoreError(f"the header is not one that a recorder writes: got forms that do not fit, at {where}.")
+    if not set(header.get("buffers", ())) <= set(header["digests"]):
+        raise StoreError(f"the header is not one that a recorder writes: got buffers without a type, at {where}.")
     owners, optimizers = header["owners"], header["optimizers"]
     if sorted(set(owners)) != list(range(len(optimizers))) or len(owners) != len(header["layout"]["names"]):
         raise StoreError(f"the header is not one that a recorder writes: got owners that do not fit, at {where}.")

@@ -63,7 +63,7 @@ def reopen(reader: Reader, held: Lease | None) -> Reopened:
     stepwise = [
         n
         for n in reader.store.arrays
-        if n != DIGESTS and n.split("/")[0] not in ("constants", "examples", "shared", "ids")
+        if n != DIGESTS and n.split("/")[0] not in ("constants", "initial", "examples", "shared", "ids")
     ]
     arrays = {name: continued(reader.array(name), sealing) for name in stepwise}
     shares = tuple(name for name in stepwise if name.split("/")[0] in ("gradients", "factors"))
@@ -90,7 +90,8 @@ def _growing(
         if (stored)
         else {}
     )
-    names = ("gradient", "hyper", "index", "row", *shares, *(n for n in ("penalty", "random") if n in reader))
+    buffers = {name: name.removeprefix("buffers/") for name in reader.names() if name.startswith("buffers/")}
+    names = ("gradient", "hyper", "index", "row", *shares, *buffers, *(n for n in ("penalty", "random") if n in reader))
     read = {name: reader.read(name, rows) for name in names}
     facts, passes = reader.facts(rows), reader.passes(rows)
     drawn = read.get("random", [[None] * passes.values.shape[1]] * len(steps))
@@ -113,6 +114,7 @@ def _growing(
                 log={name: float(facts[name][n]) for name in LOGS},
                 shares={name: read[name][n][: len(ids)] for name in shares},
                 penalty=read["penalty"][n] if "penalty" in read else None,
+                buffers={dtype: read[name][n] for name, dtype in buffers.items()},
             )
         )
         at = read["row"][n][: len(ids)]

@@ -36,6 +36,9 @@
     width. penalty and shares are of float32 where that is less.
     constants/*                                buffers and frozen parameters, by their number in the header's "constants"; of
                                                a type that numpy lacks as integers of its width (its "digests" say which)
+    initial/*    [entry]                       the buffers that training changes (the header's "buffers"), of a type one
+                                               behind the other, as they were before the first step
+    buffers/*    [step, entry]                 the same after each step; of a type that numpy lacks as integers
     digests      [chunk]                       of all chunks of full blocks, see `seal`
 
 In the header, with the counts of what is committed, stands the state of all generators after the last step, `generators`.
@@ -87,6 +90,8 @@ NAMES = {
     "gradients",
     "factors",
     "constants",
+    "initial",
+    "buffers",
     DIGESTS,
 }  # at the root of a run
 

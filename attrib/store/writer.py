@@ -299,6 +299,8 @@ class Writer:
         if drawn:
             random = [np.stack([p.random for p in r.passes if p.random is not None]) for r in records]
             self._put("random", start, _padded(random, passes, 0))
+        for dtype in records[0].buffers:
+            self._put(f"buffers/{dtype}", start, np.stack([r.buffers[dtype] for r in records]))
         for key, value in (records[0].state or {}).items():
             self._put(f"state/{key}", start // lengths.frame, value[None])
         self._store.examples.commit()
