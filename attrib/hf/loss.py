@@ -6,7 +6,8 @@
     values     l_i = mean over outputs of (output - label)^2
     smoothed   (1 - e) l_i + e * mean over classes of - log p(class), summed over tokens as l_i is
 
-A token mean, over a batch or over all batches of a step, is a common factor of the l_i: the recorder finds it. What is
+The Trainer divides their sum, by the examples or tokens of the batch or of all batches of the step. That divisor is recorded
+with the batch, so that the losses of a step sum to the one that was differentiated: an example's is its part of it. What is
 computed in less than single precision is widened first, as transformers does.
 """
 
@@ -40,11 +41,11 @@ PROBLEMS = {
 
 @dataclass(frozen=True)
 class Loss:
-    """`loss(model, inputs) -> (B,)`, inputs being what the Trainer calls the model with, labels among them.
+    """`loss(model, inputs, divisor=1) -> (B,)`, inputs being what the Trainer calls the model with, labels among them.
 
-    kind: "tokens", "classes", "flags" or "values"; None for what type and number of the labels say, as transformers reads them.
-    shift: whether tokens are labels of the place before. smoothing: e. feeds: whether the model is given the labels, of which
-    an encoder-decoder makes its own inputs. It pickles.
+    kind: "tokens", "classes", "flags" or "values"; None for what type and number of the labels say, as transformers reads
+    it. shift: whether tokens are labels of the place before. smoothing: e. feeds: whether the model is given the labels,
+    of which an encoder-decoder makes its own inputs. It pickles.
     """
 
     kind: str | None
@@ -52,7 +53,20 @@ class Loss:
     smoothing: float = 0.0
     feeds: bool = False
 
-    def __call__(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any], divisor: Tensor | float = 1.0) -> Tensor:
+        return self._losses(model, inputs) / divisor
+
+    def count(self, inputs: Mapping[str, Any]) -> int:
+        """What the sum of the losses is divided by in their mean: tokens that count, or examples."""
+        labels = self._targets(inputs)
+        return len(labels) if labels.is_floating_point() else int((labels != IGNORED).sum())
+
+    def _targets(self, inputs: Mapping[str, Any]) -> Tensor:
+        if "shift_labels" in inputs:
+            return inputs["shift_labels"]
+        return inputs["labels"][:, 1:] if self.shift else inputs["labels"]
+
+    def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         labels = inputs["labels"]
         output = model(**{name: part for name, part in inputs.items() if name != "labels" or self.feeds})
         logits = output["logits"] if isinstance(output, Mapping) else output[1 if self.feeds else 0]
@@ -65,11 +79,8 @@ class Loss:
             return losses.flatten(1).mean(1)
         if kind == "classes":
             return self._entropy(logits, labels.view(-1))
-        if "shift_labels" in inputs:
-            labels = inputs["shift_labels"]
-        elif self.shift:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return self._entropy(logits.transpose(1, 2), labels).sum(1)
+        labels = self._targets(inputs)
+        return self._entropy(logits[:, : labels.shape[1]].transpose(1, 2), labels).sum(1)
 
     def _entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(B, C, ...) and (B, ...) -> (B, ...), 0 where the label is ignored."""
@@ -90,7 +101,7 @@ def loss(model: nn.Module, label_smoothing: float = 0.0) -> Loss:
         label_smoothing: `TrainingArguments.label_smoothing_factor`.
 
     Returns:
-        `loss(model, inputs) -> (B,)`, inputs being a dict with "labels".
+        `loss(model, inputs, divisor=1) -> (B,)`, inputs being a dict with "labels".
 
     Raises:
         ValueError: the model's loss is none of these.
@@ -98,9 +109,7 @@ def loss(model: nn.Module, label_smoothing: float = 0.0) -> Loss:
     Example:
         >>> result = attrib.attribute(run, model, measurement, loss=attrib.hf.loss(model))  # doctest: +SKIP
     """
-    base: Any = uncompiled(model)
-    if hasattr(base, "get_base_model"):
-        base = base.get_base_model()
+    base = base_of(model)
     name, config = type(base).__name__, getattr(base, "config", None)
     encodes = bool(getattr(config, "is_encoder_decoder", False))
     if any(word in name for word in CLASSIFIERS):
@@ -114,6 +123,12 @@ def loss(model: nn.Module, label_smoothing: float = 0.0) -> Loss:
         f"the loss of each example is not known: got a model {name}, expected one whose name has one of {known}. Pass "
         f"loss=, a function loss(model, inputs) -> (B,) of the dict that the model is called with."
     )
+
+
+def base_of(model: nn.Module) -> Any:
+    """The model of transformers in one that is compiled, or has adapters."""
+    base: Any = uncompiled(model)
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
 def _kind_of(labels: Tensor, logits: Tensor) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_options
 from ..errors import ResumeError
@@ -27,6 +27,7 @@ from ..recorder import record as record_loop
 from ..store import Reader, stands
 from ..wrapper import Wrapper
 from .checks import check_trainer
+from .loss import Loss, base_of
 from .loss import loss as loss_of
 from .rows import IDS, numbered
 
@@ -116,8 +117,21 @@ class Recording:
     ) -> Any:
         ids, self._ids = self._ids, None
         if ids is not None and self.recorder is not None:
-            self.recorder.batch(ids, dict(inputs))
+            self.recorder.batch(ids, dict(inputs), *self._divisor(inputs, named.get("num_items_in_batch")))
         return original(model, inputs, *args, **named)
+
+    def _divisor(self, inputs: Any, items: Any) -> tuple[Tensor, ...]:
+        """What the Trainer divides the sum of the losses of the batch by, as far as that is seen beforehand: where it is
+        another number, the recorder finds a factor beside."""
+        if not isinstance(self._loss, Loss):
+            return ()
+        trainer = self._trainer
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)  # by its steps, in some versions said by the user
+        if scaled is None:
+            scaled = trainer.model_accepts_loss_kwargs and items is not None
+        counted = items is not None and (trainer.label_smoother is not None or _reads_items(trainer.model))
+        divisor = float(items) if counted else float(self._loss.count(inputs))
+        return (torch.tensor(divisor if scaled else divisor * trainer.current_gradient_accumulation_steps),)
 
     def _save_checkpoint(self, original: Callable[..., Any], *args: Any, **named: Any) -> Any:
         if self.recorder is not None:
@@ -176,6 +190,14 @@ class Recording:
                 f"training, with the same data, arguments and seed; or record a new run."
             )
         return recorder
+
+
+def _reads_items(model: nn.Module) -> bool:
+    """Whether a model divides by the number of items that it is given: those with a mean of their own do not."""
+    try:
+        return "self.loss_function(" in inspect.getsource(type(base_of(model)).forward)
+    except (OSError, TypeError):
+        return True
 
 
 def record(
