@@ -22,7 +22,7 @@ if not (Path(__file__).parent / "kernels").exists():
     spec.loader.exec_module(kernels)
     del spec
 
-from . import errors, intervention, measure, report
+from . import errors, hf, intervention, measure, report
 from .attribute import attribute
 from .batch import shared
 from .development import (
@@ -69,6 +69,7 @@ __all__ = [
     "curvature",
     "errors",
     "evaluate",
+    "hf",
     "interpolate",
     "intervention",
     "measure",

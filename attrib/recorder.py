@@ -304,6 +304,10 @@ class Recorder(Wrapper):
         """(P,) in the parameters' type."""
         return to_array(vector.to(self._parameters[0].dtype))
 
+    def flush(self) -> None:
+        """Commit the steps so far, as before a checkpoint. Raises StoreError where that cannot be."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Write what is left and mark the run complete. Closing twice is harmless.
 

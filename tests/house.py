@@ -30,6 +30,7 @@ FLOORS = (
     Floor("one sweep", ("sweep",)),
     Floor("the long calls", ("attribute", "intervention")),
     Floor("for people", ("development", "phases", "report")),
+    Floor("where people train", ("hf",)),
     Floor("studies", ("studies",)),
     Floor("doors", ("cli", "__init__")),
     Floor("the command", ("__main__",)),

@@ -125,9 +125,8 @@ class CheckedStore(WrapperStore[Store]):
     def _most(self) -> int:
         """Entries along any dimension that grows, as the header counts them."""
         facts = self.facts
-        return max(
-            int(facts["written_steps"]) + 1, facts["slots"], facts["sealed"]["closed"], *facts["rows"], *facts["ids"]
-        )
+        tables = *facts["rows"], *facts["shared"], *facts["ids"]
+        return max(int(facts["written_steps"]) + 1, facts["slots"], facts["sealed"]["closed"], *tables)
 
     async def _check(self, key: str, content: Any) -> None:
         """Raise StoreError where a chunk is not in the set, as it is now: a run may go on while it is read."""

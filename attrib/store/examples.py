@@ -67,7 +67,7 @@ class ExampleTables:
             shared = table(f"shared/{number}", others, header["shared"][number]) if others else None
             if shared is not None:
                 known = np.unique(passes.numbers("shared")[passes.numbers("kind") == number])
-                known = known[known >= 0]
+                known = known[known >= 0].astype(np.int64)
                 shared.know(known, np.zeros(len(known), np.int64), reader.inputs("shared", number, known))
             tables._tables[_key(form)] = Tables(number, form, rows, shared)
         return tables

@@ -63,13 +63,11 @@ class Writer:
     `ready` or `close`, which raise what goes wrong. A process that ends without `close` writes what is left.
 
     Args:
-        target: path or zarr Store.
-        header: JSON-able facts about the run, stored in the group's attribute `attrib`.
+        target: path or zarr Store. header: JSON-able facts about the run, stored in the group's attribute `attrib`.
         constants: tensors that do not change, in the order of their names in the header.
-        overwrite: replace what is there.
+        overwrite: replace what is there. reopened: a store of this run, to go on with.
         block: steps per block, committed whole; None chooses by size, and commits as it grows.
         states_every: states stored; rounded up to whole blocks where it is longer than one.
-        reopened: a store of this run, to go on with.
     """
 
     def __init__(
@@ -166,6 +164,13 @@ class Writer:
     def update_header(self, **facts: Any) -> None:
         """Change facts in the header; they are written with the next commit."""
         self._header.update(facts)
+
+    def flush(self) -> None:
+        """Commit the steps so far. Raises StoreError where they could not be written; they are kept."""
+        self.check(wait=True)
+        if self._records:
+            self._unwritten = self._piece(full=False)
+            self.check()
 
     def close(self, complete: bool = True) -> None:
         """Write what is left, the final parameters, and whether the run is complete.
