@@ -22,7 +22,7 @@ if not (Path(__file__).parent / "kernels").exists():
     spec.loader.exec_module(kernels)
     del spec
 
-from . import errors, intervention, measure, report
+from . import errors, intervention, lightning, measure, report
 from .attribute import attribute
 from .batch import shared
 from .development import (
@@ -71,6 +71,7 @@ __all__ = [
     "evaluate",
     "interpolate",
     "intervention",
+    "lightning",
     "measure",
     "moves",
     "onset",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..autocast import Autocast, current
+from ..autocast import DEVICES, Autocast, current
 from ..errors import ChangedOutsideError
 from ..functional import uncompiled
 from ..generators import generators
@@ -84,8 +84,10 @@ class RandomWatch:
         return copied
 
     def announce(self) -> None:
-        """What follows is of another batch."""
+        """What follows is of another batch. An autocast that it is announced under may be around what the model is not."""
         self.announced += 1
+        on = [autocast for autocast in map(current, DEVICES) if autocast is not None]
+        self.autocasts = tuple(dict.fromkeys((*self.autocasts, *on)))
 
     def forget_skipped(self) -> list[int]:
         """The batches of which no backward pass came, though one of another did, or of theirs might have: they are none."""
