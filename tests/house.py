@@ -20,8 +20,8 @@ FLOORS = (
     Floor("sums", ("inputs", "parts", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
     Floor("steps and results", ("announced", "capture", "result", "trajectory")),
-    Floor("steps as they are read, the loop", ("loop", "matching", "steps")),
-    Floor("reading, going on", ("resume", "run")),
+    Floor("steps as they are read, the loop", ("announcing", "loop", "matching", "steps")),
+    Floor("reading, going on", ("ranks", "resume", "run")),
     Floor("recording", ("recorder",)),
     Floor("what a sweep asks", ("sensitivity", "shares")),
     Floor("questions and plans", ("accounting", "executor", "plan", "verify")),
@@ -45,7 +45,7 @@ FOREIGN = {  # other packages, and the only units that may import them
 
 IGNORED = {  # the lines that mypy does not judge: file -> code, and why
     "attrib/path/rules.py": ("misc", "torch types vjp as if it always returned auxiliary values"),
-    "attrib/recorder.py": ("override", "step takes the ids and the batch where an optimizer takes a closure"),
+    "attrib/announcing.py": ("override", "step takes the ids and the batch where an optimizer takes a closure"),
     "kernels/slopes.py": ("misc", "torch types vjp as if it always returned auxiliary values"),
 }
 

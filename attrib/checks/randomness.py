@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..autocast import DEVICES, Autocast, current
 from ..errors import ChangedOutsideError
-from ..functional import uncompiled
+from ..functional import wrappers
 from ..generators import generators
 
 log = logging.getLogger("attrib")
@@ -57,7 +57,8 @@ class RandomWatch:
         self.busy = False
         self._hooks = [
             handle
-            for module in dict.fromkeys((model, uncompiled(model)))
+            for module in wrappers(model)
+            if not isinstance(module, nn.parallel.DistributedDataParallel)  # what it wraps is called in its place
             for handle in (module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave))
         ]
 
