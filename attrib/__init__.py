@@ -22,7 +22,7 @@ if not (Path(__file__).parent / "kernels").exists():
     spec.loader.exec_module(kernels)
     del spec
 
-from . import errors, hf, intervention, measure, report
+from . import errors, hf, intervention, lightning, measure, report
 from .attribute import attribute
 from .batch import shared
 from .development import (
@@ -72,6 +72,7 @@ __all__ = [
     "hf",
     "interpolate",
     "intervention",
+    "lightning",
     "measure",
     "moves",
     "onset",

@@ -69,7 +69,8 @@ class Announcements:
         if not self._batches:
             raise BatchError(
                 f"the batch is missing: got step() and no batch announced, expected recorder.batch(index, *batch) before "
-                f"the forward pass of each batch, or recorder.step(index, *batch), at step {step}. The step was refused."
+                f"the forward pass of each batch, or recorder.step(index, *batch), at step {step}. Under Lightning a "
+                f"callback does: Trainer(callbacks=[attrib.lightning.Record(store, loss)]). The step was refused."
             )
         return self._batches
 

@@ -27,11 +27,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The module, and what `torch.compile` and DistributedDataParallel wrapped in it, the innermost last."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        yield inner
+        parallel = isinstance(inner, nn.parallel.DistributedDataParallel)
+        inner = inner.module if parallel else getattr(inner, "_orig_mod", None)
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` wrapped, or the module itself: it has the names, and can be followed and traced."""
-    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-        model = inner
-    return model
+    """The innermost of `wrappers`: it has the names, and can be followed and traced."""
+    return list(wrappers(model))[-1]
 
 
 @contextmanager

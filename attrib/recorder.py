@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .announced import AnnouncedBatch, Announcements
+from .announced import AnnouncedBatch
+from .announcing import Announcing
 from .buffers import packed
-from .capture import Announced, Capture, Captured, CaptureOptions, Settled, Step
+from .capture import Announced, Capture, Captured, CaptureOptions, Heard, Settled, Step
 from .checks import Guard, check_gradient, names_of
 from .constants import to_array, wide
 from .errors import AttribError, ChangedOutsideError, StepIdentityError
@@ -27,10 +28,10 @@ from .interrupt import shielded
 from .layout import Layout
 from .loop import Loop, RecordOptions, check_unmodelled, header_of, replayed_step, settled_facts
 from .optim import check_group_options, read_hyper, read_state, rules_of, together
+from .ranks import Alone, Follow, Follower, Lead, ranks_of
 from .resume import Resumed
 from .resume import resume as resume_run
 from .store import PassRecord, StepRecord, Writer, close_dropped
-from .wrapper import Wrapper
 
 log = logging.getLogger("attrib")
 
@@ -96,10 +97,23 @@ def record(
     captured = CaptureOptions(capture, check_every, penalty, remainder, shares)
     options = RecordOptions(captured, overwrite, resume, block, states_every, constants, rule)
     options.check()
-    return Recorder(together(optimizer), model, loss, store, options)
+    return _recorder(together(optimizer), model, loss, store, options)
 
 
-class Recorder(Wrapper):
+def _recorder(
+    optimizer: torch.optim.Optimizer, model: nn.Module, loss: Callable[..., Tensor], store: Any, options: RecordOptions
+) -> "Recorder":
+    ranks = ranks_of(model, options)
+    if isinstance(ranks, Follow):
+        follower: Any = Follower(optimizer, model, options, ranks)  # does what a recorder does, but for writing
+        return follower
+    with ranks.failing():
+        recorder = Recorder(optimizer, model, loss, store, options, ranks)
+        ranks.go()
+    return recorder
+
+
+class Recorder(Announcing):
     """An optimizer that records. Parameter groups, state and defaults are the wrapped optimizer's own."""
 
     def __init__(
@@ -109,6 +123,7 @@ class Recorder(Wrapper):
         loss: Callable[..., Tensor],
         store: Any,
         options: RecordOptions,
+        ranks: Alone | Lead,
     ) -> None:
         if options.overwrite and options.resume:
             raise ValueError("a run is either replaced or gone on with: got overwrite=True and resume=True. Pass one.")
@@ -122,7 +137,7 @@ class Recorder(Wrapper):
         self._layout = Layout(names, tuple(tuple(p.shape) for p in self._parameters))
         self._guard = Guard(self.model, self._layout)
         self._settled = Settled()  # by the steps so far
-        self._announced = Announcements()
+        self._ranks = ranks
         self._left = float("nan")  # when the last step was done with
         self._inspected = 0  # the last step whose update was replayed
         self._open = True
@@ -131,6 +146,7 @@ class Recorder(Wrapper):
         resumed = resume_run(store, loop, options) if options.resume else None
         self._writer = self._begun(store, loop, resumed)
         self._capture = Capture(loss, model, self._layout, self._parameters, options.capture)
+        self._listen(self._capture.listeners, options.capture.penalty is not None)
         if resumed is not None:
             self._settled, self._inspected = resumed.settled, resumed.inspected
             self._announced.ids = resumed.ids
@@ -164,21 +180,11 @@ class Recorder(Wrapper):
             )
         super().load_state_dict(state_dict)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        heard = self._capture.listeners
-        # where no gradient came, what was announced is of passes that are still to come
-        left = self._announced.clear(since=heard.backwards) if heard.pulled else len(self._announced)
-        heard.zeroed(left)
-        super().zero_grad(set_to_none)
-
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._finish(complete=error is None)
-
-    def __deepcopy__(self, memo: Any) -> "Recorder":
-        raise AttribError("a recorder cannot be copied: it writes one run. Copy the model or the optimizer instead.")
 
     def describe(self, **facts: Any) -> None:
         """Facts to stand in the run's header, JSON."""
@@ -189,64 +195,22 @@ class Recorder(Wrapper):
 
     # the journey of one step
 
-    def batch(self, index: Any, *batch: Any) -> None:
-        """Announce a batch, before its forward pass: any number of them a step, then `step()`.
-
-        Args:
-            index: (B,) ids of the training examples: integers of 0 or more, or strings without NUL; one kind throughout
-                a run.
-            batch: what `loss` takes after the model: tensors with B rows each, what all examples share (`attrib.shared`),
-                numbers, texts and None, in dicts, lists and tuples.
-
-        Raises:
-            BatchError: it cannot be stored, or a backward pass came before it.
-        """
-        heard = self._capture.listeners
-        if heard.pulled and (not heard.finite or all(p.grad is None or not p.grad.any() for p in self._parameters)):
-            self._forget()  # of a step that was never made
-        missed = heard.pulled and self._options.capture.penalty is None
-        with torch.inference_mode(False):
-            self._announced.announce(index, batch, heard.backwards, missed, self._writer.steps)
-        heard.announce()
-
-    def step(self, index: Any = None, *batch: Any, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Check, step the wrapped optimizer, check again, append.
-
-        Args:
-            index, batch: as `batch` takes them, where the step is made of one batch that was not announced.
-            closure: called first, with gradients on; it announces batches and runs the backward pass. May stand in the place
-                of the index.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            BatchError, LossError, BatchIdentityError, SplitIdentityError, ChangedOutsideError: the step was refused;
-                parameters, optimizer and store are as they were. UnsupportedOptimizerError: likewise, an option cannot be
-                replayed.
-            StoreError, StoreExistsError: the store cannot be made, or was not written; they are as they were, too.
-            StepIdentityError: the optimizer did something else than its rule; recording ends before this step.
-            What the optimizer's own step raises: the step is not recorded.
-        """
-        if callable(index) and not batch and not isinstance(index, Tensor):
-            index, closure = None, index
-        with torch.inference_mode(False), torch.enable_grad():  # however it is called
-            returned = None if closure is None else closure()
-            self._step(index, batch)
-        return returned
-
     def _step(self, index: Any, batch: tuple[Any, ...]) -> None:
+        with self._ranks.failing():
+            self._made(index, batch)
+
+    def _made(self, index: Any, batch: tuple[Any, ...]) -> None:
         began = time.perf_counter()
-        if skipped := self._capture.listeners.forget_skipped():
-            self._announced.drop(skipped)
-        announced = self._announced.of_step(index, batch, self._writer.steps)
-        step = self._checked(tuple(Announced(a.batch, a.random, a.original) for a in announced))
+        elsewhere = self._ranks.gathered(self._parameters[0].device)
+        announced = (*self._of_step(index, batch), *elsewhere.announced)
+        step = self._checked(announced, elsewhere.heard)
         captured = self._capture.take(step)
         record = self._recorded(step, captured, announced)
         if step.number == 0:
             found = {"factors": captured.settled.described, "buffers": list(step.buffers)}
             self._writer.update_header(training=self._guard.training(), **found)
         with self._writer.ready(record), shielded():  # from Ctrl-C: a step that is made is recorded
+            self._ranks.go()
             moved = time.perf_counter()
             with torch.no_grad():
                 self.optimizer.step()
@@ -259,14 +223,10 @@ class Recorder(Wrapper):
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
             buffers = packed(self._guard.buffers.before)
             self._writer.append(record._replace(log=log, buffers=buffers), to_array(after))
+        self._ranks.go()
         self._left = time.perf_counter()
 
-    def _forget(self) -> None:
-        """The passes that were heard, and the batches that were announced."""
-        self._capture.clear()
-        self._announced.clear()
-
-    def _checked(self, passes: tuple[Announced, ...]) -> Step:
+    def _checked(self, announced: Sequence[AnnouncedBatch], elsewhere: tuple[Heard, ...]) -> Step:
         """The step that is asked for, the run being as the last one left it."""
         if not self._open:
             raise AttribError("the recorder is closed: got a step, expected none. Record a new run.")
@@ -280,8 +240,9 @@ class Recorder(Wrapper):
         named = zip(self._layout.names, self._parameters, strict=True)
         active = frozenset(name for name, p in named if p.grad is not None)
         dtype = wide(theta.dtype)
+        passes = tuple(Announced(a.batch, a.random, a.original) for a in announced)
         buffers = self._guard.buffers.before
-        return Step(number, theta.to(dtype), gradient.to(dtype), active, passes, self._settled, buffers)
+        return Step(number, theta.to(dtype), gradient.to(dtype), active, passes, self._settled, buffers, elsewhere)
 
     def _recorded(self, step: Step, captured: Captured, announced: Sequence[AnnouncedBatch]) -> StepRecord:
         """The record of a step before it is made."""

@@ -16,13 +16,13 @@ FLOORS = (
         "words and numbers",
         ("autocast", "budget", "constants", "ending", "errors", "generators", "interrupt", "layout", "ledger"),
     ),
-    Floor("nouns", ("batch", "functional", "marginals", "measure", "program", "wrapper")),
+    Floor("nouns", ("batch", "drawn", "functional", "marginals", "measure", "program", "wrapper")),
     Floor("sums", ("inputs", "parts", "setup", "tally")),
     Floor("from torch and disk to arrays", ("checks", "gradients", "optim", "path", "store")),
     Floor("steps and results", ("announced", "buffers", "capture", "result")),
     Floor("states", ("trajectory",)),
-    Floor("steps as they are read, the loop", ("loop", "matching", "steps")),
-    Floor("reading, going on", ("resume", "run")),
+    Floor("steps as they are read, the loop", ("announcing", "loop", "matching", "steps")),
+    Floor("reading, going on", ("ranks", "resume", "run")),
     Floor("recording", ("recorder",)),
     Floor("what a sweep asks", ("query", "sensitivity", "shares")),
     Floor("questions and plans", ("accounting", "executor", "plan", "verify")),
@@ -30,7 +30,7 @@ FLOORS = (
     Floor("one sweep", ("sweep",)),
     Floor("the long calls", ("attribute", "intervention")),
     Floor("for people", ("development", "phases", "report")),
-    Floor("where people train", ("hf",)),
+    Floor("where people train", ("hf", "lightning")),
     Floor("studies", ("studies",)),
     Floor("doors", ("cli", "__init__")),
     Floor("the command", ("__main__",)),
@@ -46,7 +46,7 @@ FOREIGN = {  # other packages, and the only units that may import them
 
 IGNORED = {  # the lines that mypy does not judge: file -> code, and why
     "attrib/path/rules.py": ("misc", "torch types vjp as if it always returned auxiliary values"),
-    "attrib/recorder.py": ("override", "step takes the ids and the batch where an optimizer takes a closure"),
+    "attrib/announcing.py": ("override", "step takes the ids and the batch where an optimizer takes a closure"),
     "kernels/slopes.py": ("misc", "torch types vjp as if it always returned auxiliary values"),
 }
 

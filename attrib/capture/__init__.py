@@ -17,6 +17,7 @@ goes in, a record of what was captured comes out, and nothing is settled until t
 """
 
 from .capture import Capture
+from .listen import Heard, Listeners
 from .records import Announced, Captured, CaptureOptions, Settled, Step
 
-__all__ = ["Announced", "Capture", "CaptureOptions", "Captured", "Settled", "Step"]
+__all__ = ["Announced", "Capture", "CaptureOptions", "Captured", "Heard", "Listeners", "Settled", "Step"]

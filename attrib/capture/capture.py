@@ -75,7 +75,7 @@ class Capture:
             BatchIdentityError, SplitIdentityError, BatchError, LossError, ChangedOutsideError: nothing has changed, and the
                 step may be taken again.
         """
-        heard = self.listeners.heard(step.sizes[0], len(step.passes))
+        heard = self.listeners.heard(step.sizes[0], len(step.passes)).beside(step.elsewhere)
         with self.listeners.deaf(), torch.enable_grad(), switched_off():
             step = self._settled(step, heard)
             trial = self._trial(step, heard, self._shares)

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from ..autocast import DEVICES, Autocast, current
-from ..checks import NormWatch, RandomWatch
-from ..functional import uncompiled
+from ..checks import NormWatch, RandomWatch, ReducedNormWatch
+from ..functional import wrappers
 from ..generators import generators
 from ..gradients import Watch
 from ..gradients.assignment import Trace
@@ -38,6 +38,21 @@ class Heard:
     autocasts: tuple[Autocast | None, ...]
     surrounded: bool
 
+    def beside(self, others: "Sequence[Heard]") -> "Heard":
+        """What other processes heard of their batches of the same step behind it; the gradients are the same in all."""
+        if not others:
+            return self
+        every = (self, *others)
+        known = all(heard.forwards for heard in every)
+        return replace(
+            self,
+            passes=sum(heard.passes for heard in every),
+            forwards=sum((heard.forwards for heard in every), ()) if known else (),
+            firsts=sum((heard.firsts for heard in every), ()) if known else (),
+            sites=None,
+            autocasts=tuple(dict.fromkeys(on for heard in every for on in heard.autocasts)),
+        )
+
 
 class Listeners:
     """All hooks of a recorded run. sites: whether the calls of a pass are followed. accounts: whether gradients may hold
@@ -46,10 +61,12 @@ class Listeners:
     def __init__(
         self, model: nn.Module, names: Sequence[str], parameters: Sequence[Tensor], sites: bool, accounts: bool = False
     ) -> None:
-        self._compiled, self._accounts = uncompiled(model) is not model, accounts
-        self._norms = NormWatch(parameters, accounts)
+        layers = list(wrappers(model))
+        parallel = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in layers)
+        self._compiled, self._accounts = any(hasattr(m, "_orig_mod") for m in layers), accounts
+        self._norms = (ReducedNormWatch if parallel else NormWatch)(parameters, accounts)
         self._random = RandomWatch(model)
-        sites = sites and not self._compiled  # what is compiled is not followed call by call
+        sites = sites and len(layers) == 1  # what is compiled is not followed call by call
         self._watch = Watch(model, dict(zip(names, parameters, strict=True))) if sites else None
 
     @property

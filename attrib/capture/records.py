@@ -12,6 +12,7 @@ from ..batch import Batch
 from ..checks import Draws, Reduction
 from ..gradients.stored import Described
 from ..kernels.factors import Factor
+from .listen import Heard
 
 Arrays = dict[str, np.ndarray]  # of a step, by name, (B, ...) each
 Factors = dict[str, list[Factor]]  # of each parameter the factors that sum to its shares
@@ -67,7 +68,8 @@ class Settled:
 @dataclass(frozen=True)
 class Step:
     """A step about to be made. theta (P,); gradient (P,), p.grad as the optimizer is going to see it; active: names of the
-    parameters that have one. buffers: those that training changes, as they were when the step began."""
+    parameters that have one. buffers: those that training changes, as they were when the step began. elsewhere: what other
+    processes heard, whose passes are the last ones."""
 
     number: int
     theta: Tensor
@@ -76,6 +78,7 @@ class Step:
     passes: tuple[Announced, ...]
     settled: Settled
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    elsewhere: tuple[Heard, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..autocast import Autocast, current
+from ..autocast import DEVICES, Autocast, current
 from ..errors import ChangedOutsideError
-from ..functional import uncompiled
+from ..functional import wrappers
 from ..generators import generators
 
 log = logging.getLogger("attrib")
@@ -57,7 +57,8 @@ class RandomWatch:
         self.busy = False
         self._hooks = [
             handle
-            for module in dict.fromkeys((model, uncompiled(model)))
+            for module in wrappers(model)
+            if not isinstance(module, nn.parallel.DistributedDataParallel)  # what it wraps is called in its place
             for handle in (module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave))
         ]
 
@@ -84,8 +85,10 @@ class RandomWatch:
         return copied
 
     def announce(self) -> None:
-        """What follows is of another batch."""
+        """What follows is of another batch. An autocast that it is announced under may be around what the model is not."""
         self.announced += 1
+        on = [autocast for autocast in map(current, DEVICES) if autocast is not None]
+        self.autocasts = tuple(dict.fromkeys((*self.autocasts, *on)))
 
     def forget_skipped(self) -> list[int]:
         """The batches of which no backward pass came, though one of another did, or of theirs might have: they are none."""
