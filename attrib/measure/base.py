@@ -1,0 +1,39 @@
+"""A measurement over a batch: one row per query, so that the queries are run side by side."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MeasurementError
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number per row of a batch: query q depends on the model and on row q alone.
+
+    rows: (model, *batch) -> (Q,). batch: tensors with Q rows. name, units: for labels. names: what the queries are
+    called, one each, or nothing.
+    """
+
+    rows: Callable[..., Tensor]
+    batch: tuple[Tensor, ...]
+    name: str
+    units: str = ""
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.names and len(self.names) != len(self.batch[0]):
+            raise MeasurementError(
+                f"names do not fit the queries: got {len(self.names)}, expected {len(self.batch[0])}, at {self.name}."
+            )
+
+    def select(self, queries: Sequence[int]) -> "Measurement":
+        """The measurement of some of its queries, by their position."""
+        at = torch.as_tensor(list(queries), dtype=torch.int64)
+        names = tuple(self.names[q] for q in queries) if self.names else ()
+        return replace(self, batch=tuple(b[at.to(b.device)] for b in self.batch), names=names)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        return self.rows(model, *self.batch)
