@@ -11,7 +11,7 @@ through whole. The same questions as of `ExampleGradients`, and the same answers
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 
 import torch
@@ -26,7 +26,7 @@ from ..layout import Layout
 from ..program import Programs
 from ..program import kind_of as kind_of_inputs
 from .assignment import Trace, calls_of
-from .checks import check_finite, refuse_written_buffers
+from .checks import check_finite
 from .owners import Owners
 from .terms import Reached, Term, contract, factors_of, rows_of, sites_of, terms_at
 from .through import RowVector, flowed
@@ -51,17 +51,18 @@ class RowGradients:
         slices: int | None = None,
         autocast: Autocast | None = None,
     ) -> None:
-        refuse_written_buffers(model)
         self.layout = layout
         self._loss = Functional(model, loss, layout, dtype, autocast)
         self.vector = RowVector(self._loss, layout)
         self._programs, self._factor, self._said = Programs(), 1.0, set[str]()
 
-    def at(self, active: frozenset[str], factor: float = 1.0) -> "RowGradients":
-        """The same at a step where these parameters have a gradient, of `factor` times the loss; what is learnt of it is
-        shared."""
+    def at(
+        self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None
+    ) -> "RowGradients":
+        """The same at a step where these parameters have a gradient and the model holds these buffers, of `factor` times the
+        loss; what is learnt of it is shared."""
         other = copy(self)
-        other._loss, other._factor = self._loss.times(factor), factor
+        other._loss, other._factor = self._loss.times(factor).holding(buffers or {}), factor
         other.vector = self.vector.at(active, other._loss)
         return other
 
@@ -164,14 +165,16 @@ class RowGradients:
     ) -> tuple[Tensor, list[Term], list[str]]:
         """Losses, terms of all sites, and the parameters that go by the truth; from a traced graph once there is one."""
         moving, count = [n for n in self.layout.names if n in self.active], len(self.layout.names)
+        buffers = self._loss.buffers
         known: list[Owners] = []  # from the call that comes before tracing
 
         def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], list[str]]:
             named = zip(self.layout.names, inputs[:count], strict=True)
             parameters = {n: p.detach().requires_grad_(n in self.active) for n, p in named}
             along = dict(zip(moving, inputs[count : count + len(moving)], strict=True))
-            given = batch.with_tensors(inputs[count + len(moving) :])
-            with self._loss.bound(parameters) as held:
+            last = count + len(moving) + len(buffers)
+            given, written = batch.with_tensors(inputs[last:]), inputs[last - len(buffers) : last]
+            with self._loss.bound(parameters, dict(zip(buffers, written, strict=True))) as held:
                 trace = self.vector.follow(held, given, checked=not known)
                 if not known:
                     known.append(self.vector.owners(theta, batch, trace))
@@ -182,7 +185,7 @@ class RowGradients:
             return trace.losses.detach(), found, sorted(owners.slow)
 
         parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
-        inputs = [*parameters, *(directions[n] for n in moving), *batch.tensors]
+        inputs = [*parameters, *(directions[n] for n in moving), *buffers.values(), *batch.tensors]
         kind = kind_of_inputs(inputs), self.active, batch.kind, self._factor
         run = function(inputs) if batch.numbers else self._programs(kind, function, inputs)  # they may anneal
         losses, terms, slow = run
