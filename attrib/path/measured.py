@@ -23,6 +23,16 @@ STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
 TRACED_BYTES = 32 << 20  # gradients (Q, P) of one step
 
 
+_said: set[str] = set()
+
+
+def warn_once(message: str, *args: Any) -> None:
+    """To the log, the first time that it is said."""
+    if message not in _said:
+        _said.add(message)
+        log.warning(message, *args)
+
+
 class PathGradient(NamedTuple):
     """gradient (Q, P) with <gradient, theta1 - theta0> = end - start; the measurement at both ends, (Q,).
 
@@ -85,16 +95,16 @@ class Measured:
         rows, batch = getattr(measurement, "rows", None), getattr(measurement, "batch", ())
         self.batch: tuple[Tensor, ...] = ()
         if rows is not None and batch:
-            self._function = Functional(model, rows, layout, dtype)
+            self._function = Functional(model, rows, layout, dtype, double=True)
             self.batch = self._function.cast(tuple(ordinary(b.to(example.device)) for b in batch))
         else:
-            self._function = Functional(model, lambda m: measurement(m), layout, dtype)
+            self._function = Functional(model, lambda m: measurement(m), layout, dtype, double=True)
         self._chosen: slice | None = None
         self.first = self._first_values(example)
         self.count = len(self.first)
         if self.batch and self.count > 1 and not self._by_rows(example):
             log.info("the rows of the measurement depend on each other: its queries are taken together")
-            self.batch, self._function = (), Functional(model, lambda m: measurement(m), layout, dtype)
+            self.batch, self._function = (), Functional(model, lambda m: measurement(m), layout, dtype, double=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self._made_of, self._chosen, self.first)
@@ -116,6 +126,11 @@ class Measured:
         """(P,) -> (Q,)."""
         with torch.no_grad():
             return self.of_parameters(self.named(theta), *self.batch)
+
+    @property
+    def at_example(self) -> Tensor:
+        """(count,): the values of these queries at the example."""
+        return self.first if self._chosen is None else self.first[self._chosen]
 
     def named(self, theta: Tensor) -> dict[str, Tensor]:
         return self.layout.unflatten(theta.detach().to(self.dtype))
