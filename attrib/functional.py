@@ -95,21 +95,26 @@ def differentiable(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Widened(TorchFunctionMode):
-    """Within it what asks for a type of less than single precision gets `dtype`: a model whose frozen parts are all of that
-    type casts to what they were."""
+    """Within it what asks for one of the `narrow` types gets `dtype`: a model whose frozen parts were all of less than
+    single precision casts to what they were; others cast to single precision, so as to compute a part in no less."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, narrow: frozenset[torch.dtype]) -> None:
         super().__init__()
-        self._dtype = dtype
+        self._dtype, self._narrow = dtype, narrow
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (Tensor.bfloat16, Tensor.half):
+        if CASTS.get(func) in self._narrow:
             return args[0].to(self._dtype)
-        wide = [self._dtype if isinstance(a, torch.dtype) and is_low(a) else a for a in args]
-        named = {n: self._dtype if isinstance(a, torch.dtype) and is_low(a) else a for n, a in (kwargs or {}).items()}
-        return func(*wide, **named)
+        return func(*map(self._widen, args), **{n: self._widen(a) for n, a in (kwargs or {}).items()})
+
+    def _widen(self, value: Any) -> Any:
+        return self._dtype if isinstance(value, torch.dtype) and value in self._narrow else value
+
+
+LOW = frozenset(t for t in vars(torch).values() if isinstance(t, torch.dtype) and is_low(t))
+CASTS = {Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16, Tensor.float: torch.float32}
 
 
 class Roundings(TorchFunctionMode):
@@ -143,6 +148,8 @@ class Functional:
             model, which casts as it does in training. Where it is itself less than single precision the parameters that are
             handed in may be of more: the model gets them rounded, and their gradients come back in their own type.
         autocast: what the function is called under, none but this.
+        double: whether, where `dtype` is double precision, all of it is: what casts to single precision on its way (norms,
+            rotary positions, softmax in many models, so as to compute them in no less) does not.
     """
 
     def __init__(
@@ -152,6 +159,7 @@ class Functional:
         layout: Layout,
         dtype: torch.dtype,
         autocast: Autocast | None = None,
+        double: bool = False,
     ) -> None:
         self.layout, self.dtype, self._autocast, self._roundings = layout, dtype, autocast, Roundings()
         self._model, self._function = model, function
@@ -163,7 +171,9 @@ class Functional:
         self._as_trained = own[layout.names[0]] == dtype
         constants = constants_of(model, layout).items()
         types = {own[layout.names[0]], *(t.dtype for _, t in constants)}
-        self._widened = not self._as_trained and any(map(is_low, types))
+        low = not self._as_trained and any(map(is_low, types))
+        single = double and dtype == torch.float64
+        self._narrow = (LOW if low else frozenset()) | (frozenset([torch.float32]) if single else frozenset())
         cast_ones = {n: t if self._as_trained else cast(t, dtype) for n, t in constants}
         # frozen parameters may be large, and no model writes to them; should one, it is noticed
         self._constants = {n: t if n in own else t.clone() for n, t in cast_ones.items()}
@@ -219,7 +229,7 @@ class Functional:
         with (
             eager,
             under(self._autocast, self._model),
-            Widened(self.dtype) if self._widened else nullcontext(),
+            Widened(self.dtype, self._narrow) if self._narrow else nullcontext(),
             self._listening(args),
         ):
             values = self._function(self._model, *args)

@@ -213,8 +213,8 @@ def test_model_that_runs_in_one_type_only_is_told_of_dtype() -> None:
     theta = layout.flatten(model.parameters())
     x = torch.randint(0, 255, (2, 3), dtype=torch.uint8)
     with pytest.raises(attrib.errors.MeasurementError, match="pass that as dtype="):
-        Measured(model, lambda m: m(x.float() / 255)[:, 0], layout, torch.float64, theta)
-    Measured(model, lambda m: m(x.float() / 255)[:, 0], layout, torch.float32, theta)
+        Measured(model, lambda m: m(x / 255)[:, 0], layout, torch.float64, theta)
+    Measured(model, lambda m: m(x / 255)[:, 0], layout, torch.float32, theta)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "4"])

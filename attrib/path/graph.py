@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UntraceableModelError
 from ..functional import as_written
-from .ends import Ends, run_node
+from .ends import Ends, Values, run_node
+from .reads import reads
 from .rules import pull
 
 aten = torch.ops.aten
@@ -103,7 +104,7 @@ SHAPE_ONLY |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
 
 
 class Graph:
-    """Traced from `function(*moving, *rows) -> Tensor`, `moving` being the parameters.
+    """Traced from `function(*moving, *rows) -> Tensor`, `moving` being the parameters. It holds for rows that it `fits`.
 
     Raises:
         UntraceableModelError: the function cannot be traced.
@@ -114,7 +115,7 @@ class Graph:
         nodes = list(self.module.graph.nodes)
         inputs = [n for n in nodes if n.op == "placeholder"]
         self.moving, self.rows = inputs[: len(moving)], inputs[len(moving) :]
-        self.output = next(n for n in nodes if n.op == "output").args[0]
+        self.output, read = next(n for n in nodes if n.op == "output").args[0]
         active = _downstream(nodes, self.moving)
         varying = _downstream(nodes, self.rows)
         calls = [n for n in nodes if n.op == "call_function"]
@@ -128,19 +129,40 @@ class Graph:
             if isinstance(example[n], Tensor) and example[n].is_complex():
                 raise _untraceable(f"complex numbers at {n.target} (write the transform with cosines and sines)")
         self.fixed = attributes | {n: example[n] for n in calls if n not in active and n not in varying}
+        if any(n in active for n in read):
+            raise _untraceable("a value that depends on the parameters")
+        self.reads = [(n, example[n]) for n in read if n in varying]
 
-    def forward(self, moving0: Sequence[Tensor], moving1: Sequence[Tensor], rows: Sequence[Tensor]) -> Ends:
-        """Every value at both ends."""
+    def fits(self, rows: Sequence[Tensor]) -> bool:
+        """Whether of these rows the same is read as of those that it was traced with."""
+        try:
+            values = self._common(rows) if self.reads else {}
+        except (RuntimeError, IndexError):  # of another shape on the way
+            return False
+        return all(torch.equal(values[n], held) for n, held in self.reads)
+
+    def _common(self, rows: Sequence[Tensor]) -> Values:
+        """The values of all that does not depend on the parameters."""
         common = {**self.fixed, **dict(zip(self.rows, rows, strict=True))}
         for n in self.per_row:
             common[n] = run_node(n, common)
-        ends = []
-        for moving in (moving0, moving1):
-            values = {**common, **dict(zip(self.moving, moving, strict=True))}
-            for n in self.active:
-                values[n] = run_node(n, values)
-            ends.append(values)
-        return Ends(*ends)
+        return common
+
+    def forward(self, moving0: Sequence[Tensor], moving1: Sequence[Tensor], rows: Sequence[Tensor]) -> Ends:
+        """Every value at both ends."""
+        common = self._common(rows)
+        return Ends(*(self._values(common, moving) for moving in (moving0, moving1)))
+
+    def value(self, moving: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+        """The output."""
+        found: Tensor = self._values(self._common(rows), moving)[self.output]
+        return found
+
+    def _values(self, common: Values, moving: Sequence[Tensor]) -> Values:
+        values = {**common, **dict(zip(self.moving, moving, strict=True))}
+        for n in self.active:
+            values[n] = run_node(n, values)
+        return values
 
     def backward(self, c: Tensor, ends: Ends) -> list[Tensor]:
         """Cotangent of the output -> cotangents of the moving inputs, <c, y1 - y0> = sum_i <c_i, dx_i>."""
@@ -169,16 +191,27 @@ def _add(a: Any, b: Any) -> Any:
 
 def _trace(function: Callable[..., Tensor], inputs: list[Tensor]) -> fx.GraphModule:
     def trace(f: Callable[..., Any]) -> fx.GraphModule:
-        pure = torch.func.functionalize(f, remove="mutations")
-        return make_fx(pure, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*inputs)
+        return make_fx(f, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*inputs)
+
+    pure = torch.func.functionalize(function, remove="mutations")
+
+    def read(*given: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with reads() as tensors:
+            value = pure(*given)
+        return value, tensors
 
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), as_written():
-            module = trace(function)
+            module = trace(read)
             if any(_mutates(n) for n in module.graph.nodes):  # some decompositions write in place
-                module = trace(module)
+                module = trace(torch.func.functionalize(module, remove="mutations"))
     except Exception as error:
         raise _untraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    for n in module.graph.nodes:
+        if (
+            n.target is aten.embedding.default
+        ):  # what else there is changes torch's derivative alone: of a padding row, none
+            n.args = n.args[:2]
     module.graph.eliminate_dead_code()
     return module
 

@@ -26,6 +26,16 @@ NO_BUFFERS = Layout((), ())
 TRACED_BYTES = 32 << 20  # gradients (Q, P) of one step
 
 
+_said: set[str] = set()
+
+
+def warn_once(message: str, *args: Any) -> None:
+    """To the log, the first time that it is said."""
+    if message not in _said:
+        _said.add(message)
+        log.warning(message, *args)
+
+
 class PathGradient(NamedTuple):
     """gradient (Q, P) with <gradient, theta1 - theta0> = end - start; the measurement at both ends, (Q,).
 
@@ -95,7 +105,7 @@ class Measured:
         self._made_of = model, measurement, self.parameters, dtype, example, buffers, dict(held)
 
         def function(values: Callable[..., Tensor]) -> Functional:
-            return Functional(model, values, layout, dtype).holding(held)
+            return Functional(model, values, layout, dtype, double=True).holding(held)
 
         if isinstance(measurement, OfAverage):
             raise MeasurementError(
@@ -136,6 +146,11 @@ class Measured:
         """(P,) -> (Q,)."""
         with torch.no_grad():
             return self.of_parameters(self.named(theta), *self.batch)
+
+    @property
+    def at_example(self) -> Tensor:
+        """(count,): the values of these queries at the example."""
+        return self.first if self._chosen is None else self.first[self._chosen]
 
     def named(self, theta: Tensor) -> dict[str, Tensor]:
         return self.layout.unflatten(theta.detach().to(self.dtype))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import MeasurementError
 from ..functional import mapped
-from .measured import Measured, PathGradient
+from .measured import Measured, PathGradient, warn_once
 
 log = logging.getLogger("attrib")
 
@@ -47,7 +47,7 @@ class Quadrature:
             return PathGradient(total, measured.values(theta0), measured.values(theta1))
 
         if not side_by_side:
-            log.info("gradients of the measurement do not map over queries: one backward pass for each")
+            warn_once("gradients of the measurement do not map over its queries: one backward pass for each")
         return measured.over_steps(integrate)
 
 
@@ -108,11 +108,13 @@ def gradients_side_by_side(measured: Measured) -> Gradient:
 
 
 def gradients_one_by_one(measured: Measured) -> Gradient:
-    """A backward pass for each query."""
+    """A backward pass for each query, through its own row where there is one."""
 
     def gradient(theta: Tensor) -> Tensor:
         eye = torch.eye(measured.count, dtype=measured.dtype, device=theta.device)
-        return torch.stack([measured.gradient(theta, weights) for weights in eye])
+        if not measured.batch:
+            return torch.stack([measured.gradient(theta, weights) for weights in eye])
+        return torch.stack([part.gradient(theta, eye[:1, 0]) for part in measured.parts(1)])
 
     return gradient
 

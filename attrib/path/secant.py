@@ -9,7 +9,6 @@ The sum is exact for every rule set; the split differs from the path integral at
 """
 
 import itertools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,9 @@ import torch
 from torch import Tensor
 
 from ..functional import mapped
-from .graph import Graph
-from .measured import Measured, PathGradient, alike
+from .kinds import Kind, graph_of, kinds_of, tensors_of
+from .measured import Measured, PathGradient, alike, warn_once
 from .quadrature import check_count
-
-log = logging.getLogger("attrib")
 
 
 @dataclass(frozen=True)
@@ -54,57 +51,65 @@ class Secant:
 
 
 def _trace(measured: Measured) -> Callable[[Tensor, Tensor], PathGradient]:
-    names, layout = measured.layout.names, measured.layout
+    kinds = kinds_of(measured) if measured.batch else []
+    if not kinds:
+        return _by_cotangents(measured)
+    parts = [_side_by_side(measured, kind) for kind in kinds]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.cat([kind.queries for kind in kinds]).argsort()
 
-    def function(*inputs: Tensor) -> Tensor:
-        parameters = dict(zip(names, inputs[: len(names)], strict=True))
-        values = measured.of_parameters(parameters, *(row[None] for row in inputs[len(names) :]))
-        return values[0] if measured.batch else values
+    def by_kinds(theta0: Tensor, theta1: Tensor) -> PathGradient:
+        found = [part(theta0, theta1) for part in parts]
+        return PathGradient(*(torch.cat(values)[order] for values in zip(*found, strict=True)))
 
-    def tensors(vector: Tensor) -> list[Tensor]:
-        return list(layout.unflatten(vector.detach().to(measured.dtype)).values())
+    return by_kinds
 
-    graph = Graph(function, tensors(measured.example), [b[0] for b in measured.batch])
+
+def _side_by_side(measured: Measured, kind: Kind) -> Callable[[Tensor, Tensor], PathGradient]:
+    """One graph of a single row, mapped over the rows."""
+    graph, batch = kind.graph, kind.batch
 
     def one(moving0: list[Tensor], moving1: list[Tensor], *row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ends = graph.forward(moving0, moving1, row)
         start, end = ends.of(graph.output)
         return _join(graph.backward(torch.ones_like(start), ends)), start, end
 
-    side_by_side = mapped(one, (None, None, *(0 for _ in measured.batch)), measured.at_once())
-    maps = not measured.batch or measured.count == 1 or _maps(measured, one, side_by_side, tensors)
+    over = mapped(one, (None, None, *(0 for _ in batch)), measured.at_once())
+    maps = len(kind.queries) > 1 and _maps(measured, batch, one, over)
 
     def by_rows(theta0: Tensor, theta1: Tensor) -> PathGradient:
-        """Queries side by side: one graph of a single row, mapped over the rows."""
-        moving0, moving1 = tensors(theta0), tensors(theta1)
-        if measured.count == 1:
-            found = one(moving0, moving1, *(b[0] for b in measured.batch))
-            return PathGradient(*(t.unsqueeze(0) for t in found))
-        if not maps:
-            rows = [one(moving0, moving1, *(b[q] for b in measured.batch)) for q in range(measured.count)]
-            return PathGradient(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
-        return PathGradient(*side_by_side(moving0, moving1, *measured.batch))
+        moving = tensors_of(measured, theta0), tensors_of(measured, theta1)
+        if maps:
+            return PathGradient(*over(*moving, *batch))
+        found = [one(*moving, *row) for row in kind.rows()]
+        return PathGradient(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
-    def by_cotangents(theta0: Tensor, theta1: Tensor) -> PathGradient:
-        """Any measurement: one forward at each end, the backward sweep mapped over the queries."""
-        ends = graph.forward(tensors(theta0), tensors(theta1), ())
+    return by_rows
+
+
+def _by_cotangents(measured: Measured) -> Callable[[Tensor, Tensor], PathGradient]:
+    """Any measurement: one forward at each end, the backward sweep mapped over the queries."""
+    graph = graph_of(measured)
+
+    def together(theta0: Tensor, theta1: Tensor) -> PathGradient:
+        ends = graph.forward(tensors_of(measured, theta0), tensors_of(measured, theta1), ())
         start, end = ends.of(graph.output)
         sweep = mapped(lambda c: _join(graph.backward(c, ends)), 0, measured.at_once())
         return PathGradient(sweep(torch.eye(measured.count, dtype=start.dtype, device=start.device)), start, end)
 
-    return by_rows if measured.batch else by_cotangents
+    return together
 
 
-def _maps(
-    measured: Measured, one: Callable[..., Any], side_by_side: Callable[..., Any], tensors: Callable[..., Any]
-) -> bool:
+def _maps(measured: Measured, batch: tuple[Tensor, ...], one: Callable[..., Any], over: Callable[..., Any]) -> bool:
     """Whether mapped queries have the vectors that they have by themselves: some of torch's rules do not map, or map to
     something else."""
-    ends, two = [tensors(measured.example), tensors(measured.example * 1.01)], tuple(b[:2] for b in measured.batch)
+    ends = [tensors_of(measured, measured.example * scale) for scale in (1.0, 1.01)]
+    two = tuple(b[:2] for b in batch)
     try:
-        found = side_by_side(*ends, *two)[0][1]
+        found = over(*ends, *two)[0][1]
     except RuntimeError as error:
-        log.info("queries do not map (%s): one after the other", str(error).splitlines()[0])
+        warn_once("queries do not map and are taken one after the other: %s", str(error).splitlines()[0])
         return False
     return alike(found, one(*ends, *(b[1] for b in two))[0])
 

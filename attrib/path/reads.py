@@ -1,0 +1,67 @@
+"""What Python reads of tensors while a measurement is traced: `if mask.all(): mask = None`, lengths, the shape of `x[mask]`.
+
+A graph holds for inputs of which the same is read. So what was read is an output of the graph, beside the measurement's.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+
+class _Operations(TorchDispatchMode):
+    """Notes what operations read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags:
+            self.note(args)
+            with disable_proxy_modes_tracing():
+                return func(*args, **(kwargs or {}))
+        if torch.Tag.dynamic_output_shape in func.tags:
+            self.note([t for t in tree_leaves(args[1:]) if _chooses(t)] if func is aten.index.Tensor else args)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, args: Any) -> None:
+        known = {id(t) for t in self.tensors}
+        self.tensors += [t for t in tree_leaves(args) if isinstance(t, Tensor) and id(t) not in known]
+
+
+def _chooses(index: Any) -> bool:
+    """Whether the index is a mask, whose values decide how many there are."""
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+class _Memory(TorchFunctionMode):
+    """Notes what is read without an operation, from where a tensor lies. One that is functionalised lies elsewhere."""
+
+    def __init__(self, operations: _Operations) -> None:
+        super().__init__()
+        self._operations = operations
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and torch._is_functional_tensor(args[0]):
+            torch._sync(args[0])
+            value = torch._from_functional_tensor(args[0])
+            self._operations.note([value])
+            with disable_proxy_modes_tracing():
+                return func(value, *args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def reads() -> Iterator[list[Tensor]]:
+    """Within it values are read as they are, though a graph is traced; yields the tensors that they were read of."""
+    with _Operations() as operations, _Memory(operations):
+        yield operations.tensors
