@@ -178,8 +178,10 @@ class Functional:
         # frozen parameters may be large, and no model writes to them; should one, it is noticed
         self._constants = {n: t if n in own else t.clone() for n, t in cast_ones.items()}
         self._frozen = [n for n in self._constants if n in own]
-        self._written_to = frozenset(name for name, _ in model.named_buffers())  # or may be
         self.buffers: dict[str, Tensor] = {}  # those that `holding` was given
+        self._held: list[
+            list[tuple[dict[str, Any], str, Tensor]]
+        ] = []  # where buffers stand, of each `bound` that is open
         self._versions = self._now()
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
@@ -223,8 +225,12 @@ class Functional:
         return tree_map_only(Tensor, one, args)
 
     def run(self, *args: Any) -> Any:
-        """The function with the model as it is: within `bound`."""
+        """The function with the model as it is: within `bound`. Its buffers are copies, so that whoever writes to them
+        (running statistics) writes into nothing, and the next call finds them as this one did."""
         args = self.cast(args)
+        fresh = {id(t): t.clone() for _, _, t in self._held[-1]}  # one tensor may stand in two places
+        for named, name, t in self._held[-1]:
+            named[name] = fresh[id(t)]
         eager = as_written() if self._compiled else nullcontext()
         with (
             eager,
@@ -265,15 +271,15 @@ class Functional:
         self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """Within it the model holds the given parameters, so that a backward pass that runs parts of it again (activation
-        checkpointing) runs them with these, and its buffers: copies, so that whoever writes to them (running statistics)
-        writes into nothing. buffers: in the place of those that it holds. Yields the very parameters that it holds."""
+        checkpointing) runs them with these. buffers: in the place of those that the function holds. Yields the very
+        parameters that the model holds."""
         self._versions = self._now()
         trained = {n: t.to(self.dtype) if is_low(self.dtype) else t for n, t in parameters.items()}
         given = {**self._constants, **self.buffers, **(buffers or {}), **trained}
-        given |= {n: t.clone() for n, t in given.items() if n in self._written_to}
         held = {
             id(t): given[n] for n, t in (*self._model.named_parameters(), *self._model.named_buffers()) if n in given
         }
+        written = {id(t) for _, t in self._model.named_buffers()}
         swapped = []
         for module in self._model.modules():
             for named in (module._parameters, module._buffers):
@@ -283,9 +289,11 @@ class Functional:
                         swapped.append((tensors, name, t))
         for tensors, name, t in swapped:
             tensors[name] = held[id(t)]
+        self._held.append([(tensors, name, tensors[name]) for tensors, name, t in swapped if id(t) in written])
         try:
             yield trained
         finally:
+            self._held.pop()
             for tensors, name, t in swapped:
                 tensors[name] = t
 

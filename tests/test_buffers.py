@@ -91,3 +91,128 @@ def _loaded(state: dict[str, Tensor]) -> nn.Module:
     model = small()
     model.load_state_dict(state)
     return model
+
+
+def test_a_run_is_gone_on_with_from_its_last_buffers(tmp_path: Path) -> None:
+    whole = Trained(tmp_path / "whole").steps(0, STEPS)
+    first = Trained(tmp_path / "run", block=2).steps(0, 3)
+    first.recorder.__exit__(ValueError, ValueError(), None)  # it ends early
+    model = small(5)
+    with torch.no_grad():
+        model[1].running_mean.fill_(7.0)
+    second = Trained(tmp_path / "run", model, resume=True, block=2).steps(3, STEPS)
+    assert all(torch.equal(value, whole.states[-1][name]) for name, value in second.states[-1].items())
+    runs = whole.run(), second.run()
+    for step in range(STEPS + 1):
+        one, other = (run.buffers(step) for run in runs)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_replay_starts_from_the_buffers_of_its_state_and_writes_them_again(start: int, tmp_path: Path) -> None:
+    run = Trained(tmp_path / "run", parts=2).steps(0, STEPS).run()
+    again = attrib.replay(run, start, model=small(9), loss=cross_entropy, store=tmp_path / "again", progress=False)
+    for step in range(again.steps + 1):
+        held, expected = {**again.parameters(step), **again.buffers(step)}, {}
+        expected = {**run.parameters(start + step), **run.buffers(start + step)}
+        assert all(torch.equal(value, expected[name]) for name, value in held.items())
+    dropped = attrib.intervention.Drop([0, 9], slice(1, 3))
+    changed = attrib.replay(
+        run, 0, dropped, model=small(9), loss=cross_entropy, store=tmp_path / "less", progress=False
+    )
+    plain = small()  # the same by hand, of weighted losses
+    run.load(plain, 0)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        index = [i for i in range(SIZE * (step % 3), SIZE * (step % 3 + 1)) if not (1 <= step < 3 and i in (0, 9))]
+        parts = [[i for i in part.tolist() if i in index] for part in (torch.arange(SIZE) + SIZE * (step % 3)).chunk(2)]
+        for part in parts:
+            (cross_entropy(plain, X[part], Y[part]).mean() / 2).backward()
+        optimizer.step()
+    assert all(torch.equal(changed.buffers(STEPS)[n], dict(plain.named_buffers())[n]) for n in changed.buffers(0))
+
+
+class Centred(nn.Module):
+    """Reads a buffer in training that it wrote in the step before, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.register_buffer("centre", torch.zeros(5))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(x))
+        if self.training:
+            h_centred = h - self.centre
+            self.centre = 0.5 * self.centre + 0.5 * h.detach().mean(0)  # another tensor in its place
+            self.count += 1
+            return self.outer(h_centred)
+        return self.outer(h - self.centre)
+
+
+@pytest.mark.parametrize("capture", ["replay", "factors"])
+def test_a_loss_that_reads_a_moving_buffer_reads_it_as_it_was(capture: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    trained = Trained(tmp_path / "run", Centred().double(), capture=capture, check_every=1).steps(0, STEPS)
+    model, run = trained.model.eval(), trained.run()
+    result = attrib.attribute(run, model, MEASURED, loss=cross_entropy, progress=False)
+    result.check(1e-10)
+    assert float(result.dataset.batch_identity.max()) < 1e-12
+    assert float(np.abs(result.buffers[..., 1:]).max()) == 0  # all of it stands at the first group
+    assert (run.log("batch_identity") < 1e-12).all()
+
+
+def test_a_measurement_that_reads_a_moving_integer_is_refused(tmp_path: Path) -> None:
+    trained = Trained(tmp_path / "run", Centred().double()).steps(0, 2)
+    with pytest.raises(attrib.errors.MeasurementError, match=r"moves and is no floating-point number.*one of count"):
+        attrib.attribute(trained.run(), trained.model, lambda m: (m(X[:2]) * m.count)[:, 0], loss=cross_entropy)
+
+
+def test_two_steps_by_hand(tmp_path: Path) -> None:
+    """m(theta, b) and the training losses written out, the path integral of (theta, b) by 12 nodes of Gauss and Legendre."""
+    lr, momentum, eps = 0.2, 0.1, 1e-5
+    model, store = small(act=nn.Tanh), tmp_path / "run"
+    theta, b = [p.detach().clone() for p in model.parameters()], [torch.zeros(6).double(), torch.ones(6).double()]
+    with attrib.record(torch.optim.SGD(model.parameters(), lr=lr), model, cross_entropy, store) as recorder:
+        for index in (torch.arange(8), torch.arange(8, 16)):
+            recorder.zero_grad()
+            cross_entropy(model, X[index], Y[index]).sum().backward()
+            recorder.step(index, X[index], Y[index])
+    path = attrib.GaussLegendre(12)
+    result = attrib.attribute(
+        attrib.open_run(store), model.eval(), MEASURED, loss=cross_entropy, path=path, progress=False
+    )
+
+    def logits(x: Tensor, p: list[Tensor], mean: Tensor, var: Tensor) -> Tensor:
+        h = (x @ p[0].T + p[1] - mean) / (var + eps).sqrt() * p[2] + p[3]
+        return torch.tanh(h) @ p[4].T + p[5]
+
+    def losses(x: Tensor, y: Tensor, p: list[Tensor]) -> Tensor:
+        h = x @ p[0].T + p[1]
+        return -torch.log_softmax(logits(x, p, h.mean(0), h.var(0, correction=0)), 1)[range(len(y)), y]
+
+    nodes, weights = np.polynomial.legendre.leggauss(12)
+    for step, index in enumerate((torch.arange(8), torch.arange(8, 16))):
+        x, y = X[index], Y[index]
+        p = [t.clone().requires_grad_() for t in theta]
+        shares = [torch.autograd.grad(one, p, retain_graph=True) for one in losses(x, y, p)]
+        new = [t - lr * sum(g[k] for g in shares) for k, t in enumerate(theta)]
+        h = (x @ theta[0].T + theta[1]).detach()
+        statistics = h.mean(0), h.var(0, correction=1)
+        new_b = [(1 - momentum) * old + momentum * seen for old, seen in zip(b, statistics, strict=True)]
+        for q in range(3):
+            total = [torch.zeros_like(t) for t in (*theta, *b)]
+            for a, w in zip((nodes + 1) / 2, weights / 2, strict=True):
+                ends = zip((*theta, *b), (*new, *new_b), strict=True)
+                point = [torch.lerp(s, e, float(a)).requires_grad_() for s, e in ends]
+                value = torch.log_softmax(logits(X[q : q + 1], point[:6], *point[6:]), 1)[0, Y[q]]
+                total = [t + w * g for t, g in zip(total, torch.autograd.grad(value, point), strict=True)]
+            want = [-lr * sum(float((t * g).sum()) for t, g in zip(total, share, strict=False)) for share in shares]
+            got = result.by("step", "example").values[q, step, index]
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-13)  # a few hundred roundings of numbers below 1
+            row = sum(float((t * (e - s)).sum()) for t, s, e in zip(total[6:], b, new_b, strict=True))
+            np.testing.assert_allclose(result.buffers.values[q, step].sum(), row, rtol=0, atol=1e-13)
+            assert result.buffers.sel(group="1.weight").values[q, step] == result.buffers.values[q, step].sum()
+        theta, b = [t.detach() for t in new], new_b

@@ -9,6 +9,7 @@ the batch. Exact for gradients, whatever differentiable function the hooks are; 
 Penalties are added to the reduced loss.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from ..autocast import switched_off, under
 from ..batch import Batch
 from ..errors import ReplayError
+from ..functional import buffers_kept
 from ..generators import generators, random_state
 from ..optim import set_options
 from ..run import Run
 from .base import Intervention
 from .during import NONE_LEFT, weighted
 from .schedule import Schedule, ScheduledPass
+
+log = logging.getLogger("attrib")
 
 Backward = Callable[[Tensor, nn.Module], Any]
 ReplayedPass = tuple[np.ndarray, tuple[Any, ...], Tensor | None]  # ids, what the loss takes, the generators' state
@@ -112,8 +116,24 @@ class Course:
             stepper.zero_grad()
             if len(batches) == 1:
                 self._penalise(step)
-                return self._made_of_one(step, batches[0], random, stepper)
-            return self._accumulated(step, batches, random, stepper)
+                random = self._made_of_one(step, batches[0], random, stepper)
+            else:
+                random = self._accumulated(step, batches, random, stepper)
+        if not self.interventions and step in (self.steps.start, self.steps.stop - 1) and step < self.run.steps:
+            self._compare_buffers(step + 1)
+        return random
+
+    def _compare_buffers(self, state: int) -> None:
+        """Say so where nothing was changed, and what training writes to is not what it was."""
+        own = dict(self.model.named_buffers())
+        for name, value in self.run.buffers(state).items():
+            if not torch.equal(own[name].cpu(), value):
+                log.warning(
+                    "the replay has other buffers than the run, first at %r, state %d: the loop wrote to them between its "
+                    "passes too (another forward pass in train mode?), of which the record holds what came of it alone",
+                    *(name, state),
+                )
+                return
 
     def _penalise(self, step: int) -> None:
         """First, so that a backward that clips sees it."""
@@ -149,7 +169,7 @@ class Course:
         """With the weights, where there are some, that the pass is going to have."""
         weights: list[Tensor] = []
         if self.has_weights:
-            with random_state(generators()):
+            with random_state(generators()), buffers_kept(self.model):
                 weights = [self._weights(step, self._losses(ids, inputs), ids)]
         stepper.batch(ids, *inputs, *weights)
 

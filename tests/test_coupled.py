@@ -1,0 +1,164 @@
+"""Losses of a batch that depend on each other: a share is the derivative of the example's own loss, the batch and all."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attrib
+from attrib.generators import generators, random_state
+
+SIZE = 6
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def contrastive(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Each example has to find its own second view among those of the batch."""
+    one, other = F.normalize(model(x), dim=1), F.normalize(model(x.flip(1)), dim=1)
+    return F.cross_entropy(one @ other.T / 0.5, torch.arange(len(x)), reduction="none")
+
+
+def r_drop(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Two passes that drop other units, and how far they are apart."""
+    one, other = (torch.log_softmax(model(x), 1) for _ in range(2))
+    apart = F.kl_div(one, other, reduction="none", log_target=True) + F.kl_div(
+        other, one, reduction="none", log_target=True
+    )
+    return -(one + other).gather(1, y[:, None])[:, 0] + 0.5 * apart.sum(1)
+
+
+class Experts(nn.Module):
+    """Two experts, each for the half of the batch that asks for it most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.one, self.other = nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x)
+        share = torch.softmax(scores, 0)  # over the batch
+        first = share[:, 0] - share[:, 1] >= (share[:, 0] - share[:, 1]).median()
+        weight = torch.where(first, share[:, 0], share[:, 1])[:, None]
+        return weight * torch.where(first[:, None], torch.tanh(self.one(x)), torch.tanh(self.other(x)))
+
+
+class Case(NamedTuple):
+    build: Callable[[], nn.Module]
+    loss: Loss = cross_entropy
+    coupled: bool = True
+
+
+def net(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), norm, nn.ReLU(), nn.Linear(5, 3))
+
+
+def frozen() -> nn.Module:
+    model = net(nn.BatchNorm1d(5))
+    for _ in range(3):
+        model(torch.randn(8, 4))
+    model[1].eval()
+    return model
+
+
+CASES = {
+    "batch norm": Case(lambda: net(nn.BatchNorm1d(5))),
+    "batch norm, accumulated statistics": Case(lambda: net(nn.BatchNorm1d(5, momentum=None, affine=False))),
+    "batch norm, statistics frozen": Case(frozen, coupled=False),
+    "contrastive": Case(lambda: net(nn.Tanh()), contrastive),
+    "contrastive, batch norm": Case(lambda: net(nn.BatchNorm1d(5)), contrastive),
+    "R-Drop": Case(lambda: net(nn.Dropout(0.4)), r_drop, coupled=False),
+    "R-Drop, batch norm": Case(lambda: nn.Sequential(net(nn.BatchNorm1d(5)), nn.Dropout(0.4)), r_drop),
+    "experts": Case(Experts),
+}
+
+
+def in_modes_of(model: nn.Module, other: nn.Module) -> nn.Module:
+    for part, like in zip(model.modules(), other.modules(), strict=True):
+        part.training = like.training
+    return model
+
+
+def one_loss(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, n: int) -> Tensor:
+    """(P,): the gradient of the n-th loss of the batch, by autograd."""
+    parameters = list(model.parameters())
+    pulled = torch.autograd.grad(loss(model, x, y)[n], parameters, allow_unused=True)
+    each = zip(parameters, pulled, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in each])
+
+
+class Recorded:
+    """Two steps of a case, captured by "gradients" or "replay"; before each the generators' state and the parameters, and
+    the gradient of the sum of the losses."""
+
+    def __init__(self, case: Case, capture: str, store: Path) -> None:
+        torch.manual_seed(3)
+        self.case, self.model = case, case.build().double()
+        self.x, self.y = torch.randn(2, SIZE, 4).double(), torch.randint(0, 3, (2, SIZE))
+        self.before: list[tuple[Tensor, list[Tensor]]] = []
+        self.gradients: list[Tensor] = []
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3)
+        with attrib.record(optimizer, self.model, case.loss, store, capture) as recorder:
+            for step in range(2):
+                recorder.zero_grad()
+                recorder.batch(torch.arange(SIZE) + SIZE * step, self.x[step], self.y[step])
+                self.before.append((generators(), [p.detach().clone() for p in self.model.parameters()]))
+                case.loss(self.model, self.x[step], self.y[step]).sum().backward()
+                self.gradients.append(
+                    torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+                )
+                recorder.step()
+        self.run = attrib.open_run(store)
+
+    def truth(self, step: int) -> Tensor:
+        """(B, P): one loss at a time through the batch."""
+        random, theta = self.before[step]
+        model, found = in_modes_of(self.case.build().double(), self.model), []
+        model.load_state_dict(self.model.state_dict())
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), theta, strict=True):
+                p.copy_(value)
+        for n in range(SIZE):
+            with random_state(random):
+                found.append(one_loss(model, self.case.loss, self.x[step], self.y[step], n))
+        return torch.stack(found)
+
+    def result(self) -> attrib.Result:
+        measured = attrib.measure.logit(self.x[1, :2], self.y[1, :2])
+        found = attrib.attribute(self.run, self.model.eval(), measured, loss=self.case.loss, progress=False)
+        found.check(1e-10)
+        return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_share_of_an_example_is_that_of_its_own_loss(name: str, tmp_path: Path) -> None:
+    stored, replayed = (Recorded(CASES[name], kind, tmp_path / kind) for kind in ("gradients", "replay"))
+    for step in range(2):
+        truth, shares = stored.truth(step), stored.run.shares(step)
+        size = float(truth.abs().sum(0).max())
+        # sums of a few hundred products in float64, in another order
+        np.testing.assert_allclose(shares, truth, rtol=0, atol=1e-12 * size)
+        np.testing.assert_allclose(shares.sum(0), stored.gradients[step], rtol=0, atol=1e-12 * size)
+    results = [recorded.result() for recorded in (stored, replayed)]
+    parts = [result.by("step", "example", "group").values for result in results]
+    np.testing.assert_allclose(parts[1], parts[0], rtol=0, atol=1e-12 * float(np.abs(parts[0]).max()))
+    assert ("depend on each other" in results[1].dataset.attrs["shares"]) == CASES[name].coupled
+
+
+def test_with_statistics_frozen_a_share_is_the_gradient_of_the_example_by_itself(tmp_path: Path) -> None:
+    recorded = Recorded(CASES["batch norm, statistics frozen"], "gradients", tmp_path / "run")
+    assert recorded.run.header["buffers"] == []
+    with torch.no_grad():
+        for p, value in zip(recorded.model.parameters(), recorded.before[1][1], strict=True):
+            p.copy_(value)
+    x, y = recorded.x[1], recorded.y[1]
+    alone = [one_loss(recorded.model, cross_entropy, x[n : n + 1], y[n : n + 1], 0) for n in range(SIZE)]
+    np.testing.assert_allclose(recorded.run.shares(1), torch.stack(alone), rtol=0, atol=1e-13)
