@@ -13,13 +13,16 @@ from .run import Run
 
 OVERHEAD = 1e-3  # seconds a step that do not depend on the size of the model
 PASSES = 1.5  # a step attributed for few queries, in the time of a step trained
+ALONG = 1.5  # the derivative of a batch's losses along a direction, or the gradient of one of them, in that time
 
 
 @dataclass(frozen=True)
 class Plan:
     """disk: bytes of the store, and of a step. peak: bytes in memory beside the process as it stands. sweeps: times that
     the run is gone through, `at_once` queries each. training, seconds: what the run took and what attributing it should
-    take here, within a factor of about two; NaN where the run does not say."""
+    take here, within a factor of about two; NaN where the run does not say. shares: what a share is in the run. passes: that
+    shares by example take at each step beyond those, where the losses of a batch depend on each other, 0 where shares are
+    stored; coupled: the seconds of it all then."""
 
     steps: int
     queries: int
@@ -30,6 +33,9 @@ class Plan:
     peak: int
     training: float
     seconds: float
+    shares: str
+    passes: int
+    coupled: float
 
     def __str__(self) -> str:
         lines = [
@@ -41,7 +47,21 @@ class Plan:
         if not np.isnan(self.seconds):
             lines.append(f"training took    {self.training:.3g} s")
             lines.append(f"expected time    {self.seconds:.3g} s on this machine, within a factor of about two")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._definitions()])
+
+    def _definitions(self) -> list[str]:
+        """What shares cost by either definition, that of the run first."""
+        if not self.passes:
+            return []
+        known = not np.isnan(self.seconds)
+        one, many = (f", {s:.3g} s" if known else "" for s in (self.seconds, self.coupled))
+        costs = {
+            "rows": f"one pass a step for all queries and groups{one}",
+            "example": f"the same; where the losses of a batch depend on each other up to {self.passes} passes more a step"
+            f"{many}, fewer with groups=",
+        }
+        order = sorted(costs, key=lambda name: name != self.shares)
+        return [f"shares by {name}".ljust(18) + costs[name] for name in order]
 
 
 def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
@@ -63,7 +83,8 @@ def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
     known = run.log("seconds")
     known = known[~np.isnan(known)]
     training = run.steps * float(np.median(known)) if len(known) else float("nan")
-    disk = run.reader.nbytes_stored()
+    disk, seconds = run.reader.nbytes_stored(), _expected(run, queries, found, training)
+    passes = min(queries * len(run.groups), int(run.header["slots"])) if run.capture == "replay" else 0
     return Plan(
         steps=run.steps,
         queries=queries,
@@ -73,7 +94,10 @@ def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
         at_once=found.at_once,
         peak=found.peak,
         training=training,
-        seconds=_expected(run, queries, found, training),
+        seconds=seconds,
+        shares=run.definition,
+        passes=passes,
+        coupled=seconds + ALONG * passes * training,
     )
 
 
