@@ -499,6 +499,10 @@ OPERATIONS: dict[str, OperationCase] = {
     "standard deviation": OperationCase(lambda x: x.std(1)),
     "norm": OperationCase(lambda x: x.norm(dim=1)),
     "embedding": OperationCase(lambda x: F.embedding(torch.tensor([[0, 2], [2, 3]]), x)),
+    # whose padding row torch gives no derivative, though it is looked up
+    "embedding of a padding row": OperationCase(
+        lambda x: F.embedding(torch.tensor([[0, 2], [2, 3]]), x, padding_idx=2), kinks=True
+    ),
     "attention": OperationCase(lambda x: F.scaled_dot_product_attention(x, x * 0.5, x + 1, is_causal=True), (2, 3, 4)),
     "shapes": OperationCase(lambda x: torch.cat([x.T.flip(0), x.T.roll(1, 0)], 1)[1:, ::2].unfold(0, 2, 1)),
     "pad and split": OperationCase(lambda x: torch.stack(F.pad(x, (1, 3)).split(5, 1), 0)),

@@ -1,16 +1,21 @@
 """Language models: what is measured of them, and paths through models that look at their masks."""
 
+import logging
 import pickle
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import MODELS
 from torch import Tensor, nn
 
 import attrib
 from attrib import measure
+from attrib.layout import Layout
+from attrib.path import Measured, PathGradient, limit_bound, limit_gap
 
 VOCABULARY = 8
 
@@ -141,3 +146,146 @@ def test_every_measurement_takes_the_logits_out_of_what_a_model_returns(kind: An
 def test_an_output_without_logits_is_refused(wrap: Any) -> None:
     with pytest.raises(attrib.errors.MeasurementError, match="the model's output holds no logits: got"):
         measure.log_prob(torch.randn(2, 3), torch.tensor([1, 3]))(Wrapped(wrap))
+
+
+# paths through models that look at their masks
+
+READS = {
+    "all": lambda mask: bool(mask.all()),
+    "item": lambda mask: mask.sum().item() == mask.numel(),
+    "tolist": lambda mask: 0 not in mask[0, 1:].tolist(),
+    "numpy": lambda mask: np.asarray(mask[:, 1:]).all(),
+    "equal": lambda mask: torch.equal(mask, torch.ones_like(mask)),
+    "shape": lambda mask: len(mask.nonzero()) == mask.numel(),
+}
+
+
+class Shortcut(nn.Module):
+    """Causal attention that leaves its mask away where `full(mask)` says that there is nothing to mask."""
+
+    def __init__(self, full: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.out, self.full = nn.Embedding(VOCABULARY, 4), nn.Linear(4, VOCABULARY), full
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        x, mask = self.embedding(tokens), None
+        if not self.full(attention_mask):
+            mask = attention_mask.bool()[:, None] & torch.ones(2 * tokens.shape[1:], dtype=torch.bool).tril()
+        return SimpleNamespace(logits=self.out(F.scaled_dot_product_attention(x, x, x, mask, is_causal=mask is None)))
+
+
+def integrated(
+    model: nn.Module, measurement: Any, path: attrib.path.Path, dtype: torch.dtype = torch.float64
+) -> tuple[PathGradient, Tensor, float]:
+    """The path's vectors, the change of the parameters, and the gap of the limit."""
+    layout = Layout(tuple(n for n, _ in model.named_parameters()), tuple(tuple(p.shape) for p in model.parameters()))
+    theta = layout.flatten(model.parameters())
+    end = theta + 0.002 * torch.randn(theta.shape, dtype=theta.dtype, generator=torch.Generator().manual_seed(3))
+    measured = Measured(model, measurement, layout, dtype, theta.to(dtype))
+    over = path.bind(measured)
+    found = over(theta, end)
+    assert torch.equal(found.start, measured.values(theta)) or torch.allclose(
+        found.start, measured.values(theta), 1e-6, 1e-6
+    )
+    return found, (end - theta).to(dtype), limit_gap(measured, over, torch.stack([theta, end])).gap
+
+
+def padded() -> measure.Measurement:
+    return measure.continuation([[5, 2, 7], [1], [3, 3], [6, 4, 2]], [[3], [4], [4, 1], [1]])
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("path", [attrib.Secant(), attrib.GaussLegendre(6), attrib.Midpoint(2)])
+def test_a_path_takes_each_query_where_what_is_read_of_its_mask_sends_it(path: Any, read: str) -> None:
+    found, change, limit = integrated(Shortcut(READS[read]).double(), padded(), path)
+    want, _, _ = integrated(Shortcut(lambda mask: False).double(), padded(), path)
+    for a, b in zip(found, want, strict=True):  # the same attention by two ways, in float64
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert limit <= limit_bound(torch.float64)
+    if isinstance(path, attrib.Secant):
+        torch.testing.assert_close(found.gradient @ change, found.end - found.start, rtol=1e-12, atol=1e-14)
+
+
+def test_as_many_graphs_are_made_as_there_are_things_to_read(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="attrib"):
+        integrated(Shortcut(READS["all"]).double(), padded(), attrib.Secant())
+    assert "the model reads values of its inputs: 2 graphs for 4 queries" in caplog.messages
+
+
+def test_queries_that_are_another_thing_among_the_others_are_taken_together() -> None:
+    """The first of them says how all are weighed; by itself the last one says the same."""
+    x = torch.tensor([[1, 2], [0, 3], [4, 5]])
+
+    def rows(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).sum((1, 2)) * (2.0 if int(x[0, 0]) > 0 else 1.0)
+
+    model = nn.Embedding(VOCABULARY, 3).double()
+    found, change, _ = integrated(model, measure.Measurement(rows, (x,), "weighed"), attrib.Secant())
+    torch.testing.assert_close(
+        found.end - found.start, 2 * (change.reshape(-1, 3)[x]).sum((1, 2)), rtol=1e-12, atol=1e-14
+    )
+    torch.testing.assert_close(found.gradient @ change, found.end - found.start, rtol=1e-12, atol=1e-14)
+
+
+SINGLE = {
+    "float": lambda x: x.float(),
+    "to": lambda x: x.to(torch.float32),
+    "type": lambda x: x.type(torch.float32),
+    "argument": lambda x: F.softmax(x, -1, dtype=torch.float32),
+    "named": lambda x: x.to(dtype=torch.float32).to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("cast", SINGLE)
+def test_what_casts_to_single_precision_is_measured_in_double(cast: str) -> None:
+    class Casting(Wrapped):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x)
+            return SINGLE[cast](y).to(y.dtype)
+
+    x, y = torch.randn(2, 3, dtype=torch.float64), torch.tensor([1, 3])
+    found, change, _ = integrated(Casting(None).double(), measure.logit(x, y), attrib.Secant())
+    # rounding of float64 in sums of a few terms of order one; single precision leaves 1e-8
+    torch.testing.assert_close(found.gradient @ change, found.end - found.start, rtol=0, atol=1e-14)
+
+
+def transformer(name: str, attention: str) -> tuple[nn.Module, measure.Measurement]:
+    """A tiny model of transformers, and a measurement of padded texts, or of images."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"attn_implementation": attention}
+    if name == "ViT":
+        config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes)
+        images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+        return transformers.ViTForImageClassification(config), measure.log_prob(images, torch.tensor([0, 2, 1]))
+    sizes |= {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if name == "BERT":
+        (tokens, _, mask), classes = padded().batch, torch.tensor([0, 2, 1, 1])
+        config = transformers.BertConfig(num_labels=3, **sizes)
+        inputs = {"input_ids": tokens, "attention_mask": mask}
+        return transformers.BertForSequenceClassification(config), measure.log_prob(inputs, classes)
+    if name == "Llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=1, **sizes)), padded()
+    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, **sizes)
+    return transformers.GPT2LMHeadModel(config), padded()
+
+
+MODELS_OF_TRANSFORMERS = [
+    pytest.param(name, attention, marks=() if (name, attention) == ("GPT-2", "sdpa") else pytest.mark.slow)
+    for name in ("GPT-2", "Llama", "BERT", "ViT")
+    for attention in ("sdpa", "eager")
+]
+
+
+@pytest.mark.parametrize(("name", "attention"), MODELS_OF_TRANSFORMERS)
+@pytest.mark.parametrize("path", [attrib.Secant(), pytest.param(attrib.GaussLegendre(6), marks=pytest.mark.slow)])
+def test_a_transformer_is_accounted_for_to_rounding_with_padding(name: str, attention: str, path: Any) -> None:
+    model, measurement = transformer(name, attention)
+    model = model.eval().double()
+    found, change, limit = integrated(model, measurement, path)
+    # values of order 2 to 10 in float64; six nodes leave less than that
+    torch.testing.assert_close(found.gradient @ change, found.end - found.start, rtol=0, atol=1e-13)
+    assert limit <= limit_bound(torch.float64) / 100
+    torch.testing.assert_close(found.start, measurement(model).detach(), rtol=1e-6, atol=1e-6)
