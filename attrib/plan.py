@@ -1,6 +1,7 @@
 """What attributing a run will take, said before it is begun: disk, memory, time."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -8,10 +9,12 @@ import numpy as np
 import torch
 
 from .budget import Budget, Sizes, divide
+from .layout import group_tensors
 from .marginals import bytes_of, choose
 from .run import Run
 
 OVERHEAD = 1e-3  # seconds a step that do not depend on the size of the model
+MANY = 16  # groups, of which each takes a pass of its own where losses depend on each other
 PASSES = 1.5  # a step attributed for few queries, in the time of a step trained
 
 
@@ -19,7 +22,9 @@ PASSES = 1.5  # a step attributed for few queries, in the time of a step trained
 class Plan:
     """disk: bytes of the store, and of a step. peak: bytes in memory beside the process as it stands. sweeps: times that
     the run is gone through, `at_once` queries each. training, seconds: what the run took and what attributing it should
-    take here, within a factor of about two; NaN where the run does not say."""
+    take here, within a factor of about two; NaN where the run does not say. buffers: bytes a step, before compression, of
+    those that training changes. groups: G; passes: over the batch of a step, where its losses depend on each other: one per
+    query and group, or one per example where that is fewer; 0 where they do not."""
 
     steps: int
     queries: int
@@ -30,40 +35,58 @@ class Plan:
     peak: int
     training: float
     seconds: float
+    buffers: int = 0
+    groups: int = 0
+    passes: int = 0
 
     def __str__(self) -> str:
         lines = [
             f"steps            {self.steps}",
             f"disk             {_size(self.disk)}, {_size(self.disk_per_step)} a step",
+            *([f"of that buffers  {_size(self.buffers)} a step, before compression"] if self.buffers else []),
             f"queries          {self.queries}" + (f", in {self.sweeps} sweeps" if self.sweeps > 1 else ""),
             f"peak memory      {_size(self.peak)}, beside Python, torch and the model",
         ]
         if not np.isnan(self.seconds):
             lines.append(f"training took    {self.training:.3g} s")
             lines.append(f"expected time    {self.seconds:.3g} s on this machine, within a factor of about two")
+        if self.passes:
+            lines.append(
+                f"coupled batches  {self.passes} passes over the batch of each step: its losses depend on each other, which "
+                f"takes a pass per query and group ({self.groups}), or per example where that is fewer"
+            )
+        if self.passes and self.groups >= MANY:
+            lines.append(
+                '                 fewer: groups={name: [patterns]}, one a layer, or shares="rows", one for all'
+            )
         return "\n".join(lines)
 
 
-def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
-    """What `attrib.attribute` will take for so many queries over the whole run, with the default `keep` and `groups`.
+def plan(
+    run: Run, queries: int = 1, memory: int | None = None, groups: Mapping[str, Sequence[str]] | None = None
+) -> Plan:
+    """What `attrib.attribute` will take for so many queries over the whole run, with the default `keep`.
 
     Args:
         run: from `attrib.open_run`.
         queries: Q.
-        memory: bytes, as for `attrib.attribute`.
+        memory, groups: as for `attrib.attribute`.
 
     Raises:
         ValueError: `queries` is no count, or the memory does not hold one query.
     """
     if not isinstance(queries, int) or queries < 1:
         raise ValueError(f"queries is not a count: got {queries!r}, expected an integer of at least 1.")
-    lengths = {"step": run.steps, "example": len(run.numbers), "group": len(run.groups)}
+    count = len(group_tensors(run.layout.names, groups)[0])
+    lengths = {"step": run.steps, "example": len(run.numbers), "group": count}
     kept = bytes_of(choose(None, queries, lengths), queries, lengths)
     found = divide(sizes_of(run, kept), queries, memory)
     known = run.log("seconds")
     known = known[~np.isnan(known)]
     training = run.steps * float(np.median(known)) if len(known) else float("nan")
     disk = run.reader.nbytes_stored()
+    coupled = run.capture == "replay" and run.header["settled"].get("coupled", False)
+    passes = min(queries * count, int(run.header["slots"])) if coupled else 0
     return Plan(
         steps=run.steps,
         queries=queries,
@@ -73,7 +96,10 @@ def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
         at_once=found.at_once,
         peak=found.peak,
         training=training,
-        seconds=_expected(run, queries, found, training),
+        seconds=_expected(run, queries, found, training) + passes * training,
+        buffers=run.trajectory.buffers.nbytes,
+        groups=count,
+        passes=passes,
     )
 
 

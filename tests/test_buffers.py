@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrib
+from attrib.report import figures
 
 SIZE, STEPS = 8, 5
 
@@ -216,3 +217,36 @@ def test_two_steps_by_hand(tmp_path: Path) -> None:
             np.testing.assert_allclose(result.buffers.values[q, step].sum(), row, rtol=0, atol=1e-13)
             assert result.buffers.sel(group="1.weight").values[q, step] == result.buffers.values[q, step].sum()
         theta, b = [t.detach() for t in new], new_b
+
+
+def test_what_buffers_did_is_shown_and_moves_add_up(tmp_path: Path) -> None:
+    trained = Trained(tmp_path / "run").steps(0, STEPS)
+    run, model = trained.run(), trained.model.eval()
+    result = attrib.attribute(run, model, MEASURED, loss=cross_entropy, progress=False)
+    assert "buffers" in str(result.ledger())
+    assert list(result.ledger().terms)[-3:] == ["buffers", "residual", "final"]
+    ends = {
+        line.get_label().split("  (")[0]: line.get_ydata()[-1] for line in figures.cumulative(result, 1, n=3).lines[:-1]
+    }
+    np.testing.assert_allclose(ends["buffers"], result.buffers[1].sum(), rtol=1e-12)
+    np.testing.assert_allclose(sum(ends.values()), (result.final - result.initial)[1], rtol=1e-12)
+    result.save(tmp_path / "result")
+    np.testing.assert_array_equal(attrib.open_result(tmp_path / "result").buffers, result.buffers)
+    each = list(attrib.moves(run, model, MEASURED, steps=range(1, 3), loss=cross_entropy))
+    change = (result.curve[:, 3] - result.curve[:, 1]).values
+    moved = [m.contributions.sum(1) + m.decay + m.inherited + m.remainder for m in each]
+    np.testing.assert_allclose(sum(moved), change, rtol=0, atol=1e-12)
+    curve = attrib.evaluate(run, model, MEASURED)
+    np.testing.assert_allclose(curve.values.T, result.curve, rtol=0, atol=1e-13)
+    line = attrib.interpolate(run, 0, run, STEPS, model, MEASURED, points=3)
+    np.testing.assert_allclose(line.values[[0, -1]], curve.values[[0, -1]], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_the_plan_says_what_a_coupled_batch_takes(queries: int, tmp_path: Path) -> None:
+    run = Trained(tmp_path / "run").steps(0, 2).run()
+    plan = attrib.plan(run, queries)
+    assert plan.buffers == (6 + 6 + 1) * 8
+    assert plan.passes == min(queries * 6, SIZE)  # a pass per query and tensor, or per example
+    assert attrib.plan(run, queries, groups={"all": ["*"]}).passes == queries
+    assert f"coupled batches  {plan.passes} passes" in str(plan)
