@@ -250,3 +250,37 @@ def test_the_plan_says_what_a_coupled_batch_takes(queries: int, tmp_path: Path) 
     assert plan.passes == min(queries * 6, SIZE)  # a pass per query and tensor, or per example
     assert attrib.plan(run, queries, groups={"all": ["*"]}).passes == queries
     assert f"coupled batches  {plan.passes} passes" in str(plan)
+
+
+@pytest.mark.slow
+def test_a_residual_network_with_augmentation_is_complete(tmp_path: Path) -> None:
+    """Transformers' ResNet, batch norm in train mode, SGD with momentum and weight decay, images flipped at random."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3, num_channels=3
+    )
+    model = transformers.ResNetForImageClassification(config).double().train()
+    images, labels = torch.randn(12, 3, 16, 16).double(), torch.arange(12) % 3
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x).logits, y, reduction="none")
+
+    def log_prob(model: nn.Module) -> Tensor:
+        return torch.log_softmax(model(images[:2]).logits, 1)[:, 1]
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    with attrib.record(optimizer, model, loss, tmp_path / "run") as recorder:
+        for step in range(4):
+            index = torch.arange(4) + 4 * (step % 3)
+            x = torch.where(torch.rand(4, 1, 1, 1) < 0.5, images[index].flip(3), images[index])
+            recorder.zero_grad()
+            recorder.batch(index, x, labels[index])
+            loss(model, x, labels[index]).mean().backward()
+            recorder.step()
+    run, groups = attrib.open_run(tmp_path / "run"), {"embedder": ["*embedder*"], "stages": ["*stages*"]}
+    result = attrib.attribute(run, model.eval(), log_prob, loss=loss, groups=groups, progress=False)
+    ledger = result.check(1e-10)
+    assert float(np.abs(ledger.residual).max()) < 1e-10
+    assert float(np.abs(ledger.buffers).min()) > 1e-3
+    assert ledger.identities["split"] < 1e-8
