@@ -75,7 +75,9 @@ def test_a_run_with_running_statistics_is_restored_and_complete(options: dict[st
     for step, state in enumerate(trained.states):
         run.load(model, step)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    held = {name: t.clone() for name, t in model.named_buffers()}
     result = attrib.attribute(run, model.eval(), MEASURED, loss=cross_entropy, progress=False)
+    assert all(torch.equal(t, held[name]) for name, t in model.named_buffers())  # its passes wrote to copies
     ledger = result.check(1e-10)
     values = [F.log_softmax(_loaded(state).eval()(X[:3]), 1).gather(1, Y[:3, None])[:, 0] for state in trained.states]
     # both are float64 passes over the same numbers, in another order
