@@ -167,6 +167,12 @@ def test_a_loss_that_reads_a_moving_buffer_reads_it_as_it_was(capture: str, tmp_
     assert (run.log("batch_identity") < 1e-12).all()
 
 
+def test_a_loss_that_reads_what_the_batch_before_wrote_is_refused(tmp_path: Path) -> None:
+    trained = Trained(tmp_path / "run", Centred().double(), parts=2)
+    with pytest.raises(attrib.errors.BatchIdentityError, match=r"buffers that training writes to.*a step of one batch"):
+        trained.steps(0, 1)
+
+
 def test_a_measurement_that_reads_a_moving_integer_is_refused(tmp_path: Path) -> None:
     trained = Trained(tmp_path / "run", Centred().double()).steps(0, 2)
     with pytest.raises(attrib.errors.MeasurementError, match=r"moves and is no floating-point number.*one of count"):
