@@ -10,6 +10,7 @@ A measurement depends on (theta, b): the vector that it is a function of is (the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import numpy as np
 import torch
@@ -44,6 +45,11 @@ class Buffers:
 
     def __bool__(self) -> bool:
         return bool(self.known)
+
+    @property
+    def nbytes(self) -> int:
+        """Of one state."""
+        return sum(prod(c.shape) * getattr(torch, c.dtype).itemsize for c in self.known.values())
 
     @cached_property
     def floating(self) -> Layout:

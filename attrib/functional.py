@@ -179,9 +179,8 @@ class Functional:
         self._constants = {n: t if n in own else t.clone() for n, t in cast_ones.items()}
         self._frozen = [n for n in self._constants if n in own]
         self.buffers: dict[str, Tensor] = {}  # those that `holding` was given
-        self._held: list[
-            list[tuple[dict[str, Any], str, Tensor]]
-        ] = []  # where buffers stand, of each `bound` that is open
+        # where buffers stand, and what they are to hold, of each `bound` that is open
+        self._held: list[list[tuple[dict[str, Any], str, Tensor]]] = []
         self._versions = self._now()
 
     def __call__(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:

@@ -105,6 +105,7 @@ def settled_facts(settled: Settled) -> dict[str, Any]:
         "forwards": settled.forwards,
         "late": settled.late,
         "autocast": None if autocast is None else autocast.facts(),
+        "coupled": settled.coupled,
     }
 
 

@@ -1,6 +1,7 @@
 """What attributing a run will take, said before it is begun: disk, memory, time."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from .budget import Budget, Sizes, divide
+from .layout import group_tensors
 from .marginals import bytes_of, choose
 from .run import Run
 
@@ -20,9 +22,10 @@ ALONG = 1.5  # the derivative of a batch's losses along a direction, or the grad
 class Plan:
     """disk: bytes of the store, and of a step. peak: bytes in memory beside the process as it stands. sweeps: times that
     the run is gone through, `at_once` queries each. training, seconds: what the run took and what attributing it should
-    take here, within a factor of about two; NaN where the run does not say. shares: what a share is in the run. passes: that
-    shares by example take at each step beyond those, where the losses of a batch depend on each other, 0 where shares are
-    stored; coupled: the seconds of it all then."""
+    take here, within a factor of about two; NaN where the run does not say. buffers: bytes a step, before compression, of
+    those that training changes. shares: what a share is in the run. groups: G; passes: what shares by example take beyond
+    the usual at each step, where the losses of its batch depend on each other: one per query and group, or one per example
+    where that is fewer; 0 where they do not; along: the seconds of these passes, in `seconds` where shares are by example."""
 
     steps: int
     queries: int
@@ -33,14 +36,17 @@ class Plan:
     peak: int
     training: float
     seconds: float
-    shares: str
-    passes: int
-    coupled: float
+    buffers: int = 0
+    shares: str = "example"
+    groups: int = 0
+    passes: int = 0
+    along: float = 0.0
 
     def __str__(self) -> str:
         lines = [
             f"steps            {self.steps}",
             f"disk             {_size(self.disk)}, {_size(self.disk_per_step)} a step",
+            *([f"of that buffers  {_size(self.buffers)} a step, before compression"] if self.buffers else []),
             f"queries          {self.queries}" + (f", in {self.sweeps} sweeps" if self.sweeps > 1 else ""),
             f"peak memory      {_size(self.peak)}, beside Python, torch and the model",
         ]
@@ -50,41 +56,45 @@ class Plan:
         return "\n".join([*lines, *self._definitions()])
 
     def _definitions(self) -> list[str]:
-        """What shares cost by either definition, that of the run first."""
+        """What shares cost by either definition where losses depend on each other, that of the run first."""
         if not self.passes:
             return []
-        known = not np.isnan(self.seconds)
-        one, many = (f", {s:.3g} s" if known else "" for s in (self.seconds, self.coupled))
+        usual = self.seconds - (self.along if self.shares == "example" else 0.0)
+        example, rows = ("" if np.isnan(s) else f", {s:.3g} s" for s in (usual + self.along, usual))
         costs = {
-            "rows": f"one pass a step for all queries and groups{one}",
-            "example": f"the same; where the losses of a batch depend on each other up to {self.passes} passes more a step"
-            f"{many}, fewer with groups=",
+            "example": f"{self.passes} passes more a step: its losses depend on each other{example}; fewer with groups=",
+            "rows": f"none more, for all queries and groups{rows}",
         }
         order = sorted(costs, key=lambda name: name != self.shares)
-        return [f"shares by {name}".ljust(18) + costs[name] for name in order]
+        return [f"shares by {name}".ljust(19) + costs[name] for name in order]
 
 
-def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
-    """What `attrib.attribute` will take for so many queries over the whole run, with the default `keep` and `groups`.
+def plan(
+    run: Run, queries: int = 1, memory: int | None = None, groups: Mapping[str, Sequence[str]] | None = None
+) -> Plan:
+    """What `attrib.attribute` will take for so many queries over the whole run, with the default `keep`.
 
     Args:
         run: from `attrib.open_run`.
         queries: Q.
-        memory: bytes, as for `attrib.attribute`.
+        memory, groups: as for `attrib.attribute`.
 
     Raises:
         ValueError: `queries` is no count, or the memory does not hold one query.
     """
     if not isinstance(queries, int) or queries < 1:
         raise ValueError(f"queries is not a count: got {queries!r}, expected an integer of at least 1.")
-    lengths = {"step": run.steps, "example": len(run.numbers), "group": len(run.groups)}
+    count = len(group_tensors(run.layout.names, groups)[0])
+    lengths = {"step": run.steps, "example": len(run.numbers), "group": count}
     kept = bytes_of(choose(None, queries, lengths), queries, lengths)
     found = divide(sizes_of(run, kept), queries, memory)
     known = run.log("seconds")
     known = known[~np.isnan(known)]
     training = run.steps * float(np.median(known)) if len(known) else float("nan")
-    disk, seconds = run.reader.nbytes_stored(), _expected(run, queries, found, training)
-    passes = min(queries * len(run.groups), int(run.header["slots"])) if run.capture == "replay" else 0
+    disk = run.reader.nbytes_stored()
+    coupled = run.capture == "replay" and run.header["settled"].get("coupled", False)
+    passes = min(queries * count, int(run.header["slots"])) if coupled else 0
+    along = ALONG * passes * training if passes else 0.0
     return Plan(
         steps=run.steps,
         queries=queries,
@@ -94,10 +104,12 @@ def plan(run: Run, queries: int = 1, memory: int | None = None) -> Plan:
         at_once=found.at_once,
         peak=found.peak,
         training=training,
-        seconds=seconds,
+        seconds=_expected(run, queries, found, training) + (along if run.definition == "example" else 0.0),
+        buffers=run.trajectory.buffers.nbytes,
         shares=run.definition,
+        groups=count,
         passes=passes,
-        coupled=seconds + ALONG * passes * training,
+        along=along,
     )
 
 

@@ -269,4 +269,5 @@ def _settled(reader: Reader) -> Settled:
         described=described,
         shapes={name: tuple(reader.array(name).shape[2:]) for name in names},
         autocast=from_facts(facts["autocast"]),
+        coupled=bool(facts.get("coupled", False)),
     )

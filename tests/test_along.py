@@ -594,3 +594,19 @@ def test_another_generator_of_numpys_is_left_alone() -> None:
         assert np.random.rand() != first  # noqa: NPY002
     finally:
         np.random.set_bit_generator(before)
+
+
+def test_batch_norm_that_writes_its_statistics_goes_by_dual_numbers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+    before, (x, y) = {name: t.clone() for name, t in model.named_buffers()}, data(0)
+    layout = Layout(*zip(*((name, tuple(p.shape)) for name, p in model.named_parameters()), strict=True))
+    shares = ExampleGradients(cross_entropy, model, layout, torch.float64)
+    theta, u = layout.flatten(model.parameters()), torch.randn(2, layout.size).double()
+    products = shares.contract(theta, Batch.of((x, y)), u, [0] * 6)[1]  # as one group: fewer passes than examples
+    rows = torch.stack(
+        [layout.flatten(row.values()) for row in shares.vector.rows(theta, Batch.of((x, y)), layout.names)]
+    )
+    np.testing.assert_allclose(products.sum(2), u @ rows.T, rtol=0, atol=1e-12)
+    assert set(shares.vector._ways.values()) == {"forward"}
+    assert all(torch.equal(t, before[name]) for name, t in model.named_buffers())

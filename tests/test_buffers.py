@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrib
+from attrib.report import figures
 
 SIZE, STEPS = 8, 5
 
@@ -74,7 +75,9 @@ def test_a_run_with_running_statistics_is_restored_and_complete(options: dict[st
     for step, state in enumerate(trained.states):
         run.load(model, step)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    held = {name: t.clone() for name, t in model.named_buffers()}
     result = attrib.attribute(run, model.eval(), MEASURED, loss=cross_entropy, progress=False)
+    assert all(torch.equal(t, held[name]) for name, t in model.named_buffers())  # its passes wrote to copies
     ledger = result.check(1e-10)
     values = [F.log_softmax(_loaded(state).eval()(X[:3]), 1).gather(1, Y[:3, None])[:, 0] for state in trained.states]
     # both are float64 passes over the same numbers, in another order
@@ -164,6 +167,12 @@ def test_a_loss_that_reads_a_moving_buffer_reads_it_as_it_was(capture: str, tmp_
     assert (run.log("batch_identity") < 1e-12).all()
 
 
+def test_a_loss_that_reads_what_the_batch_before_wrote_is_refused(tmp_path: Path) -> None:
+    trained = Trained(tmp_path / "run", Centred().double(), parts=2)
+    with pytest.raises(attrib.errors.BatchIdentityError, match=r"buffers that training writes to.*a step of one batch"):
+        trained.steps(0, 1)
+
+
 def test_a_measurement_that_reads_a_moving_integer_is_refused(tmp_path: Path) -> None:
     trained = Trained(tmp_path / "run", Centred().double()).steps(0, 2)
     with pytest.raises(attrib.errors.MeasurementError, match=r"moves and is no floating-point number.*one of count"):
@@ -216,3 +225,71 @@ def test_two_steps_by_hand(tmp_path: Path) -> None:
             np.testing.assert_allclose(result.buffers.values[q, step].sum(), row, rtol=0, atol=1e-13)
             assert result.buffers.sel(group="1.weight").values[q, step] == result.buffers.values[q, step].sum()
         theta, b = [t.detach() for t in new], new_b
+
+
+def test_what_buffers_did_is_shown_and_moves_add_up(tmp_path: Path) -> None:
+    trained = Trained(tmp_path / "run").steps(0, STEPS)
+    run, model = trained.run(), trained.model.eval()
+    result = attrib.attribute(run, model, MEASURED, loss=cross_entropy, progress=False)
+    assert "buffers" in str(result.ledger())
+    assert list(result.ledger().terms)[-3:] == ["buffers", "residual", "final"]
+    ends = {
+        line.get_label().split("  (")[0]: line.get_ydata()[-1] for line in figures.cumulative(result, 1, n=3).lines[:-1]
+    }
+    np.testing.assert_allclose(ends["buffers"], result.buffers[1].sum(), rtol=1e-12)
+    np.testing.assert_allclose(sum(ends.values()), (result.final - result.initial)[1], rtol=1e-12)
+    result.save(tmp_path / "result")
+    np.testing.assert_array_equal(attrib.open_result(tmp_path / "result").buffers, result.buffers)
+    each = list(attrib.moves(run, model, MEASURED, steps=range(1, 3), loss=cross_entropy))
+    change = (result.curve[:, 3] - result.curve[:, 1]).values
+    moved = [m.contributions.sum(1) + m.decay + m.inherited + m.remainder for m in each]
+    np.testing.assert_allclose(sum(moved), change, rtol=0, atol=1e-12)
+    curve = attrib.evaluate(run, model, MEASURED)
+    np.testing.assert_allclose(curve.values.T, result.curve, rtol=0, atol=1e-13)
+    line = attrib.interpolate(run, 0, run, STEPS, model, MEASURED, points=3)
+    np.testing.assert_allclose(line.values[[0, -1]], curve.values[[0, -1]], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_the_plan_says_what_a_coupled_batch_takes(queries: int, tmp_path: Path) -> None:
+    run = Trained(tmp_path / "run").steps(0, 2).run()
+    plan = attrib.plan(run, queries)
+    assert plan.buffers == (6 + 6 + 1) * 8
+    assert plan.passes == min(queries * 6, SIZE)  # a pass per query and tensor, or per example
+    assert attrib.plan(run, queries, groups={"all": ["*"]}).passes == queries
+    said = str(plan)
+    assert said.index(f"shares by example  {plan.passes} passes more") < said.index("shares by rows     none more")
+
+
+@pytest.mark.slow
+def test_a_residual_network_with_augmentation_is_complete(tmp_path: Path) -> None:
+    """Transformers' ResNet, batch norm in train mode, SGD with momentum and weight decay, images flipped at random."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3, num_channels=3
+    )
+    model = transformers.ResNetForImageClassification(config).double().train()
+    images, labels = torch.randn(12, 3, 16, 16).double(), torch.arange(12) % 3
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x).logits, y, reduction="none")
+
+    def log_prob(model: nn.Module) -> Tensor:
+        return torch.log_softmax(model(images[:2]).logits, 1)[:, 1]
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
+    with attrib.record(optimizer, model, loss, tmp_path / "run") as recorder:
+        for step in range(4):
+            index = torch.arange(4) + 4 * (step % 3)
+            x = torch.where(torch.rand(4, 1, 1, 1) < 0.5, images[index].flip(3), images[index])
+            recorder.zero_grad()
+            recorder.batch(index, x, labels[index])
+            loss(model, x, labels[index]).mean().backward()
+            recorder.step()
+    run, groups = attrib.open_run(tmp_path / "run"), {"embedder": ["*embedder*"], "stages": ["*stages*"]}
+    result = attrib.attribute(run, model.eval(), log_prob, loss=loss, groups=groups, progress=False)
+    ledger = result.check(1e-10)
+    assert float(np.abs(ledger.residual).max()) < 1e-10
+    assert float(np.abs(ledger.buffers).min()) > 1e-3
+    assert ledger.identities["split"] < 1e-8

@@ -228,5 +228,5 @@ def _captured(trial: Trial, fit: Fit, arrays: Arrays, factor_scales: np.ndarray 
         penalty=trial.penalty,
         random=[None if state is None else state.numpy() for state in random],
         log=fit.log,
-        settled=fit.settled,
+        settled=replace(fit.settled, coupled=fit.settled.coupled or trial.shares.coupled),
     )

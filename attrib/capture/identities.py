@@ -248,6 +248,11 @@ def _hint(trial: Trial, stochastic: bool, losses: Sequence[Tensor]) -> str:
             " Autocast is on at the step: entered once around the whole loop it keeps the weights as they were rounded when "
             "it was entered. Enter it at every step, around the forward pass."
         )
+    if len(trial.passes) > 1 and _reads_buffers(trial):
+        return (
+            " The loss reads buffers that training writes to, each batch of a step what the one before it wrote, and the "
+            "record holds what stood there when the step began: make a step of one batch."
+        )
     for n, each in enumerate(trial.passes):
         with random_state(each.start):
             again = each.shares.vector.values(trial.step.theta, each.batch) / each.factor
@@ -258,6 +263,17 @@ def _hint(trial: Trial, stochastic: bool, losses: Sequence[Tensor]) -> str:
                 f"from a generator of its own. Draw them with torch's, Python's or numpy's global one."
             )
     return ""
+
+
+def _reads_buffers(trial: Trial) -> bool:
+    """Whether the losses of the last pass are others where the buffers that training changes hold other numbers."""
+    each, values = trial.passes[-1], []
+    others = {name: t + 1 if t.is_floating_point() else t for name, t in trial.step.buffers.items()}
+    for buffers in (trial.step.buffers, others) if others else ():
+        with random_state(each.start):
+            shares = each.shares.at(trial.step.active, each.factor, buffers)
+            values.append(shares.vector.values(trial.step.theta, each.batch))
+    return bool(values) and not torch.equal(*values)
 
 
 def _gross(trial: Trial, settled: Settled) -> float:

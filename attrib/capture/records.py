@@ -53,7 +53,7 @@ class Settled:
     forwards: how many forward passes of the model follow an announced batch, by its tree; None where that differs. late:
     whether the random numbers of a loss start from the state before its forward pass, not from that when it was announced.
     described, shapes: of stored factors what they are, and of one example each array's shape. autocast: what the loss is
-    computed under.
+    computed under. coupled: whether a batch was met whose losses depend on each other.
     """
 
     reduction: Reduction = field(default_factory=Reduction)
@@ -63,6 +63,7 @@ class Settled:
     described: Described | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     autocast: Autocast | None = None
+    coupled: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ CHUNK_BYTES = 64 << 20  # contributions (Q, n, N) held at once
 
 class Move(NamedTuple):
     """One step: what of the measurements' change each example caused, (Q, N), in the order of `run.examples`; what weight
-    decay did, momentum from before the lead, and what gradients and updates held beyond the shares, (Q,) each; and the
-    change itself, which they sum to but for rounding."""
+    decay did, momentum from before the lead, and what gradients and updates held beyond the shares and what changes
+    of buffers did, (Q,) each; and the change itself, which they sum to but for rounding."""
 
     step: int
     contributions: np.ndarray
@@ -105,7 +105,8 @@ def _at_once(window: Callable[..., Result], steps: range, examples: int) -> Iter
         given = found.by("step", "example").values
         for n in range(stop - first):
             change = np.diff(found.curve.values[:, n : n + 2])[:, 0]
-            rest = (found.remainder.values[:, n] + found.update_remainder.values[:, n]).sum(1)
+            rows = found.remainder, found.update_remainder, found.buffers
+            rest = sum(row.values[:, n].sum(1) for row in rows)
             yield Move(first + n, given[:, n], found.decay.values[:, n].sum(1), np.zeros(len(given)), rest, change)
         first, size = stop, max(1, CHUNK_BYTES // (8 * len(given) * examples))
 
@@ -124,5 +125,6 @@ def _with_momentum(window: Callable[..., Result], steps: range, lead: int) -> It
 def _terms(found: Result) -> tuple[np.ndarray, ...]:
     """Contributions (Q, N), decay, inherited, remainder and the change, (Q,) each, of a window."""
     decay, inherited = found.decay.sum(("step", "group")).values, found.inherited.sum("group").values
-    rest = (found.remainder.sum(("step", "group")) + found.update_remainder.sum(("update_step", "group"))).values
+    updates = (found.update_remainder + found.buffers).sum(("update_step", "group"))
+    rest = (found.remainder.sum(("step", "group")) + updates).values
     return found.by("example").values, decay, inherited, rest, (found.final - found.initial).values

@@ -43,7 +43,7 @@ def timeline(result: Result, query: int = 0, ax: Any = None) -> Any:
 
 def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | None = None, ax: Any = None) -> Any:
     """Running sums, over the steps, of the n examples whose contributions end up largest in size, of all others together,
-    of weight decay, and of a remainder where there is one.
+    of weight decay, and of a remainder and of buffers that training changes where there are.
 
     Raises:
         KeptAxesError: the result was not kept along step and example.
@@ -54,14 +54,16 @@ def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | 
     order = np.argsort(-np.abs(final), kind="stable")
     steps, ids = values["step"].values, values["example"].values.tolist()
     rest = values.values[:, order[n:]].sum(1)
-    decay, remainder = (v.isel(query=query).sum("group").values for v in (result.decay, result.remainder))
+    rows = result.decay, result.remainder, result.buffers
+    decay, remainder, buffers = (v.isel(query=query).sum("group").values for v in rows)
     for label, style, per_step in (
         (f"all {max(0, len(order) - n)} other examples", ":", rest),
         ("weight decay", "--", decay),
         *((("remainder", "-.", remainder),) if remainder.any() else ()),
+        *((("buffers", (0, (1, 3)), buffers),) if buffers.any() else ()),
     ):
         running = np.cumsum(per_step)
-        ax.plot(steps, running, style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})")
+        ax.plot(steps, running, linestyle=style, color="black", linewidth=1.4, label=f"{label}  ({running[-1]:+.2f})")
     for k, e in enumerate(order[:n]):
         running = np.cumsum(values.values[:, e])
         label = f"{shortened(said(describe, ids[e]))}  ({final[e]:+.2f})"

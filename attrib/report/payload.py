@@ -1,8 +1,8 @@
 """The numbers of the report page, small enough to open at once.
 
     timeline  (Q, F, groups)   change per fine bin of update steps       curve (Q, F + 1)
-    layers    (Q, B, groups)   contributions of examples, of weight decay and of a remainder per bin of steps that windows
-                               are made of
+    layers    (Q, B, groups)   contributions of examples, of weight decay, of a remainder and of buffers per bin of steps
+                               that windows are made of
     examples  (b, n) a query   contributions of the examples that stand in the page; b = B, or 1 where they were not kept
                                along the steps
 
@@ -157,18 +157,20 @@ def _descriptions(ids: np.ndarray, table: Chosen, describe: Describe | None) -> 
 
 def _windows(result: Result) -> int:
     """How many bins windows may be made of, so that the groups' bars fit."""
-    sizes, rows = result.dataset.sizes, 3 if "remainder" in result.dataset else 2
+    sizes, rows = result.dataset.sizes, 2 + sum(name in result.dataset for name in ("remainder", "buffers"))
     return max(1, min(WINDOWS, SUMS // (rows * sizes["query"] * min(BARS, sizes["group"]))))
 
 
 def _layers(result: Result, bins: Bins) -> dict[str, Any] | None:
-    """What the examples' gradients, weight decay and a remainder contributed in each bin, per group; None where it was not
-    kept."""
+    """What the examples' gradients, weight decay, a remainder and buffers contributed in each bin, per group; None where it
+    was not kept."""
     if not result.has("step", "group"):
         return None
     rows = {"train examples": result.by("step", "group"), "weight decay": result.decay}
     if "remainder" in result.dataset:
         rows["remainder"] = result.remainder
+    if "buffers" in result.dataset:  # which stand on both clocks
+        rows["buffers"] = result.buffers
     size = np.sum([np.abs(values.values).sum((0, 1)) for values in rows.values()], 0)
     folded = {name: fold_groups(values, BARS, size) for name, values in rows.items()}
     return {
