@@ -187,7 +187,7 @@ def test_rows_are_the_examples_gradients_where_losses_are_independent(name: str,
 def test_where_rows_have_no_owner_that_is_said_and_the_advice_works(build: Callable[[], nn.Module]) -> None:
     model = made(build)
     shares, theta, batch = shares_of(model, losses)
-    with pytest.raises(errors.LossError, match=r'no row shares here.*at parameter.*Use shares="example"'):
+    with pytest.raises(errors.LossError, match=r'no row shares here.*at parameter.*use shares="example"'):
         shares.contract(theta, batch, theta[None])
     by_loss = ExampleGradients(losses, model, shares.layout, torch.float64)
     expected = oracles.losses_one_by_one(model, theta.numpy(), losses, batch)
