@@ -74,9 +74,21 @@ class Looking(nn.Module):
         self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        keep = x[:, :1] > -0.5
+        keep = x[:, :1] > -1.5
         h = torch.tanh(self.a(x))
         return self.b(h if keep.all() else h * keep)
+
+
+class Picking(nn.Module):
+    """One of two positions of each example, by what it holds, as a classifier takes the last token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x.unflatten(1, (2, 2))))
+        return self.b(h[torch.arange(len(x)), (x[:, 0] > 0).long()])
 
 
 def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -194,12 +206,18 @@ def test_where_rows_have_no_owner_that_is_said_and_the_advice_works(build: Calla
     close(by_loss.rows(theta, batch), expected)
 
 
-def test_rows_are_read_anew_in_every_batch_where_they_may_depend_on_its_content() -> None:
-    model = made(Looking)
+@pytest.mark.parametrize(("build", "known"), [(Looking, 2), (Picking, 0)])
+def test_whose_rows_are_whose_is_known_by_what_python_read_and_read_anew_where_content_places_them(
+    build: Callable[[], nn.Module], known: int
+) -> None:
+    model = made(build)
     shares, theta, _ = shares_of(model, losses)
-    for seed in range(3):
+    for seed in range(8):  # on both branches, from the traced graph too
         batch = data(9, seed)
-        close(shares.rows(theta, batch), oracles.losses_one_by_one(model, theta.numpy(), losses, batch))
+        expected = oracles.losses_one_by_one(model, theta.numpy(), losses, batch)
+        close(shares.rows(theta, batch), expected)
+        close(shares.contract(theta, batch, theta[None])[1].sum(2)[0], expected @ theta.numpy())
+    assert len(shares.vector._owners) == known
 
 
 def test_a_loss_that_is_neither_losses_nor_a_number_is_refused() -> None:

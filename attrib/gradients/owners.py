@@ -115,7 +115,7 @@ def check_split(trace: Trace) -> None:
 def owners_of(follow: Follow, batch: Batch, trace: Trace, start: Tensor) -> Owners:
     """Of a trace of the batch. follow: makes passes in which nothing is coupled; start: the generators' state before."""
     calls = calls_of(trace)
-    volatile = any(site.volatile or site.mixed for site in trace.sites)
+    volatile = None in trace.read or any(site.placed or site.mixed for site in trace.sites)
     if batch.size == 1:
         return Owners(tuple(Batchwise(0) if site.shape else None for site in trace.sites), calls, volatile)
     with random_state(start):
