@@ -12,7 +12,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYERS
+from cases import LAYERS, crossed
 from test_along import Experts, Sorted
 from test_gradients import layout_of, setting
 from test_gradients import loss as layer_loss
@@ -179,8 +179,7 @@ def test_rows_are_the_gradients_of_copies_of_the_parameters_that_each_example_ha
     close(shares.rows(theta, batch), torch.stack(rows))
 
 
-@pytest.mark.parametrize("size", [1, 9])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "size"), crossed(LAYERS, (9, 1), fast=[(name, 9) for name in LAYERS]))
 def test_rows_are_the_examples_gradients_where_losses_are_independent(name: str, size: int) -> None:
     model, layout, theta, x, expected = setting(name, size)
     shares = RowGradients(layer_loss, model, layout, torch.float64)
@@ -280,13 +279,13 @@ def attributed(run: attrib.Run, model: nn.Module, loss: Any, **options: Any) -> 
     ("capture", "loss", "dtype", "accumulated"),
     [
         ("replay", losses, torch.float64, 2),
-        ("replay", balanced, torch.float64, 1),
-        ("replay", balanced, torch.float32, 2),
-        ("gradients", losses, torch.float32, 1),
         ("gradients", balanced, torch.float64, 2),
         ("factors", losses, torch.float64, 1),
         ("factors", balanced, torch.float32, 2),
-        ("factors", balanced, torch.float64, 1),
+        pytest.param("replay", balanced, torch.float64, 1, marks=pytest.mark.slow),
+        pytest.param("replay", balanced, torch.float32, 2, marks=pytest.mark.slow),
+        pytest.param("gradients", losses, torch.float32, 1, marks=pytest.mark.slow),
+        pytest.param("factors", balanced, torch.float64, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_by_rows_is_complete(
@@ -365,8 +364,8 @@ def test_the_definition_stands_in_the_run_the_result_and_the_page(tmp_path: Path
         assert "what passed through each example" in shown
 
 
-@pytest.mark.parametrize("loss", [losses, balanced])
-@pytest.mark.parametrize("capture", ["replay", "factors"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("capture", "loss"), [("replay", losses), ("factors", balanced)])
 def test_a_run_by_rows_that_died_goes_on_bit_for_bit(tmp_path: Path, capture: str, loss: Callable[..., Tensor]) -> None:
     whole, _ = recorded(loss, capture)
     recorded(loss, capture, store=tmp_path / "run.zarr", stop=4)
@@ -380,6 +379,7 @@ def test_a_run_by_rows_that_died_goes_on_bit_for_bit(tmp_path: Path, capture: st
         recorded(losses, store=tmp_path / "other.zarr", resume=True)
 
 
+@pytest.mark.slow
 def test_the_past_of_a_run_by_rows_can_be_changed() -> None:
     run, model = recorded(balanced)
     again = attrib.replay(run, 0, model=model, loss=balanced, store=MemoryStore(), progress=False)
@@ -403,3 +403,40 @@ def test_workers_give_what_one_process_gives(tmp_path: Path) -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as executor:
         shared = attributed(run, model, balanced, executor=executor)
     close(shared.by("step", "example").values, alone.by("step", "example").values)
+
+
+def one_step(model: nn.Module, loss: Callable[..., Tensor], batch: Any, rounded: bool = False) -> attrib.Run:
+    store = MemoryStore()
+    with attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, loss, store, shares="rows") as recorder:
+        recorder.batch(torch.arange(8), *batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            value = loss(model, *batch)
+        value.backward()
+        recorder.step()
+    return attrib.open_run(store)
+
+
+def test_under_autocast_statistics_are_fixed_in_the_type_of_the_norm() -> None:
+    model, (x, y) = made(Normed).float(), data(8)
+    run = one_step(model, balanced, (x.float(), y), rounded=True)
+    ledger = attributed(run, model, balanced).check()
+    assert ledger.identities["split"] < 2.0**-8  # what bfloat16 rounds by
+
+
+@pytest.mark.slow
+def test_the_loss_that_a_language_model_returns_will_do() -> None:
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0)
+    model = hf.GPT2LMHeadModel(config)
+    ids, length = torch.randint(0, 30, (8, 6)), torch.tensor([6, 3, 4, 6, 5, 2, 6, 3])
+    mask = (torch.arange(6) < length[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    run = one_step(model, lambda m, b: m(**b).loss, (batch,))
+    model.eval()
+    result = attrib.attribute(
+        run, model, lambda m: m(input_ids=ids[:1]).logits[:, -1, 0], loss=lambda m, b: m(**b).loss, progress=False
+    )
+    ledger = result.check()
+    assert ledger.identities["batch"] < 1e-6  # of float32
+    assert ledger.identities["split"] < 1e-5
