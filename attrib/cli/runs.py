@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..attribute import attribute
+from ..checks import SHARES
 from ..errors import Interrupted
 from ..plan import plan
 from ..report import to_json
@@ -45,6 +46,7 @@ def add(commands: Any) -> None:
     made.add_argument("--window", type=window, metavar="A:B", help="the change between two states, such as 100:200")
     made.add_argument("--keep", type=axes, action="append", metavar="AXES", help=AXES + "; several times for several")
     made.add_argument("--memory", type=size, metavar="BYTES", help="to hold at most, such as 2G or 500M")
+    made.add_argument("--shares", choices=SHARES, help="what a share is (what it is in the run)")
     made.add_argument("--workers", type=positive, metavar="N", help="processes that share the work (this one alone)")
 
 
@@ -89,7 +91,7 @@ def _attribute(options: argparse.Namespace) -> int:
     measurement = select(setup.choose(options.measurement), options.queries)
     run.load(setup.model, run.steps)
     asked = {"loss": setup.loss, "groups": setup.groups, "steps": options.window, "keep": options.keep}
-    asked |= {"memory": options.memory, "progress": not options.json}
+    asked |= {"memory": options.memory, "progress": not options.json, "shares": options.shares}
     try:
         with _workers(options.workers) as executor:
             result = attribute(run, setup.model, measurement, executor=executor, **asked)

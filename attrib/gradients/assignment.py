@@ -54,7 +54,8 @@ class Assignment:
 class Trace:
     """One traced forward pass. bytes: of what the calls on data returned, all examples together. start: the state of the
     generators before it. mixed: whether rows of the data met others, so that in another batch losses may depend on each
-    other. precision: what the pass rounds to on its way. examples: of the batch, where there is not a loss of each."""
+    other. precision: what the pass rounds to on its way. examples: of the batch, where there is not a loss of each. read:
+    the values of the data that Python read, None for what cannot be compared."""
 
     parameters: dict[str, Tensor]
     sites: list[Site]
@@ -65,6 +66,7 @@ class Trace:
     mixed: bool = False
     precision: torch.dtype = torch.float32
     examples: int | None = None
+    read: tuple[str | None, ...] = ()
 
     @property
     def size(self) -> int:
@@ -92,7 +94,7 @@ def followed(
     if checked:
         loss.check_constants()
     found = moving, tracer.sites, tracer.unsplit, losses, tracer.bytes, start, tracer.mixed, loss.precision, batch.size
-    return Trace(*found)
+    return Trace(*found, read=tuple(tracer.read))
 
 
 def few(batch: Batch) -> Batch:

@@ -50,7 +50,8 @@ class FixedStatistics(TorchFunctionMode):
             return func(*args, **kwargs)
         bound = FUNCTIONS[func].bind(args, kwargs)
         if bound.get("training"):
-            mean, variance = self._statistics(bound["input"].detach())
+            x, weight = bound["input"].detach(), bound.get("weight")
+            mean, variance = (t.to((x if weight is None else weight).dtype) for t in self._statistics(x))
             bound = {**bound, "running_mean": mean, "running_var": variance, "training": False}
         return func(**bound)
 
@@ -96,7 +97,10 @@ class Owners:
         return found
 
 
-_ADVICE = 'Use shares="example", of a loss that returns one number per example.'
+_ADVICE = (
+    "Let parameters meet the data before examples meet each other (scale embeddings, not the matrix of their pairs), or use "
+    'shares="example", of a loss that returns one number per example.'
+)
 
 
 def check_split(trace: Trace) -> None:
@@ -111,7 +115,7 @@ def check_split(trace: Trace) -> None:
 def owners_of(follow: Follow, batch: Batch, trace: Trace, start: Tensor) -> Owners:
     """Of a trace of the batch. follow: makes passes in which nothing is coupled; start: the generators' state before."""
     calls = calls_of(trace)
-    volatile = any(site.volatile or site.mixed for site in trace.sites)
+    volatile = None in trace.read or any(site.placed or site.mixed for site in trace.sites)
     if batch.size == 1:
         return Owners(tuple(Batchwise(0) if site.shape else None for site in trace.sites), calls, volatile)
     with random_state(start):

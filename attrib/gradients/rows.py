@@ -11,8 +11,10 @@ through whole. The same questions as of `ExampleGradients`, and the same answers
 """
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +56,8 @@ class RowGradients:
         self.layout = layout
         self._loss = Functional(model, loss, layout, dtype, autocast)
         self.vector = RowVector(self._loss, layout)
-        self._programs, self._factor, self._said = Programs(), 1.0, set[str]()
+        self._programs, self._factor = Programs(), 1.0
+        self._volatile, self._said = set[Any](), set[str]()
 
     def at(
         self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None
@@ -148,8 +151,8 @@ class RowGradients:
         return found if len(found) == len(self.layout.names) else None
 
     def rows_at_once(self) -> int:
-        """A batch is not cut."""
-        raise NotImplementedError
+        """All: a batch is not cut."""
+        return sys.maxsize
 
     def _factored(self, reached: Reached, owners: Owners, size: int) -> dict[str, list[Factor]]:
         """Of the parameters that have closed forms at all their sites."""
@@ -187,8 +190,15 @@ class RowGradients:
         parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
         inputs = [*parameters, *(directions[n] for n in moving), *buffers.values(), *batch.tensors]
         kind = kind_of_inputs(inputs), self.active, batch.kind, self._factor
-        run = function(inputs) if batch.numbers else self._programs(kind, function, inputs)  # they may anneal
-        losses, terms, slow = run
+        anew = batch.numbers or kind in self._volatile  # numbers may anneal, owners change
+        losses, terms, slow = function(inputs) if anew else self._programs(kind, function, inputs)
+        if known and known[0].volatile and kind not in self._volatile:
+            self._volatile.add(kind)
+            log.warning(
+                "row shares are slow: rows are placed by what the batch holds, or meet before the last parameter, so that "
+                "whose they are is read in every batch anew: %d passes forward",
+                2 * (batch.size - 1).bit_length() + 1,
+            )
         self._note(slow)
         return check_finite(losses), terms, slow
 

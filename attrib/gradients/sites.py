@@ -23,6 +23,7 @@ from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,8 +79,8 @@ class Call:
 class Site:
     """A call where weights meet data: its output's shape, place in the autograd graph and, on request, value.
 
-    volatile: which of its rows are whose may differ from batch to batch of one shape. mixed: rows of the data had met other
-    rows of it by then.
+    volatile: which of its rows are whose may differ from batch to batch of one shape. placed: the same, where Python reads
+    what it read here. mixed: rows of the data had met other rows of it by then.
     """
 
     call: Call
@@ -87,6 +88,7 @@ class Site:
     edge: GradientEdge
     value: Tensor | None = None
     volatile: bool = False
+    placed: bool = False
     mixed: bool = False
 
 
@@ -109,6 +111,7 @@ class SiteTracer(TorchFunctionMode):
         # parameters used by a call that cannot run a second time, or on data whose layout depends on their content
         self.unsplit: set[str] = set()
         self.escaped = False  # whether Python has read a value of the data
+        self.read: list[str | None] = []  # the values; None for what is none
         self.mixed = False  # whether rows of the data met other rows of it, so that losses may depend on each other
         self._data = WeakTensorKeyDictionary()
         self._ragged = WeakTensorKeyDictionary()
@@ -131,6 +134,9 @@ class SiteTracer(TorchFunctionMode):
         self._meet(t for i, t in tensors if i not in weights)
         random = torch.get_rng_state() if weights and func not in FUNCTIONS else None
         out = func(*args, **kwargs)
+        if _name(func) in _ESCAPES and any(t in self._data for _, t in tensors):
+            self.escaped = True
+            self.read.append(_shown(out))
         outputs = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
         if _writes(func) and tensors:
             outputs.append(tensors[0][1])
@@ -150,13 +156,12 @@ class SiteTracer(TorchFunctionMode):
                 self._data[t] = self._volatile[t] = True
 
     def _spread(self, func: Any, tensors: list[tuple[int, Tensor]], outputs: list[Tensor]) -> tuple[bool, bool]:
-        """Whether the outputs are ragged, and volatile: noted for each, as whether they are data."""
+        """Whether the outputs are ragged, and volatile, whatever Python read: noted for each, as whether they are data."""
         read = [t for _, t in tensors if t in self._data]
         data = bool(read)
-        self.escaped = self.escaped or (data and _name(func) in _ESCAPES)
         self.mixed = self.mixed or (len(read) > 1 and _mixes(func, read))
         ragged = any(t in self._ragged for t in read) or (data and _is_ragged(func, tensors))
-        volatile = data and (self.escaped or any(t in self._volatile for t in read) or _picks_by_data(func, read))
+        volatile = data and (any(t in self._volatile for t in read) or _picks_by_data(func, read))
         for t in outputs:
             if data:
                 self._data[t] = True
@@ -177,7 +182,9 @@ class SiteTracer(TorchFunctionMode):
                 value = t.detach().clone() if self._values else None
                 if self._keep:
                     t.register_hook(partial(self._note_gradient, len(self.sites)))
-                self.sites.append(Site(this, t.shape, get_gradient_edge(t), value, volatile, self.mixed))
+                self.sites.append(
+                    Site(this, t.shape, get_gradient_edge(t), value, volatile or self.escaped, volatile, self.mixed)
+                )
             else:
                 names = frozenset().union(*(w.names for w in call.weights.values()))
                 self._weights[t] = Weight(t, names, this)
@@ -222,6 +229,13 @@ _ESCAPES = {
     "__index__",
 }
 _ESCAPES |= {"__contains__", "__array__", "__iter__"}
+
+
+def _shown(value: Any) -> str | None:
+    """What tells a value that Python read from others."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {value.tobytes().hex()}"
+    return repr(value) if isinstance(value, bool | int | float | list) else None
 
 
 def _name(func: Any) -> str:

@@ -57,7 +57,8 @@ class RowVector:
     def __init__(self, loss: Functional, layout: Layout) -> None:
         self._loss, self.layout = loss, layout
         self.active = frozenset(layout.names)
-        self._owners: dict[Any, Owners] = {}
+        self._owners: dict[Any, Owners] = {}  # by kind of pass
+        self._slow: dict[Any, frozenset[str]] = {}
 
     def at(self, active: frozenset[str], loss: Functional) -> "RowVector":
         """The same where these parameters have a gradient, or of a multiple of the loss; what is learnt of it is shared."""
@@ -118,7 +119,7 @@ class RowVector:
 
     def owners(self, theta: Tensor, batch: Batch, trace: Trace) -> Owners:
         """Of the kind of the trace, which is of the batch; the generators stay as they are."""
-        kind = kind_of(trace)
+        kind = kind_of(trace), trace.read
         if kind in self._owners:
             return self._owners[kind]
         start = generators() if trace.start is None else trace.start
@@ -130,16 +131,17 @@ class RowVector:
                     return followed(self._loss, held, batch, values=True)
 
             owners = owners_of(follow, batch, trace, start)
-            with random_state(start):
-                flow = flowed(self.follow(held, batch), owners, keep=True)
-            owners = replace(owners, slow=_unproven(flow))
+            if kind not in self._slow:  # that is of the calls, whoever owns their rows
+                with random_state(start):
+                    self._slow[kind] = _unproven(flowed(self.follow(held, batch), owners, keep=True))
+            owners = replace(owners, slow=self._slow[kind])
         if not owners.volatile:
             self._owners[kind] = owners
         return owners
 
     def known(self, trace: Trace) -> Owners | None:
         """What was found of the kind of the trace."""
-        return self._owners.get(kind_of(trace))
+        return self._owners.get((kind_of(trace), trace.read))
 
     def _all(self, theta: Tensor, found: Named) -> Named:
         shapes = zip(self.layout.names, self.layout.shapes, strict=True)

@@ -36,7 +36,7 @@ class Watch:
         tracer = self._tracer
         if tracer is None or self._passes != 1:
             return None
-        trace = Trace(tracer.parameters, tracer.sites, tracer.unsplit, torch.empty(size))
+        trace = Trace(tracer.parameters, tracer.sites, tracer.unsplit, torch.empty(size), read=tuple(tracer.read))
         return trace, [tracer.deltas.get(n) for n in range(len(tracer.sites))]
 
     def clear(self) -> None:
