@@ -320,6 +320,17 @@ def test_a_trainer_that_was_recorded_trains_on_as_it_would(tmp_path: Path) -> No
     assert not {"train", "compute_loss", "training_step", "get_train_dataloader"} & (set(vars(trainer)) - set(before))
     trainer.train()
     assert attrib.open_run(tmp_path / "run.zarr").steps == 1
+    attrib.hf.record(trainer, tmp_path / "again.zarr")
+    trainer.train()
+    result = attrib.attribute(
+        attrib.open_run(tmp_path / "again.zarr"),
+        trainer.model.eval(),
+        next_token,
+        loss=attrib.hf.loss(trainer.model),
+        progress=False,
+    )
+    assert (result.dataset["inherited"] != 0).any()  # of the two trainings before
+    result.check()
 
 
 @pytest.mark.parametrize("checkpoint", [2, None])
