@@ -82,7 +82,7 @@ def bert(head: str = "ForSequenceClassification", labels: int = 3) -> nn.Module:
 
 
 def vit() -> nn.Module:
-    config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=3, attn_implementation="eager")
+    config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=3, attn_implementation="sdpa")
     return transformers.ViTForImageClassification(config)
 
 
