@@ -69,8 +69,9 @@ class Announcements:
         if not self._batches:
             raise BatchError(
                 f"the batch is missing: got step() and no batch announced, expected recorder.batch(index, *batch) before "
-                f"the forward pass of each batch, or recorder.step(index, *batch), at step {step}. Under Lightning a "
-                f"callback does: Trainer(callbacks=[attrib.lightning.Record(store, loss)]). The step was refused."
+                f"the forward pass of each batch, or recorder.step(index, *batch), at step {step}. A transformers.Trainer "
+                f"is recorded by attrib.hf.record(trainer, store), a Trainer of Lightning by "
+                f"Trainer(callbacks=[attrib.lightning.Record(store, loss)]). The step was refused."
             )
         return self._batches
 

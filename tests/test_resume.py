@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,27 @@ def test_ledger_of_a_resumed_run_has_nothing_inherited(tmp_path: Path) -> None:
     result = attrib.attribute(run, model, attrib.measure.log_prob(x, y), loss=LOSS, progress=False)
     result.check(1e-10)
     assert not np.any(result.inherited)
+
+
+def test_what_batches_share_is_read_back_after_commits_within_a_block_and_after_going_on(tmp_path: Path) -> None:
+    def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return LOSS(model, x, y) * weight
+
+    for stop in (5, STEPS):  # a weight of its own at every step, so many rows of its table; each commit begins a chunk
+        model = build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(5)
+        recorder = attrib.record(optimizer, model, loss, tmp_path / "run.zarr", resume=stop == STEPS)
+        with suppress(Interrupted), recorder:
+            for n in range(recorder.steps, stop):
+                weight = torch.tensor(1.0 + n).double()
+                batch = torch.arange(4), torch.ones(4, 4).double(), torch.tensor([0, 1, 2, 0]), weight
+                recorder.zero_grad()
+                loss(model, *batch[1:]).sum().backward()
+                recorder.step(*batch)
+                recorder.flush()
+                assert attrib.open_run(tmp_path / "run.zarr").reader.header["written_steps"] == n + 1
+            if stop < STEPS:
+                raise Interrupted
+    run = attrib.open_run(tmp_path / "run.zarr")
+    assert [float(run.batch(step)[2]) for step in range(run.steps)] == [1.0 + n for n in range(STEPS)]

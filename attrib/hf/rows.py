@@ -97,6 +97,11 @@ def numbered(loader: DataLoader, column: str | None, values: Any) -> DataLoader:
     """The same loader, whose batches hold their ids, (B,) int64 or a list of strings, under `IDS`. Samplers, workers and
     random numbers are as they were."""
     held = getattr(loader, "base_dataloader", loader)  # by what accelerate prepares
+    if not isinstance(held, DataLoader):
+        raise BatchError(
+            f"the batches come from no DataLoader: got {type(held).__name__} from get_train_dataloader, expected a torch "
+            f"DataLoader, whose items can be numbered."
+        )
     source = held.dataset
     rows = Stream(source) if isinstance(source, IterableDataset) else Rows(source)
     object.__setattr__(held, "dataset", rows)  # DataLoader guards it, for the sake of its sampler, which stays right

@@ -101,6 +101,8 @@ class Recording:
     def create_optimizer(self, original: Callable[..., Any], *args: Any) -> Any:
         optimizer = original(*args)
         if self._optimizer is None:
+            while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+                optimizer = inner  # of a training before: in what accelerate, or attrib, made of it
             self._optimizer = self._trainer.optimizer = LateOptimizer(optimizer)
         return self._trainer.optimizer
 

@@ -116,6 +116,11 @@ def _moved(optimizer: torch.optim.Optimizer, rule: str | None) -> Moved:
     for never, reason in _NEVER.items():
         if isinstance(optimizer, never):
             raise UnsupportedOptimizerError(f"this optimizer cannot be recorded: got {place}, but {reason}.")
+    if place == "accelerate.optimizer.AcceleratedOptimizer":
+        raise UnsupportedOptimizerError(
+            f"the optimizer is prepared already: got {place}, expected the one in it. Record it first, and prepare the "
+            f"recorder in its place: model, optimizer = accelerator.prepare(model, recorder)."
+        )
     if rule == FROZEN.name:
         return Moved(place, FROZEN)
     raise UnsupportedOptimizerError(
