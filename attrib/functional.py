@@ -40,6 +40,18 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return list(wrappers(model))[-1]
 
 
+def compiles() -> bool:
+    """Whether torch.compile was asked for anything; a loss may call what was in a way that is not seen."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")  # loaded by torch's optimizers too
+    return frames is not None and any(backend is not None for backend in frames.cached_backends.values())
+
+
+def draws_otherwise() -> bool:
+    """Whether what is compiled by torch's default backend draws other random numbers than as it is written."""
+    inductor: Any = sys.modules.get("torch._inductor.config")
+    return compiles() and inductor is not None and not inductor.fallback_random
+
+
 @contextmanager
 def as_written() -> Iterator[None]:
     """Within it what is compiled (a loss, a layer, `model.compile()`) runs as it is written, and can be traced."""
@@ -203,7 +215,7 @@ class Functional:
     def run(self, *args: Any) -> Any:
         """The function with the model as it is: within `bound`."""
         args = self.cast(args)
-        eager = as_written() if self._compiled else nullcontext()
+        eager = as_written() if self._compiled or compiles() else nullcontext()
         with (
             eager,
             under(self._autocast, self._model),
