@@ -59,7 +59,7 @@ def record(
     Args:
         optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float64, float32, bfloat16 or
             float16); or several, a list, which step one after the other.
-        model: under training, as the loop calls it, compiled or DistributedDataParallel; left as it is. store: path or Store.
+        model: under training, as the loop calls it, compiled or DistributedDataParallel; left as is. store: path or Store.
         loss: `loss(model, *batch) -> (B,)`, the loss of each example, unreduced.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of
             the examples too, (B, P) a step; "factors" the same in the form that layers give, where that is shorter.
