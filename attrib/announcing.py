@@ -68,7 +68,7 @@ class Announcing(Wrapper):
         Args:
             index, batch: as `batch` takes them, where the step is made of one batch that was not announced.
             closure: called first, with gradients on; it announces batches and runs the backward pass. May stand in the place
-                of the index.
+                of the index. One that makes no gradient makes no step.
 
         Returns:
             What the closure returned.
@@ -85,7 +85,10 @@ class Announcing(Wrapper):
             index, closure = None, index
         with torch.inference_mode(False), torch.enable_grad():  # however it is called
             returned = None if closure is None else closure()
-            self._step(index, batch)
+            if closure is not None and not self._listeners.pulled and all(p.grad is None for p in self._parameters):
+                self._forget()  # the closure skipped its batches, and without a gradient torch's optimizers stand still
+            else:
+                self._step(index, batch)
         return returned
 
     def _of_step(self, index: Any, batch: tuple[Any, ...]) -> Sequence[AnnouncedBatch]:

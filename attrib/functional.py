@@ -41,6 +41,18 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return list(wrappers(model))[-1]
 
 
+def compiles() -> bool:
+    """Whether torch.compile was asked for anything; a loss may call what was in a way that is not seen."""
+    frames: Any = sys.modules.get("torch._dynamo.eval_frame")  # loaded by torch's optimizers too
+    return frames is not None and any(backend is not None for backend in frames.cached_backends.values())
+
+
+def draws_otherwise() -> bool:
+    """Whether what is compiled by torch's default backend draws other random numbers than as it is written."""
+    inductor: Any = sys.modules.get("torch._inductor.config")
+    return compiles() and inductor is not None and not inductor.fallback_random
+
+
 @contextmanager
 def as_written() -> Iterator[None]:
     """Within it what is compiled (a loss, a layer, `model.compile()`) runs as it is written, and can be traced."""
@@ -230,7 +242,7 @@ class Functional:
         fresh = {id(t): t.clone() for _, _, t in self._held[-1]}  # one tensor may stand in two places
         for named, name, t in self._held[-1]:
             named[name] = fresh[id(t)]
-        eager = as_written() if self._compiled else nullcontext()
+        eager = as_written() if self._compiled or compiles() else nullcontext()
         with (
             eager,
             under(self._autocast, self._model),

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .announcing import Announcing
 from .drawn import DrawnRows
 from .errors import AttribError, BatchError, MissingExtraError, ResumeError
 from .recorder import Recorder, record
@@ -89,7 +90,7 @@ class Record:
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The states are those that training begins with, of a checkpoint too."""
         optimizer = _only_optimizer(trainer)
-        self.recorder = record(optimizer, pl_module, self._loss, self._store, **self._options)
+        self.recorder = record(optimizer, trainer.strategy.model, self._loss, self._store, **self._options)
         trainer.strategy.optimizers = [self.recorder]
         if self._options.get("resume") and self.recorder.steps not in (0, trainer.global_step):
             raise ResumeError(
@@ -144,18 +145,13 @@ class Record:
 
 
 def _only_optimizer(trainer: Any) -> Any:
-    """The one optimizer of a Trainer in one process.
+    """The one optimizer of a Trainer.
 
     Raises:
-        AttribError: there are more of either.
+        AttribError: there are more.
     """
-    if trainer.world_size > 1:
-        raise AttribError(
-            f"a Trainer of several processes is not recorded: got world_size {trainer.world_size}, expected 1. Train with "
-            f"devices=1, or write the loop and pass attrib.record the DistributedDataParallel."
-        )
     optimizers = trainer.strategy.optimizers
-    if len(optimizers) != 1 or isinstance(optimizers[0], Recorder):
+    if len(optimizers) != 1 or isinstance(optimizers[0], Announcing):
         names = ", ".join(type(o).__name__ for o in optimizers) or "none"
         raise AttribError(
             f"the callback records one optimizer: got {names} from configure_optimizers, expected one of torch's. Return "

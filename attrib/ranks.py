@@ -171,6 +171,9 @@ class Follower(Announcing):
     def describe(self, **facts: Any) -> None:
         """Rank 0's are written."""
 
+    def flush(self) -> None:
+        """Rank 0 commits its steps."""
+
     def close(self) -> None:
         """Take off all hooks; rank 0 writes what is left."""
         self._listeners.remove()

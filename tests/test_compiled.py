@@ -1,5 +1,6 @@
 """A model that torch compiled is the model that it wrapped, wherever it is passed."""
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,120 @@ def test_what_is_compiled_within_a_model_is_traced_as_it_is_written(compiled: An
     compiled(bench)
     run = bench.train(tmp_path / "run", "wrapped", "wrapped", check_every=1)
     attrib.attribute(run, bench.raw, bench.measurement, loss=LOSS, progress=False).check(1e-10)
+
+
+def compiled_model(bench: Bench, **options: Any) -> tuple[Any, Any]:
+    model = torch.compile(bench.raw, **options)
+    return LOSS, lambda: LOSS(model, bench.x, bench.y).mean().backward()
+
+
+def model_compiled_in_place(bench: Bench, **options: Any) -> tuple[Any, Any]:
+    bench.raw.compile(**options)
+    return LOSS, lambda: LOSS(bench.raw, bench.x, bench.y).mean().backward()
+
+
+def compiled_loss(bench: Bench, **options: Any) -> tuple[Any, Any]:
+    loss = torch.compile(LOSS, **options)
+    return loss, lambda: loss(bench.raw, bench.x, bench.y).mean().backward()
+
+
+def compiled_forward(bench: Bench, **options: Any) -> tuple[Any, Any]:
+    mean = torch.compile(lambda: LOSS(bench.raw, bench.x, bench.y).mean(), **options)
+    return LOSS, lambda: mean().backward()
+
+
+def compiled_step(bench: Bench, **options: Any) -> tuple[Any, Any]:
+    return LOSS, torch.compile(lambda: LOSS(bench.raw, bench.x, bench.y).mean().backward(), **options)
+
+
+STEPS = (compiled_model, model_compiled_in_place, compiled_loss, compiled_forward, compiled_step)
+
+
+def announced(bench: Bench, step: Any, loss: Any, store: Path) -> attrib.Run:
+    with attrib.record(bench.optimizer, bench.raw, loss, store, check_every=1) as recorder:
+        for _ in range(3):
+            recorder.zero_grad()
+            recorder.batch(bench.index, bench.x, bench.y)
+            step()
+            recorder.step()
+    bench.raw.eval()
+    return attrib.open_run(store)
+
+
+@pytest.mark.parametrize("compiled", STEPS)
+def test_whatever_of_a_step_is_compiled_its_dropout_is_drawn_again(compiled: Any, tmp_path: Path) -> None:
+    bench = Bench(drop=0.5)
+    loss, step = compiled(bench, backend="eager")
+    run = announced(bench, step, loss, tmp_path / "run")
+    attrib.attribute(run, bench.raw, bench.measurement, loss=loss, progress=False).check(1e-10)
+
+
+INDUCTOR = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+
+
+@INDUCTOR
+@pytest.mark.slow  # it calls a C++ compiler
+@pytest.mark.filterwarnings("ignore")  # what torch's compiler says of itself
+@pytest.mark.parametrize("compiled", STEPS)
+def test_the_default_backend_draws_other_numbers_unless_it_falls_back(compiled: Any, tmp_path: Path) -> None:
+    import torch._inductor.config as inductor
+
+    bench = Bench(drop=0.5)
+    loss, step = compiled(bench)
+    with pytest.raises(BatchIdentityError, match=r"set torch._inductor.config.fallback_random = True before the first"):
+        announced(bench, step, loss, tmp_path / "run")
+    torch._dynamo.reset()
+    with inductor.patch(fallback_random=True):
+        bench = Bench(drop=0.5)
+        loss, step = compiled(bench)
+        run = announced(bench, step, loss, tmp_path / "run")
+        attrib.attribute(run, bench.raw, bench.measurement, loss=loss, progress=False).check(1e-10)
+
+
+@torch.library.custom_op("attrib_tests::sine", mutates_args=())
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+@torch.library.custom_op("attrib_tests::sine_backward", mutates_args=())
+def sine_backward(x: torch.Tensor, pulled: torch.Tensor) -> torch.Tensor:
+    return pulled * x.cos()
+
+
+sine.register_fake(torch.empty_like)
+sine_backward.register_fake(lambda x, pulled: torch.empty_like(x))
+sine.register_autograd(
+    lambda ctx, pulled: sine_backward(ctx.saved_tensors[0], pulled),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
+
+
+class Sine(nn.Module):
+    """A parameter of its own, which no layer that is known reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = sine(x) + sine(self.shift)
+        return out
+
+
+def test_an_operation_with_one_derivative_goes_the_slow_way_and_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    bench.raw[2] = Sine()
+    bench.optimizer.add_param_group({"params": [bench.raw[2].shift]})
+    _, step = compiled_model(bench, backend="eager")
+    run = announced(bench, step, LOSS, tmp_path / "run")
+    options = {"loss": LOSS, "progress": False, "groups": {"all": ["*"]}, "path": attrib.GaussLegendre(nodes=8)}
+    measurement = attrib.measure.log_prob(bench.x[:1], bench.y[:1])
+    attrib.attribute(run, bench.raw, measurement, **options).check(1e-9)
+    said = [record.message for record in caplog.records if "a backward pass per example" in record.message]
+    assert len(said) == 1
+    assert "attrib_tests.sine_backward" in said[0]
 
 
 def test_nothing_of_torchs_compiler_is_loaded_for_a_model_that_is_not(tmp_path: Path) -> None:

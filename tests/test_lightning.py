@@ -1,5 +1,7 @@
 """Lightning's Trainer, recorded by a callback: the same training, its steps, its ids."""
 
+import os
+import socket
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -189,6 +191,49 @@ def test_ids_are_rows_or_what_the_batch_says(
     for n in range(run.steps):
         (((x, _),),) = run.batches(n)
         assert run.index(n).tolist() == [of_row(row_of[tuple(each.tolist())]) for each in x]
+
+
+def test_a_batch_that_training_step_skips_is_no_step(lightning: Any, tmp_path: Path) -> None:
+    def step(module: Any, batch: Any, number: int) -> Tensor | None:
+        return None if number == 2 else losses(module, batch).mean()
+
+    states = []
+    for callbacks in ([], [attrib.lightning.Record(tmp_path / "run", losses, check_every=1)]):
+        module = module_of(lightning, training_step=step)
+        trainer_of(lightning, *callbacks).fit(module, loader_of())
+        states.append(module.state_dict())
+    assert equal(*states)
+    assert attrib.open_run(tmp_path / "run").steps == 10
+
+
+def work(rank: int, folder: Path) -> None:
+    """A process of two, as torchrun starts them."""
+    process = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text(), "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ.update({name: str(value) for name, value in (process | here).items()})
+    lightning = import_module("lightning.pytorch")
+    module = module_of(lightning)
+    record = attrib.lightning.Record(folder / "run", losses, check_every=1)
+    options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    trainer_of(lightning, record, **options).fit(module, loader_of())
+    torch.save(module.state_dict(), folder / f"state{rank}")
+
+
+@pytest.mark.slow  # two processes, each of which loads Lightning
+def test_a_trainer_of_two_processes_is_one_run(lightning: Any, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(work, (tmp_path,), 2)
+    states = [torch.load(tmp_path / f"state{rank}") for rank in (0, 1)]
+    assert equal(*states)
+    run, module = attrib.open_run(tmp_path / "run"), module_of(lightning)
+    drawn = np.concatenate([run.index(step) for step in range(run.steps)])
+    assert run.steps == 4
+    assert sorted(drawn) == sorted([*range(ROWS)] * 2)
+    module.load_state_dict(states[0])
+    measurement = attrib.measure.log_prob(data().x[:2], data().y[:2])
+    attrib.attribute(run, module.eval(), measurement, loss=losses, progress=False).check()
 
 
 class Endless(IterableDataset[tuple[Tensor, Tensor]]):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..checks import Backward, ShareBound, Totals, batch_identity, split_bound, split_gaps, unscaling
 from ..errors import BatchIdentityError, SplitIdentityError
+from ..functional import draws_otherwise
 from ..generators import generators, random_state
 from ..gradients import Gradients, random_weights
 from .listen import Heard
@@ -222,12 +223,13 @@ def _worst_slot(theta: Tensor, each: PassTrial, stored: Tensor, whole: float, na
 def _hint(trial: Trial, stochastic: bool, losses: Sequence[Tensor]) -> str:
     """What in the loop may be why shares and p.grad differ."""
     heard = trial.heard
-    if stochastic and heard.passes == 0:
+    if stochastic and heard.passes == 0 and not heard.forwards:
         return (
             " The loss draws random numbers (dropout), and no forward pass of the model was heard, so that they cannot be "
-            "drawn again: pass attrib.record the model that the loop calls, the compiled one where that is."
+            "drawn again: pass attrib.record the model that the loop calls, the compiled one where that is; or announce "
+            "the batch before its forward pass, with recorder.batch(index, *batch), where what is compiled hides it."
         )
-    if stochastic and heard.compiled:
+    if stochastic and draws_otherwise():
         return (
             " The loss draws random numbers (dropout), and torch.compile's default backend draws other ones than the model "
             "itself: set torch._inductor.config.fallback_random = True before the first call."

@@ -19,10 +19,9 @@ class Heard:
     """clip: the factor on all gradients since the backward pass. passes: how many went forward, of the loop's own; forwards:
     of each announced batch. before, behind: the state of the generators around the last of them, None where none was heard.
     firsts: the state before the first forward pass of each announced batch. start: `before`, or the state now. sites: of
-    the one pass, with the gradients of their outputs; None where it was not followed. compiled: whether the model is. norms
-    (K,): of the gradients as the last backward pass left them, None where there may be no remainder; change: of their norm
-    since. autocasts: what the passes ran under, each once, the last one first; surrounded: whether one is on still, at the
-    step."""
+    the one pass, with the gradients of their outputs; None where it was not followed. norms (K,): of the gradients as the
+    last backward pass left them, None where there may be no remainder; change: of their norm since. autocasts: what the
+    passes ran under, each once, the last one first; surrounded: whether one is on still, at the step."""
 
     clip: float
     passes: int
@@ -32,7 +31,6 @@ class Heard:
     firsts: tuple[Tensor | None, ...]
     start: Tensor
     sites: tuple[Trace, list[Tensor | None]] | None
-    compiled: bool
     norms: Tensor | None
     change: float
     autocasts: tuple[Autocast | None, ...]
@@ -63,10 +61,12 @@ class Listeners:
     ) -> None:
         layers = list(wrappers(model))
         parallel = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in layers)
-        self._compiled, self._accounts = any(hasattr(m, "_orig_mod") for m in layers), accounts
+        self._accounts = accounts
         self._norms = (ReducedNormWatch if parallel else NormWatch)(parameters, accounts)
         self._random = RandomWatch(model)
-        sites = sites and len(layers) == 1  # what is compiled is not followed call by call
+        sites = (
+            sites and len(layers) == 1
+        )  # what is compiled is not followed call by call, of many processes there are more
         self._watch = Watch(model, dict(zip(names, parameters, strict=True))) if sites else None
 
     @property
@@ -108,7 +108,6 @@ class Listeners:
             firsts=tuple(states[0] if states else None for states in batches),
             start=random.before if random.before is not None else generators(),
             sites=None if self._watch is None or announced > 1 else self._watch.seen(size),
-            compiled=self._compiled,
             norms=self._norms.left() if self._accounts else None,
             change=self._norms.change() if self._accounts else 1.0,
             autocasts=random.autocasts,

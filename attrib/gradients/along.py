@@ -69,6 +69,7 @@ class LossVector:
         self._loss, self.layout = loss, layout
         self.active = frozenset(layout.names)
         self._ways: dict[Any, str] = {}
+        self._lacks: dict[str, bool] = {}  # what derivatives are lacking, and whether that was said
 
     def at(self, active: frozenset[str], loss: Functional | None = None) -> "LossVector":
         """The same where these parameters have a gradient, or of a multiple of the loss; what is learnt of it is shared."""
@@ -175,6 +176,14 @@ class LossVector:
             one = {n: u[:1] for n, u in directions.items()}
             self._ways[kind] = next(w for w in WAYS if self._works(w, theta, batch, one, start))
             log.debug("the derivative along U goes by %s", self._ways[kind])
+            new = [reason for reason, said in self._lacks.items() if not said]
+            if self._ways[kind] == "single" and new:
+                self._lacks.update(dict.fromkeys(new, True))
+                log.warning(
+                    "the derivative of the losses along a direction is slow, a backward pass per example: an operation has "
+                    "neither a forward-mode nor a second derivative (%s)",
+                    "; ".join(new),
+                )
         return self._ways[kind]
 
     def _works(self, way: str, theta: Tensor, batch: Batch, one: Named, start: Tensor) -> bool:
@@ -189,6 +198,7 @@ class LossVector:
             raise
         except LACKING as error:
             log.debug("no derivative along U by %s: %s", way, error)
+            self._lacks.setdefault(first_line(error), False)
             return False
         weights = random_weights(len(losses), len(losses), losses, self._loss.coarse)
         set_generators(start)
