@@ -212,6 +212,11 @@ def test_a_path_takes_each_query_where_what_is_read_of_its_mask_sends_it(
         assert f"the model reads values of its inputs: {graphs} graphs for 4 queries" in caplog.messages
 
 
+def test_gradients_map_over_the_queries_of_which_the_same_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("attrib.path.quadrature.gradients_one_by_one")
+    integrated(Shortcut(READS["all"][0]).double(), padded(), attrib.GaussLegendre(2))
+
+
 def test_queries_that_are_another_thing_among_the_others_are_taken_together() -> None:
     """The first of them says how all are weighed; by itself the last one says the same."""
     x = torch.tensor([[1, 2], [0, 3], [4, 5]])
