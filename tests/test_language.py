@@ -150,13 +150,13 @@ def test_an_output_without_logits_is_refused(wrap: Any) -> None:
 
 # paths through models that look at their masks
 
-READS = {
-    "all": lambda mask: bool(mask.all()),
-    "item": lambda mask: mask.sum().item() == mask.numel(),
-    "tolist": lambda mask: 0 not in mask[0, 1:].tolist(),
-    "numpy": lambda mask: np.asarray(mask[:, 1:]).all(),
-    "equal": lambda mask: torch.equal(mask, torch.ones_like(mask)),
-    "shape": lambda mask: len(mask.nonzero()) == mask.numel(),
+READS = {  # and how many different things there are to read of the four masks below
+    "all": (lambda mask: bool(mask.all()), 2),
+    "item": (lambda mask: mask.sum().item() == mask.numel(), 3),
+    "tolist": (lambda mask: 0 not in mask[0, 1:].tolist(), 3),
+    "numpy": (lambda mask: np.asarray(mask[:, 1:]).all(), 3),
+    "equal": (lambda mask: torch.equal(mask, torch.ones_like(mask)), 3),
+    "shape": (lambda mask: len(mask.nonzero()) == mask.numel(), 3),
 }
 
 
@@ -192,25 +192,29 @@ def integrated(
 
 
 def padded() -> measure.Measurement:
-    return measure.continuation([[5, 2, 7], [1], [3, 3], [6, 4, 2]], [[3], [4], [4, 1], [1]])
+    return measure.continuation([[5, 2, 7], [1], [3, 3], [6, 4, 2]], [[3], [4], [4], [1]])
 
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("path", [attrib.Secant(), attrib.GaussLegendre(6), attrib.Midpoint(2)])
-def test_a_path_takes_each_query_where_what_is_read_of_its_mask_sends_it(path: Any, read: str) -> None:
-    found, change, limit = integrated(Shortcut(READS[read]).double(), padded(), path)
+def test_a_path_takes_each_query_where_what_is_read_of_its_mask_sends_it(
+    path: Any, read: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, graphs = READS[read]
+    with caplog.at_level(logging.INFO, logger="attrib"):
+        found, change, limit = integrated(Shortcut(full).double(), padded(), path)
     want, _, _ = integrated(Shortcut(lambda mask: False).double(), padded(), path)
     for a, b in zip(found, want, strict=True):  # the same attention by two ways, in float64
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     assert limit <= limit_bound(torch.float64)
     if isinstance(path, attrib.Secant):
         torch.testing.assert_close(found.gradient @ change, found.end - found.start, rtol=1e-12, atol=1e-14)
+        assert f"the model reads values of its inputs: {graphs} graphs for 4 queries" in caplog.messages
 
 
-def test_as_many_graphs_are_made_as_there_are_things_to_read(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="attrib"):
-        integrated(Shortcut(READS["all"]).double(), padded(), attrib.Secant())
-    assert "the model reads values of its inputs: 2 graphs for 4 queries" in caplog.messages
+def test_gradients_map_over_the_queries_of_which_the_same_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("attrib.path.quadrature.gradients_one_by_one")
+    integrated(Shortcut(READS["all"][0]).double(), padded(), attrib.GaussLegendre(2))
 
 
 def test_queries_that_are_another_thing_among_the_others_are_taken_together() -> None:

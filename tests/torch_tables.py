@@ -217,6 +217,43 @@ MORE: dict[str, OperationCase] = {
     "bucketed": C(lambda x: x * torch.bucketize(x, FIXED[0].sort().values).double(), kinks=True),
     "gaussian mixture": C(lambda x: torch.logsumexp(-((x[:, None] - x[None]) ** 2).sum(-1), 1)),
 }
+
+
+# as the models of transformers have them
+def _rotated(x: Tensor) -> Tensor:
+    angles = torch.outer(torch.arange(4), I([1.0, 0.1, 0.01])).repeat(1, 2)
+    half = torch.cat([-x[..., 3:], x[..., :3]], -1)
+    return x * angles.cos().to(x.dtype) + half * angles.sin().to(x.dtype)
+
+
+def _masked(x: Tensor) -> Tensor:
+    """Scores under a mask of the lowest number there is."""
+    mask = torch.ones(4, 6, dtype=torch.bool).tril()
+    return torch.softmax(x + torch.zeros_like(x).masked_fill(~mask, torch.finfo(x.dtype).min), -1)
+
+
+def _repeated(x: Tensor) -> Tensor:
+    """Each head of keys for two heads of queries."""
+    return x[:, :, None].expand(1, 2, 2, 3, 4).reshape(1, 4, 3, 4)
+
+
+MORE |= {
+    "rotary positions": C(_rotated),
+    "softmax under the lowest number": C(_masked),
+    "gelu of GPT-2": C(
+        lambda x: 0.5 * x * (1.0 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3.0))))
+    ),
+    "RMS norm written out": C(lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
+    "shared keys": C(
+        lambda x: F.scaled_dot_product_attention(x.repeat(1, 2, 1, 1), _repeated(x), _repeated(x), is_causal=True),
+        (1, 2, 3, 4),
+    ),
+    "attention under an additive mask": C(
+        lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x.new_full((3, 3), -torch.inf).triu(1)),
+        (1, 2, 3, 4),
+    ),
+    "patches": C(lambda x: F.conv2d(x, x[:, :, :2, :2], stride=2).flatten(2).transpose(1, 2), (2, 2, 4, 4)),
+}
 ALL = {**OPERATIONS, **MORE}
 
 # operations that the secant refuses, by what its message names

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import MeasurementError
+from ..errors import MeasurementError, UntraceableModelError
 from ..functional import mapped
+from .kinds import kinds_of, tensors_of
 from .measured import Measured, PathGradient, warn_once
 
 log = logging.getLogger("attrib")
@@ -34,20 +35,16 @@ class Quadrature:
                     "the measurement has no gradient to integrate: got values that are detached from the parameters, "
                     "expected ones that are not. Take off torch.no_grad() and detach(), or pass path=attrib.Secant()."
                 )
-        gradient = gradients_side_by_side(measured)
-        single = gradients_one_by_one(measured)
-        side_by_side = _agree(measured, gradient)
+        gradient = _gradients(measured)
 
         def integrate(theta0: Tensor, theta1: Tensor) -> PathGradient:
             start, end = theta0.to(measured.dtype), theta1.to(measured.dtype)
             total: Tensor | float = 0.0
             for position, weight in self.points():
-                total = total + weight * (gradient if side_by_side else single)(torch.lerp(start, end, position))
+                total = total + weight * gradient(torch.lerp(start, end, position))
             assert isinstance(total, Tensor)
             return PathGradient(total, measured.values(theta0), measured.values(theta1))
 
-        if not side_by_side:
-            warn_once("gradients of the measurement do not map over its queries: one backward pass for each")
         return measured.over_steps(integrate)
 
 
@@ -107,6 +104,27 @@ def gradients_side_by_side(measured: Measured) -> Gradient:
     return gradient
 
 
+def gradients_of_graphs(measured: Measured) -> Gradient:
+    """The gradients of the graphs of a query's kind, mapped over the queries: where the model reads values of its inputs.
+
+    Raises:
+        UntraceableModelError: there are none.
+    """
+    kinds = kinds_of(measured) if measured.batch else []
+    if not kinds:
+        raise UntraceableModelError("the queries of the measurement are taken together")
+    order = torch.cat([kind.queries for kind in kinds]).argsort()
+
+    def gradient(theta: Tensor) -> Tensor:
+        moving, parts = tensors_of(measured, theta), []
+        for kind in kinds:
+            over = mapped(torch.func.grad(kind.graph.value), (None, 0), measured.at_once())
+            parts.append(torch.cat([g.flatten(1) for g in over(moving, kind.batch)], 1))
+        return torch.cat(parts)[order]
+
+    return gradient
+
+
 def gradients_one_by_one(measured: Measured) -> Gradient:
     """A backward pass for each query, through its own row where there is one."""
 
@@ -117,6 +135,20 @@ def gradients_one_by_one(measured: Measured) -> Gradient:
         return torch.stack([part.gradient(theta, eye[:1, 0]) for part in measured.parts(1)])
 
     return gradient
+
+
+def _gradients(measured: Measured) -> Gradient:
+    """The first way that gives torch's own."""
+    for way in (gradients_side_by_side, gradients_of_graphs):
+        try:
+            gradient = way(measured)
+        except UntraceableModelError as error:
+            log.debug("gradients go by no graph: %s", error)
+        else:
+            if _agree(measured, gradient):
+                return gradient
+    warn_once("gradients of the measurement do not map over its queries: one backward pass for each")
+    return gradients_one_by_one(measured)
 
 
 def _agree(measured: Measured, gradient: Gradient) -> bool:
