@@ -17,6 +17,7 @@ class Recorded(Protocol):
 
     header: dict[str, Any]
     layout: Layout
+    dtype: torch.dtype
 
     @property
     def digests(self) -> Mapping[str, Constant]: ...
@@ -51,6 +52,17 @@ def check_model(run: Recorded, model: nn.Module, values: bool = True) -> None:
         )
     if values:
         check_digests(run, constants_of(model, run.layout))
+
+
+def check_types(run: Recorded, held: Mapping[str, Tensor]) -> None:
+    """Raise ModelMismatchError at the first of a model's tensors that is not of the recorded type."""
+    types = {name: getattr(torch, known.dtype) for name, known in run.digests.items()}
+    for name, dtype in {**dict.fromkeys(run.layout.names, run.dtype), **types}.items():
+        if held[name].dtype != dtype:
+            convert = f"Convert it with model.to({dtype})." if dtype == run.dtype else "Build it as it was recorded."
+            raise ModelMismatchError(
+                f"the model is not of the run's type: got {held[name].dtype}, expected {dtype}, at {name!r}. {convert}"
+            )
 
 
 def check_digests(run: Recorded, constants: Mapping[str, Tensor]) -> None:

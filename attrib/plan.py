@@ -25,7 +25,8 @@ class Plan:
     take here, within a factor of about two; NaN where the run does not say. buffers: bytes a step, before compression, of
     those that training changes. shares: what a share is in the run. groups: G; passes: what shares by example take beyond
     the usual at each step, where the losses of its batch depend on each other: one per query and group, or one per example
-    where that is fewer; 0 where they do not; along: the seconds of these passes, in `seconds` where shares are by example."""
+    where that is fewer; 0 where they do not; along: the seconds of these passes, in `seconds` where shares are by
+    example."""
 
     steps: int
     queries: int

@@ -59,8 +59,7 @@ def record(
     """Wrap `optimizer` so that every step is recorded to `store`.
 
     Args:
-        optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one dtype (float64, float32, bfloat16 or
-            float16); or several, a list, which step one after the other.
+        optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one floating type; or several, a list, in turn.
         model: under training, as the loop calls it, compiled or DistributedDataParallel; left as is. store: path or Store.
         loss: `loss(model, *batch) -> (B,)`, of each example, unreduced; with shares="rows" a scalar objective will do.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of

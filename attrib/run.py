@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from .autocast import Autocast, from_facts
 from .batch import Batch
 from .constants import Constant, is_low, precision, to_tensor, wide
-from .errors import ModelMismatchError, StoreError
+from .errors import StoreError
 from .functional import uncompiled
 from .gradients import from_tensors
 from .kernels.factors import Factor
 from .layout import Layout
-from .matching import check_digests, check_model
+from .matching import check_digests, check_model, check_types
 from .optim import Rules, describe_options, rules_in
 from .steps import Blocks, RecordedPass, Rows, Steps, passes_of
 from .store import Ids, Passes, Reader, local_path
@@ -215,15 +215,7 @@ class Run:
         check_model(self, model, values=False)
         held = dict([*model.named_parameters(), *model.named_buffers()])
         values = {**self.parameters(step), **self.constants(), **self.buffers(step)}
-        types = {name: getattr(torch, known.dtype) for name, known in self.digests.items()}
-        for name, dtype in {**dict.fromkeys(self.groups, self.dtype), **types}.items():
-            if held[name].dtype != dtype:
-                convert = (
-                    f"Convert it with model.to({dtype})." if dtype == self.dtype else "Build it as it was recorded."
-                )
-                raise ModelMismatchError(
-                    f"the model is not of the run's type: got {held[name].dtype}, expected {dtype}, at {name!r}. {convert}"
-                )
+        check_types(self, held)
         check_digests(self, {name: held[name] for name in self.digests if name not in values})
         with torch.no_grad():
             for name, value in values.items():

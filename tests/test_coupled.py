@@ -150,7 +150,7 @@ def test_the_share_of_an_example_is_that_of_its_own_loss(name: str, tmp_path: Pa
     results = [recorded.result() for recorded in (stored, replayed)]
     parts = [result.by("step", "example", "group").values for result in results]
     np.testing.assert_allclose(parts[1], parts[0], rtol=0, atol=1e-12 * float(np.abs(parts[0]).max()))
-    assert ("depend on each other" in results[1].dataset.attrs["shares"]) == CASES[name].coupled
+    assert ("depend on each other" in results[1].dataset.attrs["share"]) == CASES[name].coupled
 
 
 def test_with_statistics_frozen_a_share_is_the_gradient_of_the_example_by_itself(tmp_path: Path) -> None:

@@ -135,5 +135,16 @@ def test_attrib_is_importable_from_any_folder_and_each_module_once(folder: Path)
 def test_the_top_level_is_the_agreed_list() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     tops = {name.split("/")[0] for name in listed}
-    allowed = {"pyproject.toml", "attrib", "kernels", "tests", "scripts", "README.md", ".ci", "LICENSE", "CHANGELOG.md"}
+    allowed = {
+        "pyproject.toml",
+        "attrib",
+        "kernels",
+        "tests",
+        "scripts",
+        "README.md",
+        ".ci",
+        "LICENSE",
+        "CHANGELOG.md",
+        "docs",
+    }
     assert {t for t in tops - allowed if not t.startswith(".")} == set()

@@ -37,9 +37,7 @@ def test_the_code_of_a_notebook_runs_and_prints_a_whole_ledger(notebook: Path, t
     lines = [line for cell in code_of(notebook) for line in [*"".join(cell["source"]).splitlines(), ""]]
     script = tmp_path / "notebook.py"
     script.write_text("\n".join(line for line in lines if not line.startswith("%")))
-    environment = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **environment}, check=False
-    )
+    command, environment = [sys.executable, str(script)], {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "residual" in done.stdout

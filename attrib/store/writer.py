@@ -285,9 +285,8 @@ class Writer:
         slotted, drawn = (*PADDING, *self._store.shares), [n for n in ("random",) if n in self._store.arrays]
         self._store.slots = width = self._widen(slotted, self._store.slots, width, start)
         self._store.passes = passes = self._widen(("passes", *drawn), self._store.passes, passes, start)
-        states = [r.theta for r in records if r.theta is not None]
-        if follows and lengths.states_every == 1:
-            states.append(piece.after)
+        last = [piece.after] if follows and lengths.states_every == 1 else []
+        states = [*(r.theta for r in records if r.theta is not None), *last]
         if states:
             self._put("theta", start // lengths.states_every, self._stacked("theta", states))
         self._put("gradient", start, self._stacked("gradient", [r.gradient for r in records]))
@@ -297,8 +296,7 @@ class Writer:
         self._put("index", start, _padded([p.ids for p in piece.placed], width, PADDING["index"]))
         self._put("row", start, _padded([p.rows for p in piece.placed], width, PADDING["row"]))
         self._put("facts", start, np.array([[r.log.get(name, np.nan) for name in FACTS] for r in records]))
-        numbers = [_numbers(r, p) for r, p in zip(records, piece.placed, strict=True)]
-        self._put("passes", start, _padded(numbers, passes, 0))
+        self._put("passes", start, _padded([*map(_numbers, records, piece.placed)], passes, 0))
         for name in records[0].shares:
             self._put(name, start, _padded([r.shares[name] for r in records], width, 0))
         if drawn:
