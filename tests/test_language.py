@@ -195,8 +195,10 @@ def padded() -> measure.Measurement:
     return measure.continuation([[5, 2, 7], [1], [3, 3], [6, 4, 2]], [[3], [4], [4], [1]])
 
 
-@pytest.mark.parametrize("read", READS)
-@pytest.mark.parametrize("path", [attrib.Secant(), attrib.GaussLegendre(6), attrib.Midpoint(2)])
+@pytest.mark.parametrize(
+    ("path", "read"),
+    [*((attrib.Secant(), read) for read in READS), (attrib.GaussLegendre(2), "shape"), (attrib.Midpoint(1), "all")],
+)
 def test_a_path_takes_each_query_where_what_is_read_of_its_mask_sends_it(
     path: Any, read: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -276,15 +278,10 @@ def transformer(name: str, attention: str) -> tuple[nn.Module, measure.Measureme
     return transformers.GPT2LMHeadModel(config), padded()
 
 
-MODELS_OF_TRANSFORMERS = [
-    pytest.param(name, attention, marks=() if (name, attention) == ("GPT-2", "sdpa") else pytest.mark.slow)
-    for name in ("GPT-2", "Llama", "BERT", "ViT")
-    for attention in ("sdpa", "eager")
-]
-
-
-@pytest.mark.parametrize(("name", "attention"), MODELS_OF_TRANSFORMERS)
-@pytest.mark.parametrize("path", [attrib.Secant(), pytest.param(attrib.GaussLegendre(6), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "BERT", "ViT"])
+@pytest.mark.parametrize("path", [attrib.Secant(), attrib.GaussLegendre(6)])
 def test_a_transformer_is_accounted_for_to_rounding_with_padding(name: str, attention: str, path: Any) -> None:
     model, measurement = transformer(name, attention)
     model = model.eval().double()

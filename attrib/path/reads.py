@@ -30,12 +30,15 @@ class _Operations(TorchDispatchMode):
             with disable_proxy_modes_tracing():
                 return func(*args, **(kwargs or {}))
         if torch.Tag.dynamic_output_shape in func.tags:
-            self.note([t for t in tree_leaves(args[1:]) if _chooses(t)] if func is aten.index.Tensor else args)
+            self.note([t for t in tree_leaves(args[1:]) if _chooses(t)] if func in BY_MASK else args)
         return func(*args, **(kwargs or {}))
 
     def note(self, args: Any) -> None:
         known = {id(t) for t in self.tensors}
         self.tensors += [t for t in tree_leaves(args) if isinstance(t, Tensor) and id(t) not in known]
+
+
+BY_MASK = (aten.index.Tensor, aten.masked_select.default)  # of their first operand no value decides a shape
 
 
 def _chooses(index: Any) -> bool:
