@@ -115,7 +115,7 @@ class Graph:
         nodes = list(self.module.graph.nodes)
         inputs = [n for n in nodes if n.op == "placeholder"]
         self.moving, self.rows = inputs[: len(moving)], inputs[len(moving) :]
-        self.output, read = next(n for n in nodes if n.op == "output").args[0]
+        self.output, values, shapes = next(n for n in nodes if n.op == "output").args[0]
         active = _downstream(nodes, self.moving)
         varying = _downstream(nodes, self.rows)
         calls = [n for n in nodes if n.op == "call_function"]
@@ -129,9 +129,10 @@ class Graph:
             if isinstance(example[n], Tensor) and example[n].is_complex():
                 raise _untraceable(f"complex numbers at {n.target} (write the transform with cosines and sines)")
         self.fixed = attributes | {n: example[n] for n in calls if n not in active and n not in varying}
-        if any(n in active for n in read):
+        if any(n in active for n in values):
             raise _untraceable("a value that depends on the parameters")
-        self.reads = [(n, example[n]) for n in read if n in varying]
+        # shapes that parameters decide are this graph's: where they are others at another end, it has no way through
+        self.reads = [(n, example[n]) for n in [*values, *shapes] if n in varying and n not in active]
 
     def fits(self, rows: Sequence[Tensor]) -> bool:
         """Whether of these rows the same is read as of those that it was traced with."""
@@ -195,10 +196,10 @@ def _trace(function: Callable[..., Tensor], inputs: list[Tensor]) -> fx.GraphMod
 
     pure = torch.func.functionalize(function, remove="mutations")
 
-    def read(*given: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with reads() as tensors:
+    def read(*given: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        with reads() as read:
             value = pure(*given)
-        return value, tensors
+        return value, read.values, read.shapes
 
     try:
         with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), as_written():

@@ -193,6 +193,12 @@ class Measured:
         """The same queries, so many to a part."""
         return [self.part(slice(lo, min(lo + at_once, self.count))) for lo in range(0, self.count, at_once)]
 
+    def __copy__(self) -> "Measured":
+        """As it is: to be made again, as where it is sent to, would be to measure again."""
+        found = object.__new__(type(self))
+        vars(found).update(vars(self))
+        return found
+
     def part(self, chosen: slice) -> "Measured":
         """Some of the queries, of all of them."""
         found = copy(self)

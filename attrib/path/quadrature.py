@@ -128,11 +128,13 @@ def gradients_of_graphs(measured: Measured) -> Gradient:
 def gradients_one_by_one(measured: Measured) -> Gradient:
     """A backward pass for each query, through its own row where there is one."""
 
+    parts = measured.parts(1) if measured.batch else []  # measured when they are made: outside of whatever traces
+
     def gradient(theta: Tensor) -> Tensor:
         eye = torch.eye(measured.count, dtype=measured.dtype, device=theta.device)
         if not measured.batch:
             return torch.stack([measured.gradient(theta, weights) for weights in eye])
-        return torch.stack([part.gradient(theta, eye[:1, 0]) for part in measured.parts(1)])
+        return torch.stack([part.gradient(theta, eye[:1, 0]) for part in parts])
 
     return gradient
 

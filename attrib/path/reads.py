@@ -5,6 +5,7 @@ A graph holds for inputs of which the same is read. So what was read is an outpu
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,25 +18,35 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)
+class Reads:
+    """values: tensors that Python read. shapes: those whose values decided the shape of another."""
+
+    values: list[Tensor] = field(default_factory=list)
+    shapes: list[Tensor] = field(default_factory=list)
+
+
 class _Operations(TorchDispatchMode):
     """Notes what operations read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tensors: list[Tensor] = []
+        self.reads = Reads()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.data_dependent_output in func.tags:
-            self.note(args)
+            note(self.reads.values, args)
             with disable_proxy_modes_tracing():
                 return func(*args, **(kwargs or {}))
         if torch.Tag.dynamic_output_shape in func.tags:
-            self.note([t for t in tree_leaves(args[1:]) if _chooses(t)] if func in BY_MASK else args)
+            note(self.reads.shapes, [t for t in tree_leaves(args[1:]) if _chooses(t)] if func in BY_MASK else args)
         return func(*args, **(kwargs or {}))
 
-    def note(self, args: Any) -> None:
-        known = {id(t) for t in self.tensors}
-        self.tensors += [t for t in tree_leaves(args) if isinstance(t, Tensor) and id(t) not in known]
+
+def note(tensors: list[Tensor], args: Any) -> None:
+    """Add those among the arguments that are not there yet."""
+    known = {id(t) for t in tensors}
+    tensors += [t for t in tree_leaves(args) if isinstance(t, Tensor) and id(t) not in known]
 
 
 BY_MASK = (aten.index.Tensor, aten.masked_select.default)  # of their first operand no value decides a shape
@@ -57,14 +68,14 @@ class _Memory(TorchFunctionMode):
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and torch._is_functional_tensor(args[0]):
             torch._sync(args[0])
             value = torch._from_functional_tensor(args[0])
-            self._operations.note([value])
+            note(self._operations.reads.values, [value])
             with disable_proxy_modes_tracing():
                 return func(value, *args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def reads() -> Iterator[list[Tensor]]:
+def reads() -> Iterator[Reads]:
     """Within it values are read as they are, though a graph is traced; yields the tensors that they were read of."""
     with _Operations() as operations, _Memory(operations):
-        yield operations.tensors
+        yield operations.reads
