@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from settings import folder_bytes, machine
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import attrib
 
@@ -36,7 +37,6 @@ class Training:
     glue: int
     loss: Callable[..., Tensor]
     measurement: Callable[[nn.Module], Tensor]
-    path: Any = field(default_factory=attrib.Secant)
 
 
 Setup = Callable[[Path | None, int], Training]  # store, None for plain training; steps
@@ -99,9 +99,17 @@ def bert() -> nn.Module:
 def vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    # eager attention rounds to float32 in its softmax, which the limit identity of a float64 measurement sees
-    shape = {"image_size": 32, "patch_size": 8, "num_labels": 4, "attn_implementation": "sdpa"}
+    shape = {"image_size": 32, "patch_size": 8, "num_labels": 4, "attn_implementation": "eager"}
     return ViTForImageClassification(ViTConfig(**SIZES, **shape))
+
+
+def resnet18() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    widths, depths = [64, 128, 256, 512], [2, 2, 2, 2]
+    return ResNetForImageClassification(
+        ResNetConfig(embedding_size=64, hidden_sizes=widths, depths=depths, layer_type="basic", num_labels=4)
+    )
 
 
 def next_token(model: nn.Module) -> Tensor:
@@ -123,7 +131,6 @@ def by_trainer(
     build: Callable[[], nn.Module],
     data: Callable[[], list[dict[str, Tensor]]],
     measurement: Callable[[nn.Module], Tensor],
-    path: Any = None,
     record: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Setup:
@@ -159,25 +166,69 @@ def by_trainer(
             trainer.train()
         marks.append(time.process_time())  # what closing took counts for the last step
         model = trainer.model.eval()
-        return Training(model, marks, 1, attrib.hf.loss(model), measurement, path or attrib.Secant())
+        return Training(model, marks, 1, attrib.hf.loss(model), measurement)
 
     return setup
 
 
-GRADIENTS = attrib.GaussLegendre(nodes=4)  # where a model is not traced
+def by_lightning(store: Path | None, steps: int) -> Training:
+    """A perceptron with dropout in a module of Lightning; the line of glue is the callback, which is given a loss."""
+    import lightning.pytorch as pl
+
+    marks: list[float] = []
+
+    class Digits(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = nn.Linear(784, 256), nn.Linear(256, 256), nn.Linear(256, 10)
+            self.net = nn.Sequential(widths[0], nn.GELU(), nn.Dropout(0.1), widths[1], nn.GELU(), widths[2])
+
+        def training_step(self, batch: list[Tensor], number: int) -> Tensor:
+            return cross_entropy(self, batch).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    class Clock(pl.Callback):
+        def on_train_start(self, *args: Any) -> None:
+            marks.append(time.process_time())
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            marks.append(time.process_time())
+
+    torch.manual_seed(0)
+    g, module = torch.Generator().manual_seed(1), Digits()
+    x, y = torch.randn(2048, 784, generator=g), torch.randint(0, 10, (2048,), generator=g)
+    loader = DataLoader(TensorDataset(x, y), 128, shuffle=True)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    recording = [] if store is None else [attrib.lightning.Record(store, loss=cross_entropy)]
+    callbacks = [Clock(), *recording]
+    pl.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=callbacks, **quiet).fit(module, loader)
+    marks.append(time.process_time())
+    return Training(module.eval(), marks, 1, cross_entropy, lambda m: m.net(x[:2]).log_softmax(-1)[:, 0])
+
+
+def cross_entropy(module: Any, batch: Sequence[Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(module.net(batch[0]), batch[1], reduction="none")
+
+
 FULL = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4, "bf16": True, "max_grad_norm": 0.5}
 SETUPS: dict[str, Setup] = {
     "GPT-2": by_trainer(gpt2, texts, next_token),
     "Llama + LoRA": by_trainer(adapted, texts, next_token, record={"constants": "digest"}),
-    "BERT classifier": by_trainer(bert, labelled, first_class, GRADIENTS),
+    "BERT classifier": by_trainer(bert, labelled, first_class),
     "ViT": by_trainer(vit, images, picture_class),
+    "ResNet-18, BatchNorm": by_trainer(
+        resnet18, images, picture_class, record={"shares": "rows"}, optim="sgd", optim_args="momentum=0.9"
+    ),
+    "Lightning": by_lightning,
     "Trainer: accumulation 4, bf16, dropout, clipping": by_trainer(lambda: gpt2(0.1), texts, next_token, **FULL),
 }
 
 
 def attributed(store: Path, training: Training, steps: slice | None = None) -> tuple[float, attrib.Result]:
     run, began = attrib.open_run(store), time.process_time()
-    options = {"loss": training.loss, "path": training.path, "steps": steps, "progress": False}
+    options = {"loss": training.loss, "steps": steps, "progress": False}
     result = attrib.attribute(run, training.model, training.measurement, **options)
     return time.process_time() - began, result
 

@@ -8,20 +8,20 @@
 - `terms`: a parameter's share at its sites
 - `assignment`: how the sites of one kind of batch split, read off and proven
 - `mapped`: gradients written out by vmap
-- `examples`: the whole of the first definition: `ExampleGradients.total`, `contract`, `rows`, `factors`
+- `definition`: what a definition of a share answers: `Gradients.total`, `contract`, `rows`, `factors`; `examples`: the first
 - `through`, `owners`, `rows`: the second definition, by rows: its truth, whose rows are whose, `RowGradients`
 - `checks`: what a loss and a model must be
 - `watch`: the same from the user's own passes; `stored`: factors as named arrays
 """
 
 from .along import LossVector, random_weights
+from .definition import Gradients
 from .examples import ExampleGradients
 from .functions import FUNCTIONS
 from .rows import RowGradients
 from .stored import describe, from_tensors, parameter_of, to_tensors
 from .watch import Watch
 
-Gradients = ExampleGradients | RowGradients
 DEFINITIONS: dict[str, type[Gradients]] = {"example": ExampleGradients, "rows": RowGradients}  # what a share is
 
 __all__ = [

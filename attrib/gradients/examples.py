@@ -1,11 +1,6 @@
-"""ExampleGradients of the examples of a batch in its gradient: their total, their products with directions, their rows.
+"""ExampleGradients: shares by example, the first definition.
 
-    total     sum_i g_i                   (P,)         one backward pass
-    contract  <U_q, g_{i,k}>              (Q, B, K)    K parameter tensors
-    rows      g_i                         (B, P)       materialised
-    factors   g_i                                      in the form the layers give it
-
-with g_i = d loss_i / d theta, the batch and all. The truth is the loss vector's derivative (`along`), which asks nothing of
+g_i = d loss_i / d theta, the batch and all. The truth is the loss vector's derivative (`along`), which asks nothing of
 the model. The fast form reads the shares off where parameters meet data (`sites`), one backward pass to the sites and no g
 made; it is used for the parameters for which it was proven equal on a batch of that kind (`assignment`, `forms`). Where
 examples do not see each other a batch is worked through in slices that fit the cache, in memory that does not depend on its
@@ -14,7 +9,7 @@ size.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +17,25 @@ from torch import Tensor, nn
 from ..autocast import Autocast
 from ..batch import Batch
 from ..budget import slice_bytes
-from ..functional import Functional
 from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
 from ..layout import Layout
-from ..program import Programs
 from ..program import kind_of as kind_of_inputs
 from .along import LossVector, random_weights
 from .assignment import Assignment, Trace, calls_of, kind_of, ownership
 from .checks import check_losses
+from .definition import Gradients
 from .forms import Form, Forms
 from .mapped import agree, rows_by_vmap
-from .terms import Reached, Term, contract, factors_of, names_of, rows_of, sites_of, terms_at
+from .terms import Reached, Term, contract, factors_of, names_of, sites_of, terms_at
 
 log = logging.getLogger("attrib")
 
 ROWS_BYTES = 32 << 20  # gradient rows held at once
 
 
-class ExampleGradients:
-    """Per-example gradients of `loss(model, *batch) -> (B,)`.
-
-    Args:
-        loss: called with the model and a batch; returns one loss per example.
-        model: used as it is; parameters are given with each call.
-        layout: the parameters that are trained.
-        dtype: compute type; where it is less than single precision, vectors and what is had of them are in float32.
-        slices: bytes of what the calls of a forward pass return for the examples of a slice; None chooses.
-        autocast: what the loss is computed under.
-    """
+class ExampleGradients(Gradients):
+    """Per-example gradients of `loss(model, *batch) -> (B,)`, one loss per example. Args: as of `Gradients`."""
 
     def __init__(
         self,
@@ -61,49 +46,18 @@ class ExampleGradients:
         slices: int | None = None,
         autocast: Autocast | None = None,
     ) -> None:
-        self.layout = layout
-        self._loss = Functional(model, loss, layout, dtype, autocast)
+        super().__init__(loss, model, layout, dtype, slices, autocast)
         self.vector = LossVector(self._loss, layout)
         self._forms = Forms(self._loss, self.vector, slices or slice_bytes(layout.size, dtype.itemsize))
-        self._programs, self._factor = Programs(), 1.0
 
-    def at(
-        self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None
-    ) -> "ExampleGradients":
-        """The same at a step where these parameters have a gradient and the model holds these buffers, of `factor` times the
-        loss; what is learnt of it is shared."""
-        other = copy(self)
-        other._loss, other._factor = self._loss.times(factor).holding(buffers or {}), factor
-        other.vector = self.vector.at(active, other._loss)
+    def at(self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None) -> Self:
+        other = super().at(active, factor, buffers)
         other._forms = self._forms.at(other.vector, other._loss)
         return other
 
     @property
-    def coarse(self) -> bool:
-        """Whether a pass rounds to less than single precision on its way, as a frozen part in bfloat16 does. Then a multiple
-        of the loss has other gradients than the same multiple of its gradients: to be those of the training loop they have
-        to be of its multiple, such as 1 / B for a mean."""
-        return self._loss.coarse
-
-    @property
-    def precision(self) -> torch.dtype:
-        """What a pass rounds to on its way."""
-        return self._loss.precision
-
-    @property
-    def active(self) -> frozenset[str]:
-        """Names of the parameters that have a gradient at the step, all at first; the others' shares are zero."""
-        return self.vector.active
-
-    @property
     def coupled(self) -> bool:
-        """Whether a batch was met whose losses depend on each other."""
         return self._forms.coupled
-
-    def total(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(P,), batch -> losses (B,), sum of all shares (P,)."""
-        batch = Batch.of(batch)
-        return self.gradient(theta, batch, torch.ones(batch.size, dtype=theta.dtype, device=theta.device))
 
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(P,), batch, v (B,) -> losses (B,), the gradient of v . losses (P,): by backward passes, not by sites."""
@@ -120,18 +74,9 @@ class ExampleGradients:
             done += len(found) - fresh
         return torch.cat(losses), sums
 
-    def hvp(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
-        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the sum of the losses, over all parameters."""
-        return torch.stack([*map(self._loss.hessian(theta, *Batch.of(batch).args), directions)])
-
     def contract(
         self, theta: Tensor, batch: Batch, directions: Tensor, groups: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(P,), batch, U (Q, P) -> losses (B,), <U_q, g_i> per parameter tensor, (Q, B, K) float64.
-
-        groups: of each tensor the number of its group. What goes by the derivative along U is had per group, and stands at
-        the first of its tensors; None tells all tensors apart.
-        """
         batch = Batch.of(batch)
         form = self._forms.of(theta, batch)
         named = self.layout.unflatten(directions.to(theta.dtype))
@@ -158,17 +103,7 @@ class ExampleGradients:
             done += len(found) - fresh
         return torch.cat(losses), products.permute(1, 2, 0)
 
-    def rows(self, theta: Tensor, batch: Batch) -> Tensor:
-        """(P,), batch -> the gradient of each example, (B, P)."""
-        batch = Batch.of(batch)
-        found = self.factors(theta, batch)
-        out = theta.new_zeros(batch.size, self.layout.size)
-        for name, part in self.layout.slices():
-            out[:, part] = rows_of(found[name])
-        return out
-
     def factors(self, theta: Tensor, batch: Batch) -> dict[str, list[Factor]]:
-        """(P,), batch -> of each parameter the factors that sum to its gradients; written out where there are none."""
         batch = Batch.of(batch)
         form, start = self._forms.of(theta, batch), generators()
         if form.reason is not None:
@@ -190,9 +125,8 @@ class ExampleGradients:
     def watched(
         self, theta: Tensor, batch: Batch, trace: Trace, deltas: list[Tensor | None]
     ) -> dict[str, list[Factor]] | None:
-        """`factors` from a pass that was made already: its sites and the gradients of their outputs, whatever reduction
-        they have in them. None where they do not say it all: the sites are not those of the loss, a parameter has no closed
-        form, or which rows are whose has to be read off this very batch."""
+        # None where the sites are not those of the loss, a parameter has no closed form, or which rows are whose has to be
+        # read off this very batch
         form = self._forms.of(theta, batch)
         if form.reason is not None:
             return None
@@ -211,7 +145,6 @@ class ExampleGradients:
         return out
 
     def rows_at_once(self) -> int:
-        """How many rows fit the budget."""
         return max(1, ROWS_BYTES // (8 * max(1, self.layout.size)))
 
     # one traced pass

@@ -1,19 +1,13 @@
-"""RowGradients: shares by rows, the second definition of a share.
+"""RowGradients: shares by rows, the second definition.
 
-    total     sum_i g_i                   (P,)         one backward pass, and each site's own
-    contract  <U_q, g_{i,k}>              (Q, B, K)    one backward pass to the sites, for all groups
-    rows      g_i                         (B, P)
-    factors   g_i                                      in the form the layers give it
-
-with g_i the part of the gradient of a scalar objective that flows through the rows of example i. It sums to the gradient of
+g_i is the part of the gradient of a scalar objective that flows through the rows of example i. It sums to the gradient of
 any objective, coupled or not, and is that of the example's own loss where losses are independent. The batch is worked
-through whole. The same questions as of `ExampleGradients`, and the same answers there.
+through whole.
 """
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,26 +15,23 @@ from torch import Tensor, nn
 
 from ..autocast import Autocast
 from ..batch import Batch
-from ..functional import Functional
 from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
 from ..layout import Layout
-from ..program import Programs
 from ..program import kind_of as kind_of_inputs
 from .assignment import Trace, calls_of
 from .checks import check_finite
+from .definition import Gradients
 from .owners import Owners
-from .terms import Reached, Term, contract, factors_of, rows_of, sites_of, terms_at
+from .terms import Reached, Term, contract, factors_of, sites_of, terms_at
 from .through import RowVector, flowed
 
 log = logging.getLogger("attrib")
 
 
-class RowGradients:
-    """Shares by rows of `loss(model, *batch)`, which returns one loss per example (B,), or a scalar.
-
-    Args: as of `ExampleGradients`; slices: of no account.
-    """
+class RowGradients(Gradients):
+    """Shares by rows of `loss(model, *batch)`, one loss per example (B,), or a scalar: then the objective, (1,), stands where
+    losses do. Args: as of `Gradients`; slices: of no account."""
 
     coupled = True  # a batch is never cut
 
@@ -53,56 +44,18 @@ class RowGradients:
         slices: int | None = None,
         autocast: Autocast | None = None,
     ) -> None:
-        self.layout = layout
-        self._loss = Functional(model, loss, layout, dtype, autocast)
+        super().__init__(loss, model, layout, dtype, slices, autocast)
         self.vector = RowVector(self._loss, layout)
-        self._programs, self._factor = Programs(), 1.0
         self._volatile, self._said = set[Any](), set[str]()
 
-    def at(
-        self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None
-    ) -> "RowGradients":
-        """The same at a step where these parameters have a gradient and the model holds these buffers, of `factor` times the
-        loss; what is learnt of it is shared."""
-        other = copy(self)
-        other._loss, other._factor = self._loss.times(factor).holding(buffers or {}), factor
-        other.vector = self.vector.at(active, other._loss)
-        return other
-
-    @property
-    def coarse(self) -> bool:
-        """Whether a pass rounds to less than single precision on its way."""
-        return self._loss.coarse
-
-    @property
-    def precision(self) -> torch.dtype:
-        """What a pass rounds to on its way."""
-        return self._loss.precision
-
-    @property
-    def active(self) -> frozenset[str]:
-        """Names of the parameters that have a gradient at the step, all at first; the others' shares are zero."""
-        return self.vector.active
-
-    def total(self, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(P,), batch -> losses (B,) or objective (1,), sum of all shares (P,)."""
-        batch = Batch.of(batch)
-        return self.gradient(theta, batch, torch.ones(batch.size, dtype=theta.dtype, device=theta.device))
-
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(P,), batch, v (B,) -> losses (B,) or objective (1,), the sum of the shares times v (P,), by no closed form."""
         losses, found = self.vector.gradient(theta, Batch.of(batch), weights)
         return losses, self.layout.flatten(found.values())
-
-    def hvp(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
-        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the objective, over all parameters."""
-        return torch.stack([*map(self._loss.hessian(theta, *Batch.of(batch).args), directions)])
 
     def contract(
         self, theta: Tensor, batch: Batch, directions: Tensor, groups: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(P,), batch, U (Q, P) -> losses (B,) or objective (1,), <U_q, g_i> per parameter tensor, (Q, B, K) float64. All
-        tensors are told apart, whatever their groups."""
+        # all tensors are told apart, whatever their groups
         batch, start = Batch.of(batch), generators()
         named = self.layout.unflatten(directions.to(theta.dtype))
         number = {name: k for k, name in enumerate(self.layout.names)}
@@ -118,17 +71,7 @@ class RowGradients:
                 products[number[name]] = along[..., g]
         return losses, products.permute(1, 2, 0)
 
-    def rows(self, theta: Tensor, batch: Batch) -> Tensor:
-        """(P,), batch -> the share of each example, (B, P)."""
-        batch = Batch.of(batch)
-        found = self.factors(theta, batch)
-        out = theta.new_zeros(batch.size, self.layout.size)
-        for name, part in self.layout.slices():
-            out[:, part] = rows_of(found[name])
-        return out
-
     def factors(self, theta: Tensor, batch: Batch) -> dict[str, list[Factor]]:
-        """(P,), batch -> of each parameter the factors that sum to its shares; written out where there are none."""
         batch, start = Batch.of(batch), generators()
         with self.vector.flow(theta, batch) as flow:
             found = self._factored(flow.reached, flow.owners, batch.size)
@@ -142,8 +85,6 @@ class RowGradients:
     def watched(
         self, theta: Tensor, batch: Batch, trace: Trace, deltas: list[Tensor | None]
     ) -> dict[str, list[Factor]] | None:
-        """`factors` from a pass that was made already: its sites and the gradients of their outputs, whatever reduction
-        they have in them. None where they do not say it all."""
         owners = self.vector.known(trace)
         if owners is None or owners.calls != calls_of(trace):
             return None
