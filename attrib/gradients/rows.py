@@ -30,8 +30,8 @@ log = logging.getLogger("attrib")
 
 
 class RowGradients(Gradients):
-    """Shares by rows of `loss(model, *batch)`, one loss per example (B,), or a scalar: then the objective, (1,), stands where
-    losses do. Args: as of `Gradients`; slices: of no account."""
+    """Shares by rows of `loss(model, *batch)`, one loss per example (B,), or a scalar: then the objective, (1,), stands
+    where losses do. Args: as of `Gradients`; slices: of no account."""
 
     coupled = True  # a batch is never cut
 
