@@ -53,6 +53,12 @@ def join(parts: Sequence[xr.Dataset], names: Sequence[str] = ()) -> xr.Dataset:
     return whole.assign_coords(query_name=("query", list(names[: whole.sizes["query"]]))) if names else whole
 
 
+_ROUNDING = (
+    " A bias before batch normalisation has a gradient of rounding alone, which Adam divides by its own size: build its "
+    'layer with bias=False, or record with remainder="account".'
+)
+
+
 class Result:
     """The decomposition of one or more measurements. Made by `attrib.attribute` or `attrib.open_result`.
 
@@ -273,6 +279,7 @@ class Result:
             at = self.dataset[f"{name}_identity"]
             step = int(at["step"].values[int(np.nanargmax(at.values))])
             hint = " Are model and loss those that were recorded?" if name == "batch" else ""
+            hint = _ROUNDING if "buffers" in self.dataset and "remainder" not in self.dataset else hint
             raise CompletenessError(
                 f"the terms do not add up: got a residual of {gap[worst]:.3g} of what is summed, expected at most "
                 f"{rtol:.3g}, at query {self.dataset['query'].values[worst]}. The {name} identity is furthest off, by "

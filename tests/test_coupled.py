@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attrib
+from attrib import errors
 from attrib.generators import generators, random_state
+from attrib.ledger import Ledger
 
 SIZE = 6
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -162,3 +164,27 @@ def test_with_statistics_frozen_a_share_is_the_gradient_of_the_example_by_itself
     x, y = recorded.x[1], recorded.y[1]
     alone = [one_loss(recorded.model, cross_entropy, x[n : n + 1], y[n : n + 1], 0) for n in range(SIZE)]
     np.testing.assert_allclose(recorded.run.shares(1), torch.stack(alone), rtol=0, atol=1e-13)
+
+
+def test_a_bias_before_batch_norm_that_adam_moves_by_rounding_is_named_and_the_advice_is_true(tmp_path: Path) -> None:
+    """Its gradient is zero but for rounding, in float32 some 1e-8, and Adam divides it by its own size."""
+    x, y = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+
+    def checked(name: str, bias: bool = True, **options: Any) -> Ledger:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8, bias=bias), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+        with attrib.record(
+            torch.optim.AdamW(model.parameters(), lr=0.02), model, cross_entropy, tmp_path / name, **options
+        ) as recorder:
+            for step in range(60):
+                index = torch.arange(step * 16, step * 16 + 16) % 60
+                recorder.zero_grad()
+                cross_entropy(model, x[index], y[index]).mean().backward()
+                recorder.step(index, x[index], y[index])
+        run, measured = attrib.open_run(tmp_path / name), attrib.measure.log_prob(x[:3], y[:3])
+        return attrib.attribute(run, model.eval(), measured, loss=cross_entropy, progress=False).check()
+
+    with pytest.raises(errors.CompletenessError, match=r'bias=False, or record with remainder="account"'):
+        checked("refused")
+    checked("without", bias=False)
+    assert abs(checked("accounted", remainder="account").terms["remainder"]).max() > 1e-4
