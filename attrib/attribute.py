@@ -30,6 +30,7 @@ from .layout import group_tensors
 from .marginals import bytes_of, choose
 from .matching import check_model
 from .measure import Average, Measurement, OfAverage
+from .parts import cancellation
 from .path import Measured, Path, Secant
 from .plan import sizes_of
 from .query import query_of
@@ -44,6 +45,7 @@ from .tally import Tally
 log = logging.getLogger("attrib")
 
 IDENTITIES = ("split", "limit")  # those that take passes of their own
+CANCELLED = 1e4  # sizes of single contributions, in that of their sum, that say little each
 
 
 @differentiable
@@ -214,6 +216,13 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
     assert result is not None
     if request.asked:
         raise _interrupted(result, query.count)
+    if (times := cancellation(result.dataset)) > CANCELLED:
+        log.warning(
+            "the contributions of single examples cancel: their sizes sum to %.2g times what is summed, so that little can "
+            "be read from each. A parameter whose gradient is rounding alone makes them so where Adam divides it by its own "
+            "size, by rows a bias before batch normalisation: build its layer with bias=False, or ask by group",
+            times,
+        )
     return result
 
 

@@ -34,6 +34,17 @@ def size_of(dataset: xr.Dataset) -> np.ndarray:
     return np.max([np.abs(dataset["initial"].values), np.abs(dataset["final"].values), dataset["gross"].values], axis=0)
 
 
+def cancellation(dataset: xr.Dataset) -> float:
+    """How many times what is summed, `size_of`, the sizes of the single examples' contributions make, at the worst query; 0
+    where no array of examples was kept."""
+    kept = [a for name, a in dataset.data_vars.items() if str(name).startswith(PREFIX) and "example" in a.dims]
+    if not kept:
+        return 0.0
+    array = min(kept, key=lambda a: a.size)
+    each = abs(array.sum([axis for axis in array.dims if axis not in ("query", "example")])).sum("example").values
+    return float(np.max(each / np.maximum(size_of(dataset), np.finfo(float).tiny)))
+
+
 def check_parts(dataset: xr.Dataset, rtol: float) -> None:
     """Add everything up again.
 

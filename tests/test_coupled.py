@@ -166,7 +166,9 @@ def test_with_statistics_frozen_a_share_is_the_gradient_of_the_example_by_itself
     np.testing.assert_allclose(recorded.run.shares(1), torch.stack(alone), rtol=0, atol=1e-13)
 
 
-def test_a_bias_before_batch_norm_that_adam_moves_by_rounding_is_named_and_the_advice_is_true(tmp_path: Path) -> None:
+def test_a_bias_before_batch_norm_that_adam_moves_by_rounding_is_named_and_the_advice_is_true(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its gradient is zero but for rounding, in float32 some 1e-8, and Adam divides it by its own size."""
     x, y = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
 
@@ -188,3 +190,8 @@ def test_a_bias_before_batch_norm_that_adam_moves_by_rounding_is_named_and_the_a
         checked("refused")
     checked("without", bias=False)
     assert abs(checked("accounted", remainder="account").terms["remainder"]).max() > 1e-4
+    assert "cancel" not in caplog.text  # the loss of no example depends on it
+    checked("rows without", bias=False, shares="rows")
+    assert "cancel" not in caplog.text
+    checked("rows", remainder="account", shares="rows")  # by rows shares are of order one, and only their sum is not
+    assert "contributions of single examples cancel" in caplog.text
