@@ -162,13 +162,13 @@ class Shares:
     def _weighted(
         self, step: RecordedStep, n: int, weights: Tensor, sensitivity: Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """<d (v . losses) / d theta, U> of the n-th pass, (Q, G), and what these products cancelled from: gradients of the
-        size that they have in the mean of all parameters, at least. That of a bias before batch norm is nothing but what is
-        left of such, which Adam then divides by as little."""
+        """<d (v . losses) / d theta, U> of the n-th pass, (Q, G), and what these products cancelled from. Where losses
+        depend on each other, that is gradients of the size that they have in the mean of all parameters, at least: that of a
+        bias before batch norm is nothing but what is left of such, which Adam then divides by as little."""
         with self._pass(step, n) as (shares, batch, factor):
             pulled = shares.gradient(self._theta(step), batch, weights)[1].double() / factor
         parts = [(sensitivity[:, part], pulled[part].to(sensitivity)) for _, part in self.run.layout.slices()]
-        usual = float(pulled.norm()) / max(1, len(pulled)) ** 0.5
+        usual = float(pulled.norm()) / max(1, len(pulled)) ** 0.5 if shares.coupled else 0.0
         direct = torch.stack([u @ g for u, g in parts], 1)
         size = torch.stack([u.abs() @ g.abs().clamp(min=usual) for u, g in parts], 1)
         return direct.cpu().numpy() @ self._member, size.cpu().numpy() @ self._member
