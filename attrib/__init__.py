@@ -40,6 +40,7 @@ from .development import (
     vestiges,
     what_if,
 )
+from .difference import Difference, difference
 from .intervention import replay, retrain
 from .path import GaussLegendre, Midpoint, Secant
 from .phases import Phases, onset, phases
@@ -51,6 +52,7 @@ from .setup import Setup
 from .verify import verify
 
 __all__ = [
+    "Difference",
     "GaussLegendre",
     "Midpoint",
     "Phases",
@@ -67,6 +69,7 @@ __all__ = [
     "connectivity",
     "convexity_gap",
     "curvature",
+    "difference",
     "errors",
     "evaluate",
     "hf",

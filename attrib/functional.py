@@ -260,13 +260,16 @@ class Functional:
         self._roundings.heard.add(kind)
         return self._roundings
 
-    def hessian(self, theta: Tensor, *args: Any) -> Callable[[Tensor], Tensor]:
-        """(P,) -> a function v (P,) -> H v (P,), H the Hessian of the sum of what the function returns; the graph of the
-        gradient is made once (Pearlmutter 1994). Attention by plain mathematics: other has no second derivative."""
+    def hessian(self, theta: Tensor, *args: Any, weights: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """(P,) -> a function v (P,) -> H v (P,), H the Hessian of the sum of what the function returns, times weights where
+        there are some; the graph of the gradient is made once (Pearlmutter 1994). Attention by plain mathematics: other has
+        no second derivative."""
         point = theta.detach().clone().requires_grad_()
         parameters = self.layout.unflatten(point)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self.bound(parameters):
-            (gradient,) = torch.autograd.grad(self.run(*args).sum(), point, create_graph=True)
+            values = self.run(*args)
+            total = (values if weights is None else values * weights).sum()
+            (gradient,) = torch.autograd.grad(total, point, create_graph=True)
 
         def product(vector: Tensor) -> Tensor:
             if not gradient.requires_grad:  # of a linear function

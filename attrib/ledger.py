@@ -18,6 +18,7 @@ TERMS = (
     "update_remainder",
     "buffers",
 )  # what is no example's; of the last three, those there are
+DIFFERENCES = ("start", "reduction", "options", "penalty", "context", "buffers")  # the same, of a difference
 SHARE = {  # what a share is, and is not
     "example": "what each example's own loss asked for, not what passed through its rows of the batch",
     "rows": "what passed through each example's rows of the batch, not what its own loss asked for where losses depend on "
@@ -93,8 +94,8 @@ def said(term: str) -> str:
 
 
 def terms_of(dataset: xr.Dataset) -> list[str]:
-    """Those of TERMS that a result has."""
-    return [name for name in TERMS if name in dataset]
+    """Those of TERMS, or of DIFFERENCES, that a result has."""
+    return [name for name in dict.fromkeys((*TERMS, *DIFFERENCES)) if name in dataset]
 
 
 def _gap(gap: float) -> str:

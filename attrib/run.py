@@ -19,8 +19,8 @@ from .kernels.factors import Factor
 from .layout import Layout
 from .matching import check_digests, check_model, check_types
 from .optim import Rules, describe_options, rules_in
-from .steps import Blocks, RecordedPass, Rows, Steps, passes_of
-from .store import Ids, Passes, Reader, local_path
+from .steps import Blocks, RecordedPass, Steps, passes_of
+from .store import Ids, Passes, Reader, Rows, local_path
 from .trajectory import Trajectory
 
 _UNFINISHED = "not closed, or interrupted: read up to its last committed block"
@@ -191,6 +191,17 @@ class Run:
     def declares_remainder(self) -> bool:
         """Whether p.grad may hold anything beyond the shares: recorded with remainder="account"."""
         return bool(self.header.get("remainder") == "account")
+
+    @property
+    def origin(self) -> int:
+        """The step that it begins with, of the run that was recorded first: of a replay, and of a replay of a replay."""
+        replay = self.header.get("replay", {})
+        return int(replay.get("origin", replay.get("start", 0)))
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it is a replay that gave weights to the losses: the last tensor of its batches."""
+        return bool(self.header.get("replay", {}).get("weighted"))
 
     @property
     def definition(self) -> str:

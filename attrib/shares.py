@@ -110,20 +110,50 @@ class Shares:
         """Whether a batch was met whose losses depend on each other."""
         return self._gradients is not None and self._gradients.coupled
 
+    @property
+    def couples(self) -> bool:
+        """Whether losses of a batch may depend on each other, as far as was seen here or when the run was recorded."""
+        return self.coupled or bool(self.run.header["settled"]["coupled"])
+
     def contract(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         """From U (Q, P), and <U, gradient> (Q, K) of the recorded gradient of the examples."""
         return self._contract(step, sensitivity, gradient)
 
-    def hvp(self, step: RecordedStep, sensitivity: Tensor) -> Tensor:
-        """H U (Q, P): the Hessian of the step's reduced loss, sum_i scale_i loss_i, times U (Q, P), in float64."""
+    def hvp(self, step: RecordedStep, sensitivity: Tensor, weights: np.ndarray | None = None) -> Tensor:
+        """H U (Q, P), U (Q, P), in float64: H the Hessian of sum_i w_i loss_i over the step's examples. weights: w (B,);
+        None for the factors of their losses in it."""
+        weights = self.weights(step) if weights is None else weights
+        product = torch.zeros_like(sensitivity, dtype=torch.float64)
+        for n, recorded in enumerate(step.passes):
+            here = weights[recorded.slots]
+            if here.any():
+                with self._pass(step, n) as (shares, batch, factor):
+                    theta = self._theta(step)
+                    scaled = torch.from_numpy(here / factor).to(theta)
+                    product += shares.hvp(theta, batch, sensitivity.to(theta), scaled).double().to(product.device)
+        return product
+
+    def weights(self, step: RecordedStep) -> np.ndarray:
+        """(B,): the factor of each example's loss in what the step trained on."""
         if self._gradients is None:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
-        theta, scales = self._theta(step), self._known(step)
-        product = torch.zeros_like(sensitivity, dtype=torch.float64)
-        for n, scale in enumerate(scales):
-            with self._pass(step, n) as (shares, batch, factor):
-                product += shares.hvp(theta, batch, sensitivity).double() * (scale / factor)
-        return product
+        return np.repeat(self._known(step), [p.size for p in step.passes])
+
+    def products(self, step: RecordedStep, sensitivity: Tensor, chosen: np.ndarray | None = None) -> np.ndarray:
+        """<U, g_i> (Q, B, K) float64, g_i the share of loss i by itself, whatever its factor. chosen: (B,), which examples;
+        others' are 0. Losses that depend on each other have to be asked for together."""
+        found = np.zeros((len(sensitivity), len(step.ids), len(self.run.layout.names)))
+        for n, recorded in enumerate(step.passes):
+            slots = np.arange(recorded.slots.start, recorded.slots.stop)
+            if chosen is not None:
+                slots = slots[chosen[slots]]
+            if len(slots):
+                with self._pass(step, n) as (shares, batch, factor):
+                    if len(slots) < batch.size:
+                        batch = batch.take(torch.from_numpy(slots - recorded.slots.start))
+                    products = shares.contract(self._theta(step), batch, sensitivity, self._groups)[1]
+                found[:, slots] = products.cpu().numpy() / factor
+        return found
 
     def split(
         self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray | float

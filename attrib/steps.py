@@ -2,7 +2,6 @@
 
 A step is part of a block, whose updates are replayed together from the optimizer's state that is stored with it. `Blocks`
 hands out any consecutive steps of a block and keeps those that it read last, so that several passes over them read once.
-`Rows` hands out what is stored of a step by itself.
 """
 
 from collections.abc import Iterator
@@ -19,10 +18,6 @@ from .constants import wide
 from .optim import MOMENTUM, Replay, Segments, carried, step_bounds
 from .store import Passes, Reader
 from .trajectory import Trajectory
-
-ROWS_BYTES = (
-    64 << 20
-)  # of the shares of steps that are read together: all of a block, unless a longer one was asked for
 
 Updates = list[tuple[Segments, Tensor]]
 
@@ -131,12 +126,22 @@ class Block:
 
     def state_at(self, step: int) -> dict[str, Tensor]:
         """The accumulators before a step, (P,) each."""
+        return next(islice(self._before_each(), step - self.first, None))
+
+    @cached_property
+    def states(self) -> list[dict[str, Tensor]]:
+        """The accumulators before each step, (P,) each."""
+        return list(islice(self._before_each(), self.stop - self.first))
+
+    def _before_each(self) -> Iterator[dict[str, Tensor]]:
         if self.trajectory.rules.rounds:
-            return next(islice(self._realised(), step - self.first, None))
+            yield from self._realised()
+            return
         replay = self._replay()
-        for n in range(step - self.first):
+        for n in range(self.stop - self.first):
+            yield replay.state
             self._step(replay, n)
-        return replay.state
+        yield replay.state
 
     def _replay(self) -> Replay:
         return Replay(self.trajectory.rules, self.trajectory.layout, self.state)
@@ -265,6 +270,10 @@ class Steps:
         """(P,): the accumulator that is linear in the gradients, before the first step."""
         return self.state[MOMENTUM]
 
+    def state_before(self, n: int) -> dict[str, Tensor]:
+        """The accumulators before the n-th step, (P,) each."""
+        return self.block.states[self._at.start + n]
+
     @property
     def state_after(self) -> dict[str, Tensor]:
         """The accumulators after the last step of the block, as replayed."""
@@ -318,30 +327,3 @@ class Blocks:
             low, high = max(first, steps.start), min(first + size, steps.stop)
             found += [range(max(low, stop - length), stop) for stop in range(high, low, -length)]
         return found
-
-
-class Rows:
-    """Arrays with a row a step. Those of a block stand in the same chunks, each of which is decoded whole: they are read
-    together, as many as fit ROWS_BYTES, and kept until others are asked for."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader, self._block = reader, int(reader.header["block"])
-        self._last: dict[str, tuple[int, np.ndarray]] = {}  # by name: the first step that was read, and the rows
-
-    @cached_property
-    def _together(self) -> int:
-        """Steps. Of what is read here the shares of the examples alone are large."""
-        shares = [self._reader.array(n) for n in self._reader.names() if n.startswith(("gradients", "factors/"))]
-        size = sum(array.nbytes // array.shape[0] for array in shares)
-        return max(1, min(self._block, ROWS_BYTES // max(1, size)))
-
-    def at(self, name: str, step: int) -> np.ndarray:
-        """The row of a step, the caller's to change."""
-        if self._together == 1:
-            return self._reader.read(name, step)
-        block = step - step % self._block
-        first = step - (step - block) % self._together
-        if name not in self._last or self._last[name][0] != first:
-            stop = min(first + self._together, block + self._block, self._reader.steps)
-            self._last[name] = first, self._reader.read(name, slice(first, stop))
-        return self._last[name][1][step - first].copy()

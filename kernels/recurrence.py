@@ -92,6 +92,10 @@ class Coefficients:
     def to(self, device: torch.device) -> "Coefficients":
         return replace(self, **_moved(self, device))
 
+    def doubled(self) -> "Coefficients":
+        """In float64."""
+        return replace(self, **{name: v.double() for name, v in vars(self).items() if isinstance(v, Tensor)})
+
 
 def _moved(record: Any, device: torch.device) -> dict[str, Any]:
     return {name: v.to(device) for name, v in vars(record).items() if isinstance(v, Tensor | Matrix)}

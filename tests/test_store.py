@@ -21,9 +21,9 @@ from zarr.storage import MemoryStore
 
 import attrib
 from attrib.errors import StoreError
-from attrib.steps import Rows
 from attrib.store import Reader
 from attrib.store.examples import ExampleTable
+from attrib.store.rows import Rows
 
 LOSS = MODELS["mlp"].loss
 
@@ -77,7 +77,7 @@ def test_index_and_inputs_read_back(tmp_path: Path) -> None:
 def test_rows_read_together_are_those_read_one_by_one(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(MemoryStore(), OPTIMIZERS["sgd"], capture="gradients", steps=11).run  # blocks of four steps
     gradients = run.reader.array("gradients")
-    monkeypatch.setattr("attrib.steps.ROWS_BYTES", together * gradients.nbytes // 11)
+    monkeypatch.setattr("attrib.store.rows.ROWS_BYTES", together * gradients.nbytes // 11)
     rows = Rows(run.reader)
     for step in (0, 0, 1, 3, 2, 10, 9, 8, 4, 7, 10, 0):
         for name in ("index", "gradients"):

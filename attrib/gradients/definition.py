@@ -95,9 +95,11 @@ class Gradients(ABC):
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(P,), batch, v (B,) -> losses (B,), the sum of the shares times v (P,): by no closed form."""
 
-    def hvp(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
-        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the sum of the losses, over all parameters."""
-        return torch.stack([*map(self._loss.hessian(theta, *Batch.of(batch).args), directions)])
+    def hvp(self, theta: Tensor, batch: Batch, directions: Tensor, weights: Tensor | None = None) -> Tensor:
+        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the sum of the losses, times weights (B,) where there are
+        some, over all parameters."""
+        product = self._loss.hessian(theta, *Batch.of(batch).args, weights=weights)
+        return torch.stack([*map(product, directions)])
 
     @abstractmethod
     def contract(

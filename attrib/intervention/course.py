@@ -86,7 +86,13 @@ class Course:
     def describe(self) -> dict[str, Any]:
         """For the header of the replay, JSON."""
         described = [change.describe() for change in self.interventions]
-        return {"run": str(self.run.reader.target), "start": self.steps.start, "interventions": described}
+        return {
+            "run": str(self.run.reader.target),
+            "start": self.steps.start,
+            "origin": self.run.origin + self.steps.start,
+            "interventions": described,
+            "weighted": self.has_weights,
+        }
 
     def set_modes(self) -> None:
         """Train and eval modes as recorded."""

@@ -3,12 +3,13 @@
 A new optimizer is one file with one `Rule` and one row in `known`.
 """
 
+from .adjoint import Back, Carried, check_adjoints, pulled_back
 from .frozen import FROZEN
 from .known import RULES, kind_at, place_of, rules_in, rules_of
 from .refused import check_group_options
 from .replay import Replay, Segments, carried, decay_rates, entrywise_decay, explained, pullback, step_bounds
 from .rerun import Rerun, resume, set_options, torch_states
-from .rule import MOMENTUM, Rule, describe_options
+from .rule import MOMENTUM, End, Rule, describe_options
 from .rules import Rules, read_hyper, read_state
 from .together import Together, members, together
 
@@ -16,6 +17,9 @@ __all__ = [
     "FROZEN",
     "MOMENTUM",
     "RULES",
+    "Back",
+    "Carried",
+    "End",
     "Replay",
     "Rerun",
     "Rule",
@@ -23,6 +27,7 @@ __all__ = [
     "Segments",
     "Together",
     "carried",
+    "check_adjoints",
     "check_group_options",
     "decay_rates",
     "describe_options",
@@ -31,6 +36,7 @@ __all__ = [
     "kind_at",
     "members",
     "place_of",
+    "pulled_back",
     "pullback",
     "read_hyper",
     "read_state",

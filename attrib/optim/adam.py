@@ -5,17 +5,25 @@
     theta' = theta - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)      (- lr weight_decay theta for AdamW)
 
 Frozen: the preconditioner made of v. Linear in the gradients: m.
+
+Two ends of a step, bars for means over them, differences d, r = sqrt(v / (1 - beta2^t)), D = r + eps, u = m / D:
+
+    d u = (d m - ubar d D) / Dbar        d r = d v / (1 - beta2^t) / (r + r')        d g^2 = (g + g') d g
+
+all exact, and derivatives where the ends meet; the maximum of AMSGrad goes to whichever wins, in shares where that changes.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels.discrete import winner_share
 from ..kernels.recurrence import Coefficients
 from .numbers import choice, flag, number, several
-from .rule import Options, Rule, State, always, realised, taken_off, where
+from .rule import MOMENTUM, Adjoint, End, Options, Rule, State, always, realised, taken_off, where
 
 
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -50,6 +58,44 @@ def _decoupled(product: Any, fused: bool, dtype: torch.dtype) -> float:
     return realised(product, dtype) if fused else taken_off(product, dtype)
 
 
+def _adjoint(o: Options, a: End, b: End, theta: Tensor, state: State) -> Adjoint:
+    frozen, rest = zip(*(_freeze(o, *end) for end in (a, b)), strict=True)
+    keep, feed, coupled = frozen[0].keep, frozen[0].feed, frozen[0].coupled
+    correction = 1 - o["betas"][1] ** (o["age"] + 1)
+    rate = float(o["lr"] / (1 - o["betas"][0] ** (o["age"] + 1)))
+    seconds = [after["max_exp_avg_sq" if o["amsgrad"] else "exp_avg_sq"].double() for after in rest]
+    gradients = [end.gradient.double() + coupled * end.theta.double() for end in (a, b)]
+    roots = [(v / correction).sqrt() for v in seconds]
+    denominators = [root + float(o["eps"]) for root in roots]
+    moved = [
+        (keep * end.state[MOMENTUM].double() + feed * g) / d
+        for end, g, d in zip((a, b), gradients, denominators, strict=True)
+    ]
+    denominator, ratio, root = (sum(pair) / 2 for pair in (denominators, moved, roots))
+    inverse = torch.where(root > 0, 1 / torch.where(root > 0, root, 1.0), 0.0)  # where v is 0 at both ends, it does not move
+    second = theta * (rate * ratio / denominator * inverse / (2 * correction))
+    before = {}
+    if o["amsgrad"]:
+        second = second + state["max_exp_avg_sq"]
+        share = _share_of_second([end.state["max_exp_avg_sq"] for end in (a, b)], [r["exp_avg_sq"] for r in rest])
+        before["max_exp_avg_sq"], second = (1 - share) * second, share * second
+    second = second + state["exp_avg_sq"]
+    before["exp_avg_sq"] = float(o["betas"][1]) * second
+    rates = rate / denominator
+    coefficients = replace(frozen[0], apply_old=rates * keep, apply_new=rates * feed)
+    return Adjoint(coefficients, float(1 - o["betas"][1]) * sum(gradients) * second, before)
+
+
+def _share_of_second(maxima: list[Tensor], seconds: list[Tensor]) -> Tensor:
+    """(P,): how much of a change of max(maximum, second) is the second's."""
+    (x0, x1), (v0, v1) = ([t.double() for t in pair] for pair in (maxima, seconds))
+    wins0, wins1 = v0 >= x0, v1 >= x1
+    first = winner_share(
+        torch.maximum(x0, v0), torch.maximum(x1, v1), torch.minimum(x0, v0), torch.minimum(x1, v1)
+    )  # of the winner at the first end, where they change places
+    return torch.where(wins0 == wins1, wins0.double(), torch.where(wins0, first, 1 - first))
+
+
 ADAM = Rule(
     name="Adam",
     momentum="exp_avg",
@@ -64,6 +110,7 @@ ADAM = Rule(
         *map(choice, ("foreach", "fused")),
     ),
     freeze=_freeze,
+    adjoint=_adjoint,
     # decay into g, g into m; v twice, and g squared in it twice, halved by the root; the root, its quotient, eps; the rate
     # and the correction of m by its age, as tensors
     roundings=9,

@@ -56,7 +56,7 @@ class Replay:
         segments: Segments = []
         delta = torch.empty_like(theta)
         state = {key: torch.empty_like(value) for key, value in self.state.items()}
-        for piece, tensors, row in self._pieces(hyper):
+        for piece, tensors, row in pieces_of(self.rules, self.layout, hyper):
             rule, g, before = self.rules[tensors.start], gradient[piece], theta[piece]
             known = {key: value[piece] for key, value in self.state.items()}
             coefficients, moments = IDLE, known
@@ -74,18 +74,19 @@ class Replay:
         self.state = state
         return segments, delta
 
-    def _pieces(self, hyper: np.ndarray) -> Iterator[tuple[slice, slice, tuple[float, ...]]]:
-        """Slices of neighbouring tensors whose rules and rows agree, cut where they are longer than the cache; or a tensor
-        each."""
-        owners = np.array(self.rules.owners)
-        alone = np.array([rule.whole for rule in self.rules])
-        cut = (hyper[1:] != hyper[:-1]).any(axis=1) | (owners[1:] != owners[:-1]) | alone[1:]
-        for a, b in itertools.pairwise([0, *(np.flatnonzero(cut) + 1).tolist(), len(hyper)]):
-            row = tuple(hyper[a].tolist())
-            lo, hi = int(self.layout.bounds[a]), int(self.layout.bounds[b])
-            size = hi - lo if alone[a] else CACHED
-            for start in range(lo, hi, max(1, size)):
-                yield slice(start, min(start + size, hi)), slice(a, b), row
+
+def pieces_of(rules: Rules, layout: Layout, hyper: np.ndarray) -> Iterator[tuple[slice, slice, tuple[float, ...]]]:
+    """Slices of neighbouring tensors whose rules and rows agree, cut where they are longer than the cache; or a tensor
+    each."""
+    owners = np.array(rules.owners)
+    alone = np.array([rule.whole for rule in rules])
+    cut = (hyper[1:] != hyper[:-1]).any(axis=1) | (owners[1:] != owners[:-1]) | alone[1:]
+    for a, b in itertools.pairwise([0, *(np.flatnonzero(cut) + 1).tolist(), len(hyper)]):
+        row = tuple(hyper[a].tolist())
+        lo, hi = int(layout.bounds[a]), int(layout.bounds[b])
+        size = hi - lo if alone[a] else CACHED
+        for start in range(lo, hi, max(1, size)):
+            yield slice(start, min(start + size, hi)), slice(a, b), row
 
 
 def _freeze(

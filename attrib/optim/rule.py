@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,15 @@ def decays(o: Options, gradient: Tensor, theta: Tensor) -> tuple[float, float, f
     return (-1.0, 0.0, decoupled, -gradient) if o["maximize"] else (1.0, 0.0, decoupled, gradient)
 
 
+def linear(rule_freeze: Callable[[Options, State, Tensor, Tensor], tuple[Coefficients, State]]) -> Any:
+    """The adjoint of a rule whose coefficients depend on the options alone."""
+
+    def adjoint(o: Options, a: "End", b: "End", theta: Tensor, state: State) -> "Adjoint":
+        return Adjoint(rule_freeze(o, *a)[0], torch.zeros_like(theta), {})
+
+    return adjoint
+
+
 def averaged(
     sign: float,
     averaging: Any,
@@ -101,6 +110,23 @@ def where(option: str) -> Accumulator:
     return lambda options, shape: shape if options[option] else None
 
 
+class End(NamedTuple):
+    """A step of one run: the accumulators before it by name, the gradient, the parameters before it; (P,) each."""
+
+    state: State
+    gradient: Tensor
+    theta: Tensor
+
+
+class Adjoint(NamedTuple):
+    """Of a step at two ends. coefficients: of what is linear in the gradient. gradient (Q, P): what goes to the gradient
+    beside that, through the accumulators that are not. state: the sensitivities to these before the step, (Q, P) each."""
+
+    coefficients: Coefficients
+    gradient: Tensor
+    state: State
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """An optimizer, as the linear recurrence that it is once its realised coefficients are frozen.
@@ -122,6 +148,9 @@ class Rule:
     read_off: the coefficients are had from the update that was made, so that it cannot be made again.
     roundings: how many times, at most, torch rounds a term of an update on its way into the parameters, by half of eps each;
         None where that bounds nothing: a sign, a difference of what it has rounded.
+    adjoint: (options, scalars and "age", the step at one end and at the other, the sensitivity to the parameters after it
+        (Q, P), those to the accumulators after it) -> `Adjoint`, exact for the difference of the ends, the derivative where
+        they meet; `linear` where the coefficients are the same at all ends; None where it was not derived.
     """
 
     name: str
@@ -138,6 +167,7 @@ class Rule:
     unmodelled: bool = False
     read_off: bool = False
     roundings: int | None = None
+    adjoint: Callable[[Options, End, End, Tensor, State], Adjoint] | None = None
 
     @property
     def moments(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels.recurrence import Coefficients
 from .numbers import choice, flag, number
-from .rule import Options, Rule, State, always, realised
+from .rule import Options, Rule, State, always, linear, realised
 
 
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -42,5 +42,6 @@ SGD = Rule(
         *map(choice, ("foreach", "fused")),
     ),
     freeze=_freeze,
+    adjoint=linear(_freeze),
     roundings=5,  # decay into g, what is left of the accumulator, g into it, Nesterov's sum, the rate as a tensor
 )

@@ -8,7 +8,7 @@
 - `ids`: ids that are strings, and the numbers that stand for them
 - `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
-- `reader`: open, check that every committed chunk is there and is the one that was written, read
+- `reader`: open, check that every committed chunk is there and is the one that was written, read; `rows`: of a step by itself
 - `datasets`: results, as labelled arrays
 - `cube`: all contributions of a sweep, when asked for
 
@@ -24,6 +24,7 @@ from .passes import Pass, Passes
 from .place import local_path
 from .reader import Reader
 from .resumption import Reopened, lease, reopen
+from .rows import Rows
 from .schema import FACTS, FORMAT, PASS_FACTS
 from .writer import Writer, close_dropped
 
@@ -38,6 +39,7 @@ __all__ = [
     "Passes",
     "Reader",
     "Reopened",
+    "Rows",
     "StepRecord",
     "Writer",
     "check_target",

@@ -1,0 +1,198 @@
+"""What separates two runs, pulled back through both at once; the derivative by an example's weight where they are one.
+
+    m(theta'_T) - m(theta_T) = <lambda_T, theta'_T - theta_T>                   the path of the measurement
+    V_s                        sensitivity to the gradient of step s, through the optimizers at their two ends
+    c' g' - c g                = (c' - c) (g + g') / 2   +   (c + c') / 2 (g' - g)      what was done | how it went on
+    K V                        = H V + (<V, y> - <H V, d>) d / |d|^2,  d = theta' - theta, H at their middle: K d = y exactly
+    lambda_s                   = what the optimizers hand on + K V
+
+g, g' are taken at the parameters of either run. via="cause": every example whose weight differs has what was done to it;
+that those that remain weigh more where a batch is smaller, the reduction, is no example's; nor is it that they find
+themselves in another batch or under other masks, the context. via="reaction": all that every example did otherwise,
+(c' g' - c g), and no curvature: lambda goes through the optimizers alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .accounting import over_tensors
+from .optim import Back, Carried, pulled_back
+from .pair import Aligned, Made, Pair
+
+VIA = ("cause", "reaction")
+
+
+class Done(NamedTuple):
+    """A step. examples (U,), values (Q, U, K): what was done to each; rows (Q, K) by name: what was done beside; V (Q, P);
+    made: of either run."""
+
+    examples: np.ndarray
+    values: np.ndarray
+    rows: dict[str, np.ndarray]
+    gradient: Tensor
+    made: tuple[Made, Made]
+
+
+class Injected(NamedTuple):
+    """values (Q, U, K), reduction and context (Q, K); propagates: V (Q, P) -> H V at the middle of the parameters."""
+
+    values: np.ndarray
+    reduction: np.ndarray
+    context: np.ndarray
+    propagates: Callable[[], Tensor]
+
+    @property
+    def total(self) -> np.ndarray:
+        """(Q,)."""
+        return self.values.sum((1, 2)) + self.reduction.sum(1) + self.context.sum(1)
+
+
+@dataclass(frozen=True)
+class Causes:
+    """pair: the runs. via: see above."""
+
+    pair: Pair
+    via: str = "cause"
+
+    def step(self, number: int, after: Carried) -> tuple[Done, Carried]:
+        """The step `number` of the pair, from the sensitivities to what it leaves to those to what it found."""
+        made = tuple(side.made(number) for side in self.pair.sides)
+        a, b = made
+        base = self.pair.base.run
+        back = pulled_back(base.rules, base.layout, (a.hyper, b.hyper), (a.end, b.end), after)
+        aligned = self.pair.aligned((a, b))
+        rows = {"penalty": self._penalty(back.gradient, (a, b))}
+        if back.options is not None:
+            rows["options"] = over_tensors(base.layout, back.options)
+        if self.via == "reaction":
+            values = self._reaction(back.gradient, (a, b), aligned)
+            return Done(aligned.examples, values, rows, back.gradient, (a, b)), back.before
+        injected = self._injected(back.gradient, (a, b), aligned)
+        before = self._handed_on(back, (a, b), injected)
+        rows |= {"reduction": injected.reduction, "context": injected.context}
+        return Done(aligned.examples, injected.values, rows, back.gradient, (a, b)), before
+
+    def start(self, before: Carried) -> np.ndarray:
+        """(Q, K): what the runs began with otherwise, the parameters and the accumulators."""
+        base = self.pair.base.run
+        a, b = (side.begin() for side in self.pair.sides)
+        found = self._along(before.theta, b.theta.double() - a.theta.double())
+        for name, sensitivity in before.state.items():
+            found = found + over_tensors(base.layout, sensitivity * (b.state[name].double() - a.state[name].double()))
+        return found
+
+    def _handed_on(self, back: Back, made: tuple[Made, Made], injected: Injected) -> Carried:
+        """With K V."""
+        v, (a, b) = back.gradient, made
+        product = injected.propagates()
+        moved = b.end.theta.double() - a.end.theta.double()
+        size = float(moved @ moved)
+        if size:
+            left = v @ (_examples(b) - _examples(a)) - torch.from_numpy(injected.total)
+            product = product + ((left - product @ moved) / size)[:, None] * moved
+        return Carried(back.before.theta + product, back.before.state)
+
+    def _along(self, v: Tensor, vector: Tensor) -> np.ndarray:
+        """<V, vector> over each tensor, (Q, K)."""
+        return over_tensors(self.pair.base.run.layout, v * vector.double())
+
+    def _penalty(self, v: Tensor, made: tuple[Made, Made]) -> np.ndarray:
+        """What the penalties of the runs asked otherwise."""
+        a, b = (m.penalty for m in made)
+        zero = torch.zeros(v.shape[1], dtype=torch.float64)
+        return self._along(v, (zero if b is None else b).double() - (zero if a is None else a).double())
+
+    def _reaction(self, v: Tensor, made: tuple[Made, Made], aligned: Aligned) -> np.ndarray:
+        """(Q, U, K): c' g' - c g of all."""
+        found = []
+        for n, (side, m) in enumerate(zip(self.pair.sides, made, strict=True)):
+            each = side.shares.products(m.recorded, v) * m.factors[:, None]
+            found.append(aligned.spread(n, each))
+        return found[1] - found[0]
+
+    # what was done at a step
+
+    def _injected(self, v: Tensor, made: tuple[Made, Made], aligned: Aligned) -> Injected:
+        a, b = made
+        scales = [aligned.of(n, m.scales) for n, m in enumerate(made)]
+        weights = [aligned.of(n, m.weights) for n, m in enumerate(made)]
+        both = (aligned.at[0] >= 0) & (aligned.at[1] >= 0)
+        total = scales[1] * weights[1] - scales[0] * weights[0]
+        done = np.where(both, (scales[0] + scales[1]) / 2 * (weights[1] - weights[0]), total)
+        coupled = any(side.shares.couples for side in self.pair.sides)
+        drawn = any(p.random is not None for m in made for p in m.recorded.passes)
+        if aligned.alike or (aligned.wider is not None and not coupled and not drawn):
+            return self._of_one_batch(v, made, aligned, Factors(done, total - done), whole=coupled or drawn)
+        return self._of_two_batches(v, made, aligned, Factors(done, total - done))
+
+    def _of_one_batch(
+        self, v: Tensor, made: tuple[Made, Made], aligned: Aligned, factors: "Factors", whole: bool
+    ) -> Injected:
+        """The losses are the same functions in both runs: those of the wider batch."""
+        n = aligned.wider
+        assert n is not None
+        side, m, at = self.pair.sides[n], made[n], aligned.at[n]
+        middle = (made[0].end.theta + made[1].end.theta) / 2
+        mean = (aligned.of(0, made[0].factors) + aligned.of(1, made[1].factors)) / 2
+        weights = np.zeros(len(m.slots))
+        weights[at] = mean
+
+        def propagates() -> Tensor:
+            return side.shares.hvp(m.at(middle), v, weights)
+
+        count = len(self.pair.base.run.layout.names)
+        nothing = np.zeros((len(v), count))
+        if not (factors.done.any() or factors.reduced.any()):
+            return Injected(np.zeros((len(v), len(aligned.examples), count)), nothing, nothing, propagates)
+        wanted = (factors.done != 0) | (factors.reduced != 0)
+        chosen = np.zeros(len(m.slots), bool)
+        chosen[at] = wanted
+        ends = {0: made[0].end.theta, 1: made[1].end.theta}
+        ends = ends if not torch.equal(ends[0], ends[1]) else {0: ends[0]}
+        each = [side.shares.products(m.at(t), v, None if whole else chosen)[:, at] for t in ends.values()]
+        mean_each = sum(each) / len(each)
+        values = mean_each * factors.done[:, None]
+        reduction = np.einsum("quk,u->qk", mean_each, factors.reduced)
+        return Injected(values, reduction, nothing, propagates)
+
+    def _of_two_batches(self, v: Tensor, made: tuple[Made, Made], aligned: Aligned, factors: "Factors") -> Injected:
+        """Each run's losses, at the parameters of both."""
+        middle = (made[0].end.theta + made[1].end.theta) / 2
+        ends = [made[0].end.theta, made[1].end.theta]
+        ends = ends if not torch.equal(*ends) else ends[:1]
+        each = [
+            aligned.spread(n, sum(side.shares.products(m.at(t), v) for t in ends) / len(ends))
+            for n, (side, m) in enumerate(zip(self.pair.sides, made, strict=True))
+        ]
+        both = (aligned.at[0] >= 0) & (aligned.at[1] >= 0)
+        here = [np.where(both[:, None], (each[0] + each[1]) / 2, p) for p in each]
+        mean = np.where(aligned.at[1] >= 0, 1, 0)[:, None] * here[1] + np.where(aligned.at[1] < 0, 1, 0)[:, None] * here[0]
+        factor = (aligned.of(0, made[0].factors) + aligned.of(1, made[1].factors)) / 2
+        context = np.einsum("quk,u->qk", each[1] - each[0], np.where(both, factor, 0.0))
+
+        def propagates() -> Tensor:
+            products = (
+                side.shares.hvp(m.at(middle), v, m.factors) for side, m in zip(self.pair.sides, made, strict=True)
+            )
+            return torch.stack([*products]).mean(0)
+
+        reduction = np.einsum("quk,u->qk", mean, factors.reduced)
+        return Injected(mean * factors.done[:, None], reduction, context, propagates)
+
+
+class Factors(NamedTuple):
+    """How the factors of the examples differ, (U,): by what was done to each; by the reduction alone."""
+
+    done: np.ndarray
+    reduced: np.ndarray
+
+
+def _examples(made: Made) -> Tensor:
+    """(P,): what of the gradient is the examples'."""
+    gradient = made.end.gradient.double()
+    return gradient if made.penalty is None else gradient - made.penalty.double()
