@@ -40,13 +40,14 @@ from .development import (
     vestiges,
     what_if,
 )
-from .difference import Difference, difference
+from .difference import difference
+from .influence import influence
 from .intervention import replay, retrain
 from .path import GaussLegendre, Midpoint, Secant
 from .phases import Phases, onset, phases
 from .plan import Plan, plan
 from .recorder import Recorder, record
-from .result import Result, open_result
+from .result import Difference, Influence, Result, open_result
 from .run import Run, open_run
 from .setup import Setup
 from .verify import verify
@@ -54,6 +55,7 @@ from .verify import verify
 __all__ = [
     "Difference",
     "GaussLegendre",
+    "Influence",
     "Midpoint",
     "Phases",
     "Plan",
@@ -73,6 +75,7 @@ __all__ = [
     "errors",
     "evaluate",
     "hf",
+    "influence",
     "interpolate",
     "intervention",
     "lightning",

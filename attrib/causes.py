@@ -61,8 +61,8 @@ class Causes:
 
     def step(self, number: int, after: Carried) -> tuple[Done, Carried]:
         """The step `number` of the pair, from the sensitivities to what it leaves to those to what it found."""
-        made = tuple(side.made(number) for side in self.pair.sides)
-        a, b = made
+        a = self.pair.base.made(number)
+        b = a if self.pair.itself else self.pair.changed.made(number)
         base = self.pair.base.run
         back = pulled_back(base.rules, base.layout, (a.hyper, b.hyper), (a.end, b.end), after)
         aligned = self.pair.aligned((a, b))
@@ -93,7 +93,7 @@ class Causes:
         moved = b.end.theta.double() - a.end.theta.double()
         size = float(moved @ moved)
         if size:
-            left = v @ (_examples(b) - _examples(a)) - torch.from_numpy(injected.total)
+            left = v @ (b.examples - a.examples) - torch.from_numpy(injected.total)
             product = product + ((left - product @ moved) / size)[:, None] * moved
         return Carried(back.before.theta + product, back.before.state)
 
@@ -190,9 +190,3 @@ class Factors(NamedTuple):
 
     done: np.ndarray
     reduced: np.ndarray
-
-
-def _examples(made: Made) -> Tensor:
-    """(P,): what of the gradient is the examples'."""
-    gradient = made.end.gradient.double()
-    return gradient if made.penalty is None else gradient - made.penalty.double()

@@ -21,7 +21,6 @@ from .accounting import over_tensors
 from .budget import divide
 from .buffers import owners
 from .causes import VIA, Causes, Done
-from .errors import CompletenessError
 from .functional import differentiable, uncompiled
 from .layout import group_tensors
 from .marginals import Axes, Slots, bytes_of, choose
@@ -33,68 +32,14 @@ from .parts import PREFIX
 from .path import Measured, Path, Secant
 from .plan import sizes_of
 from .query import query_of
-from .result import Result, join
+from .result import Difference, join
+from .result.difference import LARGE, SAYS
 from .run import Run
 from .tally import Tally, total
 
 log = logging.getLogger("attrib")
-SAYS = {
-    "cause": "what was done to each example, carried through the training that followed",
-    "reaction": "what each example did otherwise: those that were left out no longer, and how all others reacted",
-}
 VECTORS = 4  # times as many per query as accounting holds
 ROWS = ("reduction", "options", "penalty", "context")  # of every step
-LARGE = 100.0  # times that the terms may be of what they sum to before they say little
-
-
-class Difference(Result):
-    """The ledger of a difference that was run: as a `Result`, whose `initial` is the base and `final` the changed run.
-
-    dataset: initial, final, residual, gross (query); reduction, options, penalty, context (query, step, group), those there
-        are; start, buffers (query, group); growth (query, state): the norm of the sensitivity to the parameters.
-    """
-
-    @property
-    def base(self) -> xr.DataArray:
-        """(query,): the measurement after the last step of the base run."""
-        return self.initial
-
-    @property
-    def changed(self) -> xr.DataArray:
-        """(query,): the measurement after the last step of the changed run."""
-        return self.final
-
-    @property
-    def amplification(self) -> xr.DataArray:
-        """(query,): the gross size of the terms over what they sum to; where it is large, each says little by itself."""
-        change = np.abs(self.final - self.initial)
-        return (self.dataset["gross"] / change.where(change > 0)).rename("amplification")
-
-    @property
-    def growth(self) -> xr.DataArray:
-        """(query,): the largest norm of the sensitivity to the parameters on the way, over that at the end."""
-        growth = self.dataset["growth"]
-        return growth.max("state") / growth.isel(state=-1)
-
-    def check(self, rtol: float = 1e-3) -> Any:
-        """Check that base + terms == changed.
-
-        Args:
-            rtol: bound on |residual|, relative to |changed - base|; 1e-10 is what float64 gives.
-
-        Raises:
-            CompletenessError: with the worst query, its residual, and how far its terms cancel.
-        """
-        residual, change = np.abs(self.residual.values), np.abs((self.final - self.initial).values)
-        gap = np.where(change > 0, residual / np.where(change > 0, change, 1.0), np.where(residual > 0, np.inf, 0.0))
-        worst = int(np.argmax(np.where(np.isnan(gap), np.inf, gap)))
-        if not gap[worst] <= rtol:
-            raise CompletenessError(
-                f"the terms do not add up: got a residual of {gap[worst]:.3g} of the change, expected at most {rtol:.3g}, at "
-                f"query {self.dataset['query'].values[worst]}, whose terms are {float(self.amplification[worst]):.3g} times "
-                f"what they sum to. Were model and loss those that were recorded?\n{self.ledger()}"
-            )
-        return self.ledger()
 
 
 @differentiable
@@ -159,7 +104,7 @@ def difference(
     names = measurement.names if isinstance(measurement, Measurement) else ()
     whole = join(done, names).assign_coords(example=pair.labels).assign_attrs(_facts(pair, measurement, via))
     result = Difference(whole)
-    if (times := float(result.amplification.max())) > LARGE:
+    if (times := float(result.cancellation.max())) > LARGE:
         log.warning(
             "the terms cancel: they are %.3g times what they sum to, so that little can be read from each. The two runs have "
             'come apart; compare fewer steps, a smaller change, or ask for via="reaction"',

@@ -104,5 +104,9 @@ class Interrupted(KeyboardInterrupt):
         self.result = result
 
 
+class InfluenceError(AttribError):
+    """Derivatives are not those of the training."""
+
+
 class CompletenessError(AttribError):
     """The terms do not add up to the measurement."""

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -92,6 +92,14 @@ def mapped(function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | Non
             return over(*args)
 
     return called
+
+
+@cache
+def load_forward_mode() -> None:
+    """torch compiles its forward-mode rules at first use, with a deprecated compiler of its own that warns the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
 
 
 def differentiable(function: Callable[P, R]) -> Callable[P, R]:

@@ -50,6 +50,12 @@ class Made(NamedTuple):
         """(B,): c."""
         return self.scales * self.weights
 
+    @property
+    def examples(self) -> Tensor:
+        """(P,) float64: what of the gradient is the examples'."""
+        gradient = self.end.gradient.double()
+        return gradient if self.penalty is None else gradient - self.penalty.double()
+
     def at(self, theta: Tensor) -> RecordedStep:
         """The same batch at other parameters, (P,)."""
         return self.recorded._replace(theta=theta)
@@ -264,6 +270,15 @@ def paired(runs: tuple[Run, Run], model: nn.Module, loss: Callable[..., Tensor],
             f"apart, expected some. Compare a replay with the run that it was made of."
         )
     return Pair(sides[0], sides[1], labels, steps)
+
+
+def alone(run: Run, model: nn.Module, loss: Callable[..., Tensor], member: np.ndarray) -> Pair:
+    """A run and itself."""
+    check_adjoints(run.rules)
+    its = Unweighted(loss) if run.weighted else loss
+    shares = Shares(run, model, its, run.compute, slice_bytes(run.layout.size, run.dtype.itemsize), member)
+    side = Side(run, shares, 0, {int(number): n for n, number in enumerate(run.numbers)})
+    return Pair(side, side, run.examples, run.steps)
 
 
 def labels_of(base: Run, changed: Run) -> tuple[np.ndarray, list[dict[int, int]]]:

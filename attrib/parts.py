@@ -17,15 +17,17 @@ EPS = float(np.finfo(np.float64).eps)
 UNCHECKED = "_identity"  # arrays of these names hold NaN where nothing was checked
 
 
-def kept_axes(dataset: xr.Dataset) -> list[tuple[str, ...]]:
-    """The axes that contributions were kept along, an array each."""
-    found = [tuple(str(v).split("_")[1:]) for v in dataset.data_vars if str(v).startswith(PREFIX + "_")]
+def kept_axes(dataset: xr.Dataset, word: str = PREFIX) -> list[tuple[str, ...]]:
+    """The axes that contributions, or whatever the word is, were kept along, an array each."""
+    found = [tuple(str(v).split("_")[1:]) for v in dataset.data_vars if str(v).startswith(word + "_")]
     return sorted(found, key=lambda axes: (len(axes), axes))
 
 
 def rounding_allowed(dataset: xr.Dataset) -> np.ndarray:
     """(Q,): the part of the residual that was measured to come from rounding the stored parameters, as far as their spacing
-    explains it; in float64 nothing."""
+    explains it; in float64 nothing, nor where it was not measured."""
+    if "rounding" not in dataset:
+        return np.zeros(dataset.sizes["query"])
     return np.minimum(np.abs(dataset["rounding"].values), dataset["spacing"].values)
 
 
@@ -76,11 +78,12 @@ def check_parts(dataset: xr.Dataset, rtol: float) -> None:
 
 def _sums(dataset: xr.Dataset) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
     """What is added up, its sum, the sum that is expected, what rounding may leave between them: (Q,) each."""
-    curve = dataset["curve"].values
     initial, final, residual = (dataset[name].values for name in ("initial", "final", "residual"))
     none = np.zeros(len(initial))
-    yield "the first state of `curve`, against `initial`", curve[:, 0], initial, none
-    yield "the last state of `curve`, against `final`", curve[:, -1], final, none
+    if "curve" in dataset:
+        curve = dataset["curve"].values
+        yield "the first state of `curve`, against `initial`", curve[:, 0], initial, none
+        yield "the last state of `curve`, against `final`", curve[:, -1], final, none
     rest, slack = np.zeros_like(initial), EPS * (np.abs(initial) + np.abs(final))
     names = terms_of(dataset)
     for name in names:
@@ -96,8 +99,9 @@ def _sums(dataset: xr.Dataset) -> Iterator[tuple[str, np.ndarray, np.ndarray, np
             explained,
             4 * (rounding + slack),
         )
-    total, rounding = _total(dataset["timeline"])
-    yield "timeline", total, explained, 4 * (rounding + slack)
+    if "timeline" in dataset:
+        total, rounding = _total(dataset["timeline"])
+        yield "timeline", total, explained, 4 * (rounding + slack)
 
 
 def _total(array: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:

@@ -139,6 +139,16 @@ class Shares:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
         return np.repeat(self._known(step), [p.size for p in step.passes])
 
+    def gradient(self, step: RecordedStep, weights: np.ndarray) -> Tensor:
+        """sum_i w_i g_i (P,) float64, of the step's examples; weights: w (B,)."""
+        theta = self._theta(step)
+        total = torch.zeros(len(theta), dtype=torch.float64)
+        for n, recorded in enumerate(step.passes):
+            with self._pass(step, n) as (shares, batch, factor):
+                scaled = torch.from_numpy(weights[recorded.slots] / factor).to(theta)
+                total += shares.gradient(theta, batch, scaled)[1].double().cpu()
+        return total
+
     def products(self, step: RecordedStep, sensitivity: Tensor, chosen: np.ndarray | None = None) -> np.ndarray:
         """<U, g_i> (Q, B, K) float64, g_i the share of loss i by itself, whatever its factor. chosen: (B,), which examples;
         others' are 0. Losses that depend on each other have to be asked for together."""

@@ -3,7 +3,7 @@
 A new optimizer is one file with one `Rule` and one row in `known`.
 """
 
-from .adjoint import Back, Carried, check_adjoints, pulled_back
+from .adjoint import Back, Carried, check_adjoints, pulled_back, pushed_forward
 from .frozen import FROZEN
 from .known import RULES, kind_at, place_of, rules_in, rules_of
 from .refused import check_group_options
@@ -37,6 +37,7 @@ __all__ = [
     "members",
     "place_of",
     "pulled_back",
+    "pushed_forward",
     "pullback",
     "read_hyper",
     "read_state",

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..errors import ReplayError
+from ..functional import load_forward_mode
 from ..kernels.recurrence import IDLE
 from ..layout import Layout
 from .replay import pieces_of
@@ -126,6 +128,37 @@ def _stepped(rule: Rule, row: tuple[float, ...], end: End) -> tuple[Tensor, Stat
     coefficients, moments = rule.freeze(_situation(rule, row), *end)
     update, momentum = coefficients.apply(end.state[MOMENTUM], end.gradient, end.theta)
     return update, {**end.state, **moments, MOMENTUM: momentum}
+
+
+def pushed_forward(rules: Rules, layout: Layout, hyper: np.ndarray, end: End, tangent: End) -> tuple[Tensor, State]:
+    """The derivative of a step along a change of all that it is made of: of the parameters and the accumulators after it,
+    (P,) each float64. By forward mode through the rule itself, which shares nothing with its adjoint."""
+    theta = tangent.theta.double().clone()
+    state = {name: t.double().clone() for name, t in tangent.state.items()}
+    load_forward_mode()
+    for piece, tensors, row in pieces_of(rules, layout, hyper):
+        with torch.no_grad(), forward_ad.dual_level():
+            made = [_cut(e, piece) for e in (end, tangent)]
+            dual = End(
+                {name: _dual(t, made[1].state[name]) for name, t in made[0].state.items()},
+                _dual(made[0].gradient, made[1].gradient),
+                _dual(made[0].theta, made[1].theta),
+            )
+            update, after = _stepped(rules[tensors.start], row, dual)
+            theta[piece] += _tangent(update)
+            for name, value in after.items():
+                state[name][piece] = _tangent(value)
+    return theta, state
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    return forward_ad.make_dual(primal.double(), tangent.double())
+
+
+def _tangent(value: Tensor) -> Tensor:
+    """Where a root of 0 does not move, torch's derivative is 0 times infinity."""
+    found = forward_ad.unpack_dual(value)
+    return torch.zeros_like(found.primal) if found.tangent is None else found.tangent.nan_to_num(0.0)
 
 
 def _situation(rule: Rule, row: tuple[float, ...]) -> dict[str, Any]:

@@ -5,52 +5,25 @@ Dimensions: query, step (whose batch supplied the gradient), example (recorded i
 measurement's.
 """
 
-import os
-from collections.abc import Sequence
 from html import escape
-from importlib.metadata import version
-from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 import xarray as xr
 
-from .errors import (
+from ..errors import (
     AttribError,
     BatchIdentityError,
     CompletenessError,
-    KeptAxesError,
     LimitIdentityError,
     LossError,
     SplitIdentityError,
-    StoreError,
 )
-from .ledger import Ledger, query_names, terms_of
-from .marginals import order
-from .parts import PREFIX, check_parts, kept_axes, rounding_allowed, size_of
-from .store import check_target, local_path, open_dataset, save_dataset
+from ..ledger import Ledger, terms_of
+from ..parts import check_parts, rounding_allowed, size_of
+from .labelled import Labelled
 
-# string coordinates and their dimension: kept as JSON on disk, Zarr v3 has no settled string type
-LABELS = {"group": "group", "query_name": "query", "example": "example"}
 SUMMED = ("batch", "step", "measurement")  # the identities that completeness is made of
 IDENTITIES = (*SUMMED, "split", "limit")
-
-
-def join(parts: Sequence[xr.Dataset], names: Sequence[str] = ()) -> xr.Dataset:
-    """One dataset from those of several sweeps over the same steps, each with queries of its own.
-
-    names: what the queries are called, from the first on.
-    """
-    whole = parts[0]
-    if len(parts) > 1:
-        whole = xr.concat(parts, "query", data_vars="minimal", coords="minimal", compat="override")
-        for name in (n for n, values in parts[0].items() if "query" not in values.dims):  # the gaps: the largest counts
-            whole[name] = xr.concat([p[name] for p in parts], "sweep").max("sweep")
-    for failure in (k for p in parts for k in p.attrs if k.endswith("_failure")):
-        whole.attrs.setdefault(failure, next(p.attrs[failure] for p in parts if failure in p.attrs))
-    whole = whole.assign_coords(query=np.arange(whole.sizes["query"]))
-    return whole.assign_coords(query_name=("query", list(names[: whole.sizes["query"]]))) if names else whole
 
 
 _ROUNDING = (
@@ -59,7 +32,7 @@ _ROUNDING = (
 )
 
 
-class Result:
+class Result(Labelled):
     """The decomposition of one or more measurements. Made by `attrib.attribute` or `attrib.open_result`.
 
     dataset: xarray.Dataset with initial, final, residual, rounding, spacing, gross (query);
@@ -68,8 +41,7 @@ class Result:
         timeline (query, update_step, group); curve (query, state); one array per kept marginal; the identities by step.
     """
 
-    def __init__(self, dataset: xr.Dataset) -> None:
-        self.dataset = dataset
+    question = "accounting"
 
     @property
     def initial(self) -> xr.DataArray:
@@ -122,66 +94,6 @@ class Result:
         """(query, state): the measurement at every state of the window."""
         return self.dataset["curve"]
 
-    @property
-    def kept(self) -> list[tuple[str, ...]]:
-        """The axes that contributions were kept along; anything summed from these can be had too."""
-        return kept_axes(self.dataset)
-
-    def has(self, *axes: str) -> bool:
-        """Whether `by(*axes)` can be had."""
-        return any(set(axes) <= set(kept) for kept in self.kept)
-
-    def by(self, *axes: str) -> xr.DataArray:
-        """Contributions of the training examples, (query, *axes), summed over the other axes.
-
-        Args:
-            axes: some of "step", "example", "group"; none gives the total (query,).
-
-        Raises:
-            KeptAxesError: no kept array has these axes; it says which `keep=` would have them.
-        """
-        wanted = order(axes)
-        arrays = {kept: self.dataset["_".join((PREFIX, *kept))] for kept in self.kept}
-        for kept, array in sorted(arrays.items(), key=lambda item: item[1].size):
-            if set(wanted) <= set(kept):
-                return (
-                    array.sum([a for a in kept if a not in wanted], skipna=False)
-                    .transpose("query", *axes)
-                    .rename(PREFIX)
-                )
-        available = "; ".join(", ".join(k) for k in self.kept)
-        raise KeptAxesError(
-            f"contributions were not kept along these axes: got by({', '.join(map(repr, axes))}), expected axes out of "
-            f"one of: {available}. Attribute again with keep={wanted!r}."
-        )
-
-    def to_pandas(self, *axes: str) -> pd.DataFrame:
-        """`by(*axes)` as a tidy table: columns query, the axes, contribution; a row per entry."""
-        array = self.by(*axes).drop_vars("query_name", errors="ignore")
-        return array.to_series().reset_index()
-
-    def to_numpy(self, *axes: str) -> np.ndarray:
-        """`by(*axes)` as a float64 array (Q, *axes), one's own copy."""
-        return self.by(*axes).to_numpy().copy()
-
-    def to_torch(self, *axes: str) -> torch.Tensor:
-        """`by(*axes)` as a float64 tensor (Q, *axes) on the CPU."""
-        return torch.from_numpy(self.to_numpy(*axes))
-
-    def select(self, queries: Sequence[int]) -> "Result":
-        """The result for some of the queries, by their position; nothing is read from disk for it."""
-        return Result(self.dataset.isel(query=list(queries)))
-
-    @property
-    def names(self) -> list[str]:
-        """What the queries are called: the measurement's `names`, or their numbers."""
-        return query_names(self.dataset)
-
-    @property
-    def units(self) -> str:
-        """Of the measurement, and so of every term; empty where it names none."""
-        return str(self.dataset.attrs.get("units", ""))
-
     def timeline(self) -> xr.DataArray:
         """(query, update_step, group): the change that each step's update made, decay, momentum and buffers included.
 
@@ -189,28 +101,6 @@ class Result:
         parameters, not on the one whose batch supplied the gradient.
         """
         return self.dataset["timeline"]
-
-    def top(self, n: int = 10) -> pd.DataFrame:
-        """The n largest and the n smallest (most negative) contributions of examples: 2n rows a query.
-
-        Columns query, example, contribution.
-        """
-        contributions = self.by("example")
-        frames = []
-        for q in range(contributions.sizes["query"]):
-            values = contributions.values[q]
-            down = np.argsort(-values, kind="stable")
-            chosen = down if len(down) <= 2 * n else np.concatenate([down[:n], down[len(down) - n :]])
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "query": contributions["query"].values[q],
-                        "example": contributions["example"].values[chosen],
-                        "contribution": values[chosen],
-                    }
-                )
-            )
-        return pd.concat(frames, ignore_index=True)
 
     def ledger(self) -> Ledger:
         """The terms summed, per query, whether or not they add up: see `check`."""
@@ -288,19 +178,6 @@ class Result:
         check_parts(self.dataset, rtol)
         return ledger
 
-    def save(self, store: Any, overwrite: bool = False) -> None:
-        """Write the dataset to a path or zarr Store, to be opened again with `attrib.open_result`.
-
-        Raises:
-            StoreExistsError: something is there and overwrite is False, or it is no result of attrib's.
-        StoreError: it could not be written; what stood there stands there still.
-        """
-        check_place(store, overwrite)
-        text = [name for name in LABELS if name in self.dataset.coords and self.dataset[name].dtype.kind in "OU"]
-        labels = {name: [str(v) for v in self.dataset[name].values] for name in text}
-        plain = self.dataset.drop_vars(list(labels)).assign_attrs({**self.dataset.attrs, "attrib_labels": labels})
-        save_dataset(plain, store, {"versions": {"attrib": version("attrib")}}, overwrite)
-
     def __repr__(self) -> str:
         return f"{self._head()}\n{self.ledger()}"
 
@@ -321,30 +198,3 @@ class Result:
             units = f" ({escape(self.units)})" if self.units else ""
             shown += f"<p>Largest and smallest contributions to query {escape(first.names[0])}{units}</p>{table}"
         return shown
-
-
-def check_place(store: Any, overwrite: bool) -> None:
-    """Raise StoreExistsError where a result cannot be saved: see `Result.save`."""
-    check_target(store, overwrite, "result")
-    path = local_path(store)
-    if path is not None:
-        parent = next(p for p in path.parents if p.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise NotADirectoryError(
-                f"nothing can be written there: got {store}, expected a place in a folder, at {parent}."
-            )
-
-
-def open_result(store: Any) -> Result:
-    """Open what `Result.save` wrote, read-only and lazily.
-
-    Raises:
-        StoreError: nothing there, not a result, or a file of it is missing or damaged; also when it is read.
-    """
-    dataset, _, where = open_dataset(store)
-    labels = dataset.attrs.pop("attrib_labels", None)
-    if not isinstance(labels, dict) or not set(labels) <= set(LABELS):
-        raise StoreError(f"the store is not a result: got labels {labels!r}, at {where}. Save the result again.")
-    if "example" in labels:  # as in a run: in an array of numpy's own strings each takes as much room as the longest
-        labels["example"] = np.array(labels["example"], dtype=object)
-    return Result(dataset.assign_coords({name: (LABELS[name], values) for name, values in labels.items()}))

@@ -1,0 +1,114 @@
+"""What `attrib.influence` gives: derivatives of the final measurement by the weight of each example's loss.
+
+    influence(i, s, group) = d m(theta_T) / d w_i,   w_i in front of loss i at step s, through that group of parameters
+
+They answer what would change if an example weighed a little more or less. They do not add up to anything.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from ..errors import InfluenceError, SplitIdentityError
+from .labelled import Labelled
+
+CHAOTIC = 1e3  # growth of the sensitivity from which on no derivative predicts what a change that is not tiny does
+TANGENT = 1e-6  # how far the derivatives backwards and forwards may be apart, relative to their size
+
+
+class Influence(Labelled):
+    """Made by `attrib.influence` or `attrib.open_result`.
+
+    dataset: xarray.Dataset with final, tangent, swept (query); rescaled (query, example); growth (query, state), the norm
+        of the sensitivity to the parameters; one array of influences per set of axes that was kept.
+    """
+
+    word = "influence"
+    question = "influence"
+
+    @property
+    def final(self) -> xr.DataArray:
+        """(query,): the measurement that is differentiated, after the last step."""
+        return self.dataset["final"]
+
+    @property
+    def growth(self) -> xr.DataArray:
+        """(query,): the largest norm of the sensitivity to the parameters on the way, over that at the end."""
+        norms = self.dataset["growth"]
+        return norms.max("state") / norms.isel(state=-1)
+
+    def predict(self, subsets: Sequence[Collection[Any]], mean: str = "remaining") -> xr.DataArray:
+        """(subset, query): the measurement, to first order, had the examples of each subset been left out.
+
+        Args:
+            subsets: ids of the examples that are left out, of each subset.
+            mean: "remaining": where a loss is a mean over the batch, it is over those that remain, so that they weigh more;
+                "fixed": whatever divides the losses stays as it was.
+
+        Raises:
+            ValueError: an id that is not among the examples, or another `mean`.
+        """
+        if mean not in ("remaining", "fixed"):
+            raise ValueError(f"mean is none: got {mean!r}, expected 'remaining' or 'fixed'.")
+        known = {label: n for n, label in enumerate(self.dataset["example"].values.tolist())}
+        unknown = [i for subset in subsets for i in subset if _plain(i) not in known]
+        if unknown:
+            raise ValueError(
+                f"there are no such train examples: got {unknown[:5]}, expected some of the {len(known)} ids of the result."
+            )
+        each = self.by("example").values - (self.dataset["rescaled"].values if mean == "remaining" else 0.0)
+        weight = float(self.dataset.attrs["weight"])
+        # by weights that were 1 - f to be 0 in the subset, and 1 outside of it
+        chosen = np.full((len(subsets), len(known)), 1.0 - weight)
+        for row, subset in zip(chosen, subsets, strict=True):
+            row[[known[_plain(i)] for i in subset]] = -weight
+        return xr.DataArray(
+            self.final.values + chosen @ each.T, dims=("subset", "query"), name="predicted", coords={"query": self.dataset["query"]}
+        )
+
+    def check(self, rtol: float = TANGENT) -> str:
+        """Check that the derivatives are those of the training: for random weights of the last steps' examples, their sum
+        against the change that a tangent makes which is carried forwards through these steps.
+
+        Returns:
+            What it found, in words, and whether a derivative will predict.
+
+        Raises:
+            InfluenceError: they differ. SplitIdentityError: an influence is not that of its example.
+        """
+        if (failure := self.dataset.attrs.get("split_failure")) is not None:
+            raise SplitIdentityError(str(failure))
+        tangent, swept = self.dataset["tangent"].values, self.dataset["swept"].values
+        size = np.maximum(np.abs(tangent), np.abs(swept)).max()
+        gap = np.abs(tangent - swept).max() / size if size > 0 else 0.0
+        if not gap <= rtol:
+            raise InfluenceError(
+                f"the derivatives are not those of the training: got a gap of {gap:.3g} between a tangent carried forwards "
+                f"and the sensitivities carried backwards, expected at most {rtol:.3g}. Are model and loss those that were "
+                f"recorded?"
+            )
+        return f"tangent against sensitivity: {gap:.2e}\n{self.said}"
+
+    @property
+    def said(self) -> str:
+        """Whether a derivative will predict, in a sentence."""
+        growth = float(self.growth.max())
+        if growth < CHAOTIC:
+            return f"the sensitivity to the parameters grew to {growth:.3g} times that at the end"
+        return (
+            f"the sensitivity to the parameters grew to {growth:.3g} times that at the end: the training is chaotic, and no "
+            f"derivative predicts what leaving examples out does; compare runs by attrib.difference"
+        )
+
+    def __repr__(self) -> str:
+        sizes = self.dataset.sizes
+        return (
+            f"<attrib.Influence: {sizes['query']} queries over {sizes['step']} steps, {sizes['example']} examples, "
+            f"{sizes['group']} groups>\n{self.said}"
+        )
+
+
+def _plain(label: Any) -> Any:
+    return label if isinstance(label, str) else int(label)

@@ -1,0 +1,38 @@
+"""Results as they are opened again: which of the questions a saved one answers stands with it."""
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import StoreError
+from ..store import open_dataset
+from .difference import Difference
+from .influence import Influence
+from .labelled import LABELS, Labelled
+from .result import Result
+
+KINDS: dict[str, type[Labelled]] = {kind.question: kind for kind in (Result, Difference, Influence)}
+
+
+def open_result(store: Any) -> Any:
+    """Open what `save` of a result wrote, read-only and lazily.
+
+    Returns:
+        A `Result`, `Difference` or `Influence`, as it was saved.
+
+    Raises:
+        StoreError: nothing there, not a result, or a file of it is missing or damaged; also when it is read.
+    """
+    dataset, _, where = open_dataset(store)
+    labels = dataset.attrs.pop("attrib_labels", None)
+    if not isinstance(labels, dict) or not set(labels) <= set(LABELS):
+        raise StoreError(f"the store is not a result: got labels {labels!r}, at {where}. Save the result again.")
+    if "example" in labels:  # as in a run: in an array of numpy's own strings each takes as much room as the longest
+        labels["example"] = np.array(labels["example"], dtype=object)
+    kind = KINDS.get(dataset.attrs.get("question", Result.question))
+    if kind is None:
+        raise StoreError(
+            f"this attrib cannot read the result: got one of {dataset.attrs['question']!r}, expected one of {', '.join(KINDS)}, "
+            f"at {where}. Update attrib."
+        )
+    return kind(dataset.assign_coords({name: (LABELS[name], values) for name, values in labels.items()}))
