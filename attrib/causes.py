@@ -13,7 +13,7 @@ themselves in another batch or under other masks, the context. via="reaction": a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .accounting import over_tensors
+from .kernels import clipping
 from .optim import Back, Carried, pulled_back
 from .pair import Aligned, Made, Pair
 
@@ -61,21 +62,24 @@ class Causes:
 
     def step(self, number: int, after: Carried) -> tuple[Done, Carried]:
         """The step `number` of the pair, from the sensitivities to what it leaves to those to what it found."""
-        a = self.pair.base.made(number)
-        b = a if self.pair.itself else self.pair.changed.made(number)
+        active = frozenset().union(*(side.active(number) for side in self.pair.sides))
+        a = self.pair.base.made(number, active)
+        b = a if self.pair.itself else self.pair.changed.made(number, active)
         base = self.pair.base.run
         back = pulled_back(base.rules, base.layout, (a.hyper, b.hyper), (a.end, b.end), after)
+        v = clipping.pulled_back(back.gradient, (a.unclipped, b.unclipped), (a.clip, b.clip))
+        back = replace(back, gradient=v)
         aligned = self.pair.aligned((a, b))
-        rows = {"penalty": self._penalty(back.gradient, (a, b))}
+        rows = {"penalty": self._penalty(v, (a, b))}
         if back.options is not None:
             rows["options"] = over_tensors(base.layout, back.options)
         if self.via == "reaction":
-            values = self._reaction(back.gradient, (a, b), aligned)
-            return Done(aligned.examples, values, rows, back.gradient, (a, b)), back.before
-        injected = self._injected(back.gradient, (a, b), aligned)
+            values = self._reaction(v, (a, b), aligned)
+            return Done(aligned.examples, values, rows, v, (a, b)), back.before
+        injected = self._injected(v, (a, b), aligned)
         before = self._handed_on(back, (a, b), injected)
         rows |= {"reduction": injected.reduction, "context": injected.context}
-        return Done(aligned.examples, injected.values, rows, back.gradient, (a, b)), before
+        return Done(aligned.examples, injected.values, rows, v, (a, b)), before
 
     def start(self, before: Carried) -> np.ndarray:
         """(Q, K): what the runs began with otherwise, the parameters and the accumulators."""

@@ -21,6 +21,7 @@ from .account import Account, share_bound
 from .budget import divide
 from .causes import Causes, Done
 from .functional import differentiable, uncompiled
+from .kernels import clipping
 from .layout import group_tensors
 from .marginals import bytes_of, choose
 from .matching import check_model
@@ -147,7 +148,7 @@ class Sweep:
     def _tally(self, done: Done, ends: tuple[Carried, Carried], checked: bool) -> tuple[Tally, np.ndarray]:
         """And the influence of every slot, (Q, B)."""
         made, v, shares = done.made[0], done.gradient, self.causes.pair.base.shares
-        examples = made.examples[None]
+        v, examples = v / made.clip, made.clip * made.examples[None]  # the shares of the record are clipped
         gradient = along_tensors(self._run.layout, v[None], lambda part: [examples[:, part]])[0]
         found = shares.contract(made.recorded, v, gradient[0])
         each = found.values.sum(2)
@@ -163,16 +164,15 @@ class Sweep:
     def _pushed(self, weights: "Weights") -> Tensor:
         """(P,): how the last parameters move where the examples of the last steps weigh more by `weights`."""
         run, side = self._run, self.causes.pair.base
-        begin = side.made(weights.first)
+        begin = side.made(weights.first, side.active(weights.first))
         theta = torch.zeros(run.layout.size, dtype=torch.float64)
         state = {name: torch.zeros_like(theta) for name in begin.end.state}
         for number in range(weights.first, run.steps):
-            made = side.made(number)
-            gradient = side.shares.hvp(made.recorded, theta[None])[0]
+            made = side.made(number, side.active(number))
+            gradient = side.shares.hvp(made.recorded, theta[None], made.factors)[0]
             gradient = gradient + side.shares.gradient(made.recorded, made.factors * weights.of(number))
-            theta, state = pushed_forward(
-                run.rules, run.layout, made.hyper, made.end, End(state, gradient, theta)
-            )
+            gradient = clipping.pushed_forward(gradient, made.unclipped, made.clip)
+            theta, state = pushed_forward(run.rules, run.layout, made.hyper, made.end, End(state, gradient, theta))
         return theta
 
     def _rescale(self, into: np.ndarray, made: Made, each: np.ndarray) -> None:

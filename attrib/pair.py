@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .budget import slice_bytes
+from .checks import weights_of
 from .errors import ReplayError
+from .kernels.clipping import EPS
 from .optim import End, check_adjoints
 from .run import Run
 from .shares import Shares
-from .steps import Blocks, RecordedStep
+from .steps import Blocks, RecordedStep, Steps
 
 
 class Unweighted:
@@ -44,6 +46,7 @@ class Made(NamedTuple):
     scales: np.ndarray
     weights: np.ndarray
     penalty: Tensor | None
+    clip: float
 
     @property
     def factors(self) -> np.ndarray:
@@ -52,9 +55,13 @@ class Made(NamedTuple):
 
     @property
     def examples(self) -> Tensor:
-        """(P,) float64: what of the gradient is the examples'."""
-        gradient = self.end.gradient.double()
-        return gradient if self.penalty is None else gradient - self.penalty.double()
+        """(P,) float64: what of the gradient was the examples', before it was clipped."""
+        return self.unclipped if self.penalty is None else self.unclipped - self.penalty
+
+    @property
+    def unclipped(self) -> Tensor:
+        """(P,) float64: the gradient before it was clipped."""
+        return self.end.gradient.double() / self.clip
 
     def at(self, theta: Tensor) -> RecordedStep:
         """The same batch at other parameters, (P,)."""
@@ -83,20 +90,93 @@ class Side:
         steps = self._blocks.at(range(self.first, self.first + 1))
         return End(steps.state_before(0), steps.gradient[0], steps.theta[0])
 
-    def made(self, number: int) -> Made:
-        """The step `number` of the pair."""
-        number = self.first + number
-        steps = self._blocks.at(range(number, number + 1))
-        step = steps[0]
+    def active(self, number: int) -> frozenset[str]:
+        """The parameters that moved at a step of the pair."""
+        return self._step(number)[0].active
+
+    def made(self, number: int, active: frozenset[str]) -> Made:
+        """The step `number` of the pair. active: the parameters that moved in either run; where they did not in this one, the
+        gradient is what it would have been."""
+        steps = self._step(number)
+        step, gradient = steps[0]._replace(active=active), steps.gradient[0]
+        scales = self.shares.weights(steps[0])
+        clip = self._clip(steps[0], scales, gradient)
+        if stood := active - steps[0].active:
+            gradient = self._completed(step, gradient, scales * self._weights(step), stood)
         return Made(
             recorded=step,
-            end=End(steps.state_before(0), steps.gradient[0], step.theta),
-            hyper=steps.block.hyper[number - steps.block.first],
+            end=End(steps.state_before(0), gradient, step.theta),
+            hyper=steps.block.hyper[step.number - steps.block.first],
             slots=np.array([self.places[n] for n in step.ids.tolist()]),
-            scales=self.shares.weights(step),
+            scales=scales / clip,
             weights=self._weights(step),
-            penalty=None if steps.penalty is None else steps.penalty[0],
+            penalty=None if steps.penalty is None else steps.penalty[0].double() / clip,
+            clip=clip,
         )
+
+    def _step(self, number: int) -> Steps:
+        number = self.first + number
+        return self._blocks.at(range(number, number + 1))
+
+    def _completed(self, step: RecordedStep, gradient: Tensor, factors: np.ndarray, stood: frozenset[str]) -> Tensor:
+        """With that of the losses where parameters stood still."""
+        whole, found = self.shares.gradient(step, factors).to(gradient), gradient.clone()
+        for name, part in self.run.layout.slices():
+            if name in stood:
+                found[part] = whole[part]
+        return found
+
+    def _clip(self, step: RecordedStep, scales: np.ndarray, gradient: Tensor) -> float:
+        """How much less clipping by norm made the gradient.
+
+        Raises:
+            ReplayError: another factor changes from step to step.
+        """
+        clip = _factor(self._kind, [p.size for p in step.passes], scales) / self._usual
+        if clip > 1 - CLIPPED:
+            return 1.0
+        norm = float(gradient.double().norm())
+        whole = len(step.active) == len(self.run.groups)  # what stood still was clipped with the others
+        if whole and abs(norm + clip * EPS - self._threshold) > THRESHOLD * self._threshold:
+            raise ReplayError(
+                f"the gradients are multiplied by a factor that changes, and is not that of clipping by norm: got {clip:.4g} "
+                f"at step {step.number}, which leaves a norm of {norm:.4g}, expected {self._threshold:.4g} as at other steps "
+                f"that were clipped. Its derivative is not known: clip with torch.nn.utils.clip_grad_norm_ over all "
+                f"parameters, or let weights of the losses do what the factor does."
+            )
+        return clip
+
+    @cached_property
+    def _kind(self) -> str | None:
+        """Of the reduction; None where passes have weights of their own."""
+        return next(iter(self.run.header["settled"]["reduction"][0]), None)
+
+    @cached_property
+    def _usual(self) -> float:
+        """The factor that gradients have beside the reduction where they are not clipped."""
+        return max(self._factors.values(), default=1.0) if self.run.header["settled"]["reduction"][1] else 1.0
+
+    @cached_property
+    def _factors(self) -> dict[int, float]:
+        """By step, those that were recorded."""
+        passes = self.run.reader.passes(slice(0, self.run.steps))
+        found = {}
+        for step in range(self.run.steps):
+            each = list(passes.of_step(step))
+            sizes = [p.slots.stop - p.slots.start for p in each]
+            factor = _factor(self._kind, sizes, np.repeat([p.scale for p in each], sizes))
+            if not np.isnan(factor):
+                found[step] = factor
+        return found
+
+    @cached_property
+    def _threshold(self) -> float:
+        """The norm that clipping leaves, at the first step that was clipped and moved most of the tensors."""
+        moved = self.run.reader.read("hyper", slice(0, self.run.steps))[..., -1].sum(1)
+        clipped = [step for step, factor in self._factors.items() if factor / self._usual <= 1 - CLIPPED]
+        step = max(clipped, key=lambda step: (moved[step], -step))
+        gradient = self._blocks.at(range(step, step + 1)).gradient[0]
+        return float(gradient.double().norm()) + self._factors[step] / self._usual * EPS
 
     def _weights(self, step: RecordedStep) -> np.ndarray:
         if not self.run.weighted:
@@ -202,6 +282,15 @@ class Pair:
                     f"of the base, at step {made[0].recorded.number}. Augment with the same random numbers, or give what "
                     f"is another input an id of its own."
                 )
+
+
+CLIPPED = 1e-5  # how much less than 1 a factor is that clips
+THRESHOLD = 1e-3  # how far, relatively, the norms that clipping leaves may be apart
+
+
+def _factor(kind: str | None, sizes: list[int], scales: np.ndarray) -> float:
+    """What the examples' gradients were multiplied with beside the reduction. scales: (B,)."""
+    return 1.0 if kind is None else float((scales / np.repeat(weights_of(kind, sizes), sizes)).mean())
 
 
 _TIMES = 1 << 20  # that one example may stand in a batch, more than any
