@@ -23,7 +23,8 @@ from torch import Tensor
 from .accounting import over_tensors
 from .kernels import clipping
 from .optim import Back, Carried, pulled_back
-from .pair import Aligned, Made, Pair
+from .pair import Aligned, Pair
+from .side import Made
 
 VIA = ("cause", "reaction")
 
@@ -122,7 +123,6 @@ class Causes:
     # what was done at a step
 
     def _injected(self, v: Tensor, made: tuple[Made, Made], aligned: Aligned) -> Injected:
-        a, b = made
         scales = [aligned.of(n, m.scales) for n, m in enumerate(made)]
         weights = [aligned.of(n, m.weights) for n, m in enumerate(made)]
         both = (aligned.at[0] >= 0) & (aligned.at[1] >= 0)
@@ -159,7 +159,7 @@ class Causes:
         ends = {0: made[0].end.theta, 1: made[1].end.theta}
         ends = ends if not torch.equal(ends[0], ends[1]) else {0: ends[0]}
         each = [side.shares.products(m.at(t), v, None if whole else chosen)[:, at] for t in ends.values()]
-        mean_each = sum(each) / len(each)
+        mean_each = np.stack(each).mean(0)
         values = mean_each * factors.done[:, None]
         reduction = np.einsum("quk,u->qk", mean_each, factors.reduced)
         return Injected(values, reduction, nothing, propagates)
@@ -169,13 +169,15 @@ class Causes:
         middle = (made[0].end.theta + made[1].end.theta) / 2
         ends = [made[0].end.theta, made[1].end.theta]
         ends = ends if not torch.equal(*ends) else ends[:1]
-        each = [
-            aligned.spread(n, sum(side.shares.products(m.at(t), v) for t in ends) / len(ends))
-            for n, (side, m) in enumerate(zip(self.pair.sides, made, strict=True))
-        ]
+        each = []
+        for n, (side, m) in enumerate(zip(self.pair.sides, made, strict=True)):
+            products = np.stack([side.shares.products(m.at(t), v) for t in ends]).mean(0)
+            each.append(aligned.spread(n, products))
         both = (aligned.at[0] >= 0) & (aligned.at[1] >= 0)
         here = [np.where(both[:, None], (each[0] + each[1]) / 2, p) for p in each]
-        mean = np.where(aligned.at[1] >= 0, 1, 0)[:, None] * here[1] + np.where(aligned.at[1] < 0, 1, 0)[:, None] * here[0]
+        mean = (
+            np.where(aligned.at[1] >= 0, 1, 0)[:, None] * here[1] + np.where(aligned.at[1] < 0, 1, 0)[:, None] * here[0]
+        )
         factor = (aligned.of(0, made[0].factors) + aligned.of(1, made[1].factors)) / 2
         context = np.einsum("quk,u->qk", each[1] - each[0], np.where(both, factor, 0.0))
 

@@ -15,30 +15,24 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .accounting import over_tensors
-from .budget import divide
+from .asked import Asked, Question, described
 from .buffers import owners
 from .causes import VIA, Causes, Done
 from .functional import differentiable, uncompiled
-from .layout import group_tensors
-from .marginals import Axes, Slots, bytes_of, choose
+from .marginals import Slots
 from .matching import check_model
-from .measure import Measurement
 from .optim import Carried
-from .pair import Pair, paired
+from .pair import paired
 from .parts import PREFIX
 from .path import Measured, Path, Secant
-from .plan import sizes_of
-from .query import query_of
-from .result import Difference, join
+from .result import Difference
 from .result.difference import LARGE, SAYS
 from .run import Run
 from .tally import Tally, total
 
 log = logging.getLogger("attrib")
-VECTORS = 4  # times as many per query as accounting holds
 ROWS = ("reduction", "options", "penalty", "context")  # of every step
 
 
@@ -83,30 +77,26 @@ def difference(
     """
     if via not in VIA:
         raise ValueError(f"via is none: got {via!r}, expected one of {', '.join(map(repr, VIA))}.")
-    model = uncompiled(model)
+    model, asked = uncompiled(model), Asked(keep, groups, dtype, progress, memory)
     for run in (base, changed):
         check_model(run, model)
-    labels, member = group_tensors(base.layout.names, groups)
-    pair = paired((base, changed), model, loss, member)
+    grouping = asked.grouping(base)
+    pair = paired((base, changed), model, loss, grouping.member)
+    question = asked.question(pair, model, measurement, grouping)
     ends = base.whole(pair.base.first + pair.steps), changed.whole(pair.changed.first + pair.steps)
-    device = next(model.parameters()).device
-    query = query_of(base, model, measurement, dtype, ends[0].to(device), range(base.steps))
-    sizes = {"step": pair.steps, "example": len(pair.labels), "group": len(labels)}
-    kept = tuple(choose(keep, query.count, sizes))
-    budget = divide(sizes_of(base, bytes_of(kept, query.count, sizes)), query.count, memory)
-    parts, done = query.parts(max(1, budget.at_once // VECTORS)), []
-    bar = tqdm(total=pair.steps * len(parts), desc="difference", unit="step", delay=2, disable=not progress)
-    with bar:
-        for part in parts:
-            integrated = Integrated.of(part, path or Secant(), ends)
-            sweep = _Sweep(Causes(pair, via), member, kept)
-            done.append(sweep.dataset(integrated, labels, lambda: bar.update()))
-    names = measurement.names if isinstance(measurement, Measurement) else ()
-    whole = join(done, names).assign_coords(example=pair.labels).assign_attrs(_facts(pair, measurement, via))
-    result = Difference(whole)
+    sweep = Sweep(Causes(pair, via), question, path or Secant(), ends)
+    found = asked.answered(question, "difference", pair.steps, sweep.dataset).assign_coords(example=pair.labels)
+    facts = {
+        **described(base, measurement),
+        "changed": str(changed.reader.target),
+        "first": [pair.base.first, pair.changed.first],
+        "via": via,
+        "meaning": f"the ledger of a difference that was run: {SAYS[via]}",
+    }
+    result = Difference(found.assign_attrs(facts))
     if (times := float(result.cancellation.max())) > LARGE:
         log.warning(
-            "the terms cancel: they are %.3g times what they sum to, so that little can be read from each. The two runs have "
+            "the terms cancel: they are %.3g times what they sum to, so that little can be read from each. The runs have "
             'come apart; compare fewer steps, a smaller change, or ask for via="reaction"',
             times,
         )
@@ -139,16 +129,18 @@ class Integrated:
         return cls(vectors[:, :size].cpu().contiguous(), buffers, start, end)
 
 
-@dataclass
-class _Sweep:
-    """Backwards through the pair."""
+@dataclass(frozen=True)
+class Sweep:
+    """Backwards through a pair. ends (P + E,): the last states of either."""
 
     causes: Causes
-    member: np.ndarray
-    kept: tuple[Axes, ...]
+    question: Question
+    path: Path
+    ends: tuple[Tensor, Tensor]
 
-    def dataset(self, integrated: Integrated, labels: tuple[str, ...], heard: Callable[[], Any]) -> xr.Dataset:
-        pair = self.causes.pair
+    def dataset(self, part: Measured, heard: Callable[[], Any]) -> xr.Dataset:
+        """Of some of the queries."""
+        pair, integrated = self.causes.pair, Integrated.of(part, self.path, self.ends)
         carried = Carried.of(pair.base.run.rules, integrated.vectors)
 
         def tallies() -> Iterator[Tally]:
@@ -156,35 +148,30 @@ class _Sweep:
             for number in reversed(range(pair.steps)):
                 after = carried
                 done, carried = self.causes.step(number, after)
-                yield self._tally(number, done, [float_norms(c.theta) for c in (carried, after)])
+                yield self._tally(number, done, [c.norms for c in (carried, after)])
                 heard()
 
         whole = total(tallies(), range(pair.steps), np.arange(len(pair.labels)))
         assert whole is not None
-        beside = {"start": self.causes.start(carried) @ self.member}
+        beside = {"start": self.causes.start(carried) @ self.question.member}
         if integrated.buffers is not None:
-            beside["buffers"] = integrated.buffers @ self.member
-        return _dataset(whole, beside, integrated, labels)
+            beside["buffers"] = integrated.buffers @ self.question.member
+        return _dataset(whole, beside, integrated, self.question.labels)
 
     def _tally(self, number: int, done: Done, growth: list[np.ndarray]) -> Tally:
-        values = done.values @ self.member
+        values = done.values @ self.question.member
         nothing = np.zeros((len(values), values.shape[2]))
-        rows = {name: done.rows[name] @ self.member if name in done.rows else nothing for name in ROWS}
+        rows = {name: done.rows[name] @ self.question.member if name in done.rows else nothing for name in ROWS}
         gross = np.abs(values.sum(2)).sum(1) + sum(np.abs(row).sum(1) for row in rows.values())
         slots = Slots(done.examples)
         return Tally(
             steps=range(number, number + 1),
             examples=slots.examples,
-            marginals=slots.sums(self.kept, values),
+            marginals=slots.sums(self.question.kept, values),
             rows={name: row[:, None] for name, row in rows.items()},
             states={"growth": np.stack(growth, 1)},
             sums={"examples": values.sum((1, 2)), "gross": gross},
         )
-
-
-def float_norms(vectors: Tensor) -> np.ndarray:
-    """(Q, P) -> (Q,)."""
-    return vectors.norm(dim=1).cpu().numpy()
 
 
 def _dataset(
@@ -202,7 +189,7 @@ def _dataset(
         "residual": (("query",), final - initial - explained),
         "gross": (("query",), gross),
         **{name: (("query", "step", "group"), row) for name, row in rows.items()},
-        **{name: (("query", "group"), row) for name, row in beside.items() if row.any() or name == "start"},
+        **{name: (("query", "group"), row) for name, row in beside.items() if row.any()},
         "growth": (("query", "state"), whole.states["growth"]),
         **{"_".join((PREFIX, *axes)): (("query", *axes), a) for axes, a in whole.marginals.items()},
     }
@@ -214,22 +201,3 @@ def _dataset(
         "group": list(labels),
     }
     return xr.Dataset(variables, coordinates)
-
-
-def _facts(pair: Pair, measurement: Any, via: str) -> dict[str, Any]:
-    base, changed = pair.base.run, pair.changed.run
-    return {
-        "run": str(base.reader.target),
-        "changed": str(changed.reader.target),
-        "first": [pair.base.first, pair.changed.first],
-        "via": via,
-        "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
-        "units": getattr(measurement, "units", ""),
-        **{key: base.header[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
-        "shares": base.definition,
-        "parameters": base.layout.size,
-        "tensors": len(base.groups),
-        "batch": base.header["slots"],
-        "options": base.options,
-        "meaning": f"the ledger of a difference that was run: {SAYS[via]}",
-    }

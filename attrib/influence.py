@@ -15,31 +15,25 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .account import Account, share_bound
-from .budget import divide
+from .asked import Asked, described
 from .causes import Causes, Done
 from .functional import differentiable, uncompiled
 from .kernels import clipping
-from .layout import group_tensors
-from .marginals import bytes_of, choose
 from .matching import check_model
-from .measure import Measurement
 from .optim import Carried, End, pushed_forward
-from .pair import Made, Pair, alone
+from .pair import alone
 from .path import Measured, Midpoint
-from .plan import sizes_of
-from .query import query_of
-from .result import Influence, join
+from .result import Influence
 from .result.influence import CHAOTIC
 from .run import Run
 from .sensitivity import Terms, along_tensors
 from .shares import drawn
+from .side import Made
 from .tally import Tally, total
 
 log = logging.getLogger("attrib")
-VECTORS = 4  # times as many per query as accounting holds
 TANGENT_STEPS = 8  # that a tangent is carried through at least, a tenth of all where that is more
 IDENTITIES = ("split", "tangent")
 
@@ -81,31 +75,28 @@ def influence(
     """
     if isinstance(identities, str) or not set(identities) <= set(IDENTITIES):
         raise ValueError(f"identities are none: got {identities!r}, expected some of {IDENTITIES}, such as ('split',).")
-    model = uncompiled(model)
+    model, asked = uncompiled(model), Asked(keep, groups, dtype, progress, memory)
     check_model(run, model)
-    labels, member = group_tensors(run.layout.names, groups)
-    pair = alone(run, model, loss, member)
-    whole = run.whole(run.steps).to(next(model.parameters()).device)
-    query = query_of(run, model, measurement, dtype, whole, range(run.steps))
-    sizes = {"step": run.steps, "example": len(run.numbers), "group": len(labels)}
-    kept = tuple(choose(keep, query.count, sizes))
-    budget = divide(sizes_of(run, bytes_of(kept, query.count, sizes)), query.count, memory)
-    bound = share_bound(run.compute, run.compute)
-    account = Account(labels, member, kept, False, bound)
-    parts, done = query.parts(max(1, budget.at_once // VECTORS)), []
-    with tqdm(total=run.steps * len(parts), desc="influence", unit="step", delay=2, disable=not progress) as bar:
-        for part in parts:
-            sweep = Sweep(Causes(pair), account, "split" in identities, "tangent" in identities)
-            done.append(sweep.dataset(part, whole, bar.update))
-    names = measurement.names if isinstance(measurement, Measurement) else ()
-    found = join(done, names).assign_coords(example=run.ids.of(run.numbers))
-    result = Influence(found.assign_attrs(_facts(run, measurement)))
+    grouping = asked.grouping(run)
+    pair = alone(run, model, loss, grouping.member)
+    question = asked.question(pair, model, measurement, grouping)
+    account = Account(*grouping, question.kept, False, share_bound(run.compute, run.compute))
+    sweep = Sweep(Causes(pair), account, "split" in identities, "tangent" in identities)
+    found = asked.answered(question, "influence", run.steps, sweep.dataset)
+    units = getattr(measurement, "units", "")
+    facts = {
+        **described(run, measurement),
+        "units": f"{units} per unit of weight" if units else "",
+        "weight": 1.0,
+        "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",
+    }
+    result = Influence(found.assign_coords(example=run.examples).assign_attrs(facts))
     if float(result.growth.max()) >= CHAOTIC:
         log.warning("%s", result.said)
     return result
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sweep:
     """Backwards through a run."""
 
@@ -118,8 +109,10 @@ class Sweep:
     def _run(self) -> Run:
         return self.causes.pair.base.run
 
-    def dataset(self, query: Measured, whole: Tensor, heard: Callable[[], Any]) -> xr.Dataset:
+    def dataset(self, query: Measured, heard: Callable[[], Any]) -> xr.Dataset:
+        """Of some of the queries."""
         run, size = self._run, query.parameters.size
+        whole = query.example
         final = Midpoint(1).bind(query)(whole, whole)
         carried = Carried.of(run.rules, final.gradient.double()[:, :size].cpu().contiguous())
         last = carried.theta
@@ -153,7 +146,7 @@ class Sweep:
         found = shares.contract(made.recorded, v, gradient[0])
         each = found.values.sum(2)
         terms = Terms(
-            states={"growth": tuple(c.theta.norm(dim=1).numpy()[None] for c in ends)},  # type: ignore[dict-item]
+            states={"growth": (ends[0].norms[None], ends[1].norms[None])},
         )
         splits = {}
         if checked and (split := shares.split(made.recorded, v, found, 0.0)) is not None:
@@ -181,7 +174,8 @@ class Sweep:
         passes = [p.slots for p in made.recorded.passes] if "mean" in kinds else [slice(0, len(made.slots))]
         for slots in passes if kinds != ["sum"] else ():
             mean = each[:, slots].mean(1, keepdims=True)
-            np.add.at(into, (slice(None), made.slots[slots]), np.broadcast_to(mean, each[:, slots].shape))
+            for total, value in zip(into, mean[:, 0], strict=True):
+                np.add.at(total, made.slots[slots], value)
 
     def _labelled(self, whole: Tally, beside: Mapping[str, np.ndarray], rescaled: np.ndarray) -> xr.Dataset:
         variables: dict[str, Any] = {
@@ -212,20 +206,3 @@ class Weights:
     def of(self, number: int) -> np.ndarray:
         """(B,): of a step."""
         return np.random.default_rng(number).standard_normal(len(self._run.index(number)))
-
-
-def _facts(run: Run, measurement: Any) -> dict[str, Any]:
-    units = getattr(measurement, "units", "")
-    return {
-        "run": str(run.reader.target),
-        "measurement": getattr(measurement, "name", getattr(measurement, "__name__", type(measurement).__name__)),
-        "units": f"{units} per unit of weight" if units else "",
-        "weight": 1.0,
-        **{key: run.header[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
-        "shares": run.definition,
-        "parameters": run.layout.size,
-        "tensors": len(run.groups),
-        "batch": run.header["slots"],
-        "options": run.options,
-        "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",
-    }

@@ -193,15 +193,9 @@ class Run:
         return bool(self.header.get("remainder") == "account")
 
     @property
-    def origin(self) -> int:
-        """The step that it begins with, of the run that was recorded first: of a replay, and of a replay of a replay."""
-        replay = self.header.get("replay", {})
-        return int(replay.get("origin", replay.get("start", 0)))
-
-    @property
-    def weighted(self) -> bool:
-        """Whether it is a replay that gave weights to the losses: the last tensor of its batches."""
-        return bool(self.header.get("replay", {}).get("weighted"))
+    def replayed(self) -> dict[str, Any]:
+        """What the header says of a replay, {} of another run."""
+        return dict(self.header.get("replay", {}))
 
     @property
     def definition(self) -> str:
@@ -325,8 +319,7 @@ class Run:
         return f"<pre>{escape(str(self))}</pre>"
 
     def __repr__(self) -> str:
-        h = self.header
-        state = "complete" if self.complete else _UNFINISHED
+        h, state = self.header, "complete" if self.complete else _UNFINISHED
         return (
             f"<attrib.Run {self.reader.target}: {self.steps} steps ({state}), {self.layout.size} parameters in "
             f"{len(self.groups)} tensors, {len(self.numbers)} examples, {h['model']}, {h['optimizer']}, {h['dtype']}, "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .constants import wide
 from .optim import MOMENTUM, Replay, Segments, carried, step_bounds
-from .store import Passes, Reader
+from .store import Passes
 from .trajectory import Trajectory
 
 Updates = list[tuple[Segments, Tensor]]

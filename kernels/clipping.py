@@ -2,10 +2,11 @@
 
 Of two ends, exactly, and with the derivative where they meet:
 
-    c' R' - c R = cbar (R' - R) + Rbar (c' - c)        c' - c = slope (|R'| - |R|)        |R'| - |R| = <R + R', R' - R> / (|R| + |R'|)
+    c' R' - c R = cbar (R' - R) + Rbar (c' - c)
+    c' - c = slope (|R'| - |R|)
+    |R'| - |R| = <R + R', R' - R> / (|R| + |R'|)
 """
 
-import torch
 from torch import Tensor
 
 EPS = 1e-6

@@ -94,7 +94,8 @@ class Coefficients:
 
     def doubled(self) -> "Coefficients":
         """In float64."""
-        return replace(self, **{name: v.double() for name, v in vars(self).items() if isinstance(v, Tensor)})
+        doubled: dict[str, Any] = {name: v.double() for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **doubled)
 
 
 def _moved(record: Any, device: torch.device) -> dict[str, Any]:

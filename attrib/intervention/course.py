@@ -89,7 +89,7 @@ class Course:
         return {
             "run": str(self.run.reader.target),
             "start": self.steps.start,
-            "origin": self.run.origin + self.steps.start,
+            "origin": int(self.run.replayed.get("origin", 0)) + self.steps.start,
             "interventions": described,
             "weighted": self.has_weights,
         }

@@ -72,7 +72,9 @@ def _adjoint(o: Options, a: End, b: End, theta: Tensor, state: State) -> Adjoint
         for end, g, d in zip((a, b), gradients, denominators, strict=True)
     ]
     denominator, ratio, root = (sum(pair) / 2 for pair in (denominators, moved, roots))
-    inverse = torch.where(root > 0, 1 / torch.where(root > 0, root, 1.0), 0.0)  # where v is 0 at both ends, it does not move
+    inverse = torch.where(
+        root > 0, 1 / torch.where(root > 0, root, 1.0), 0.0
+    )  # where v is 0 at both ends, it does not move
     second = theta * (rate * ratio / denominator * inverse / (2 * correction))
     before = {}
     if o["amsgrad"]:

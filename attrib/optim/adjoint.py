@@ -39,6 +39,11 @@ class Carried:
         """Of a state after which nothing is stepped."""
         return cls(theta, {name: torch.zeros_like(theta) for name in rules.state})
 
+    @property
+    def norms(self) -> np.ndarray:
+        """(Q,): of the sensitivities to the parameters."""
+        return self.theta.norm(dim=1).cpu().numpy()
+
 
 @dataclass(frozen=True)
 class Back:

@@ -1,6 +1,6 @@
 """What `attrib.difference` gives: the ledger of a difference that was run.
 
-    m(changed) - m(base) = contributions + reduction + options + start + penalty + context + buffers + residual
+m(changed) - m(base) = contributions + reduction + options + start + penalty + context + buffers + residual
 """
 
 import numpy as np
@@ -51,7 +51,7 @@ class Difference(Labelled):
     @property
     def cancellation(self) -> xr.DataArray:
         """(query,): the gross size of the terms over what they sum to; where it is large, each says little by itself."""
-        change = np.abs(self.change)
+        change = abs(self.change)
         return (self.dataset["gross"] / change.where(change > 0)).rename("cancellation")
 
     @property
@@ -96,9 +96,9 @@ class Difference(Labelled):
         worst = int(np.argmax(gap))
         if not gap[worst] <= rtol:
             raise CompletenessError(
-                f"the terms do not add up: got a residual of {gap[worst]:.3g} of the change, expected at most {rtol:.3g}, at "
-                f"query {self.dataset['query'].values[worst]}, whose terms are {float(self.cancellation[worst]):.3g} times "
-                f"what they sum to. Are model and loss those that were recorded?\n{self.ledger()}"
+                f"the terms do not add up: got a residual of {gap[worst]:.3g} of the change, expected at most {rtol:.3g}, "
+                f"at query {self.dataset['query'].values[worst]}, whose terms are {float(self.cancellation[worst]):.3g} "
+                f"times what they sum to. Are model and loss those that were recorded?\n{self.ledger()}"
             )
         check_parts(self.dataset, rtol)
         return self.ledger()

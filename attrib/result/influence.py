@@ -64,9 +64,8 @@ class Influence(Labelled):
         chosen = np.full((len(subsets), len(known)), 1.0 - weight)
         for row, subset in zip(chosen, subsets, strict=True):
             row[[known[_plain(i)] for i in subset]] = -weight
-        return xr.DataArray(
-            self.final.values + chosen @ each.T, dims=("subset", "query"), name="predicted", coords={"query": self.dataset["query"]}
-        )
+        values, queries = self.final.values + chosen @ each.T, {"query": self.dataset["query"]}
+        return xr.DataArray(values, queries, ("subset", "query"), "predicted")
 
     def check(self, rtol: float = TANGENT) -> str:
         """Check that the derivatives are those of the training: for random weights of the last steps' examples, their sum

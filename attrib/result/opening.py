@@ -32,7 +32,7 @@ def open_result(store: Any) -> Any:
     kind = KINDS.get(dataset.attrs.get("question", Result.question))
     if kind is None:
         raise StoreError(
-            f"this attrib cannot read the result: got one of {dataset.attrs['question']!r}, expected one of {', '.join(KINDS)}, "
-            f"at {where}. Update attrib."
+            f"this attrib cannot read the result: got one of {dataset.attrs['question']!r}, expected one of "
+            f"{', '.join(KINDS)}, at {where}. Update attrib."
         )
     return kind(dataset.assign_coords({name: (LABELS[name], values) for name, values in labels.items()}))

@@ -8,7 +8,8 @@
 - `ids`: ids that are strings, and the numbers that stand for them
 - `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
-- `reader`: open, check that every committed chunk is there and is the one that was written, read; `rows`: of a step by itself
+- `reader`: open, check that every committed chunk is there and is the one that was written, read
+- `rows`: what is stored of a step by itself
 - `datasets`: results, as labelled arrays
 - `cube`: all contributions of a sweep, when asked for
 
