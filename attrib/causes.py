@@ -27,6 +27,7 @@ from .pair import Aligned, Pair
 from .side import Made
 
 VIA = ("cause", "reaction")
+ROUNDED = 1e-5  # differences of what two runs reduce with, relative to these, that are rounding
 
 
 class Done(NamedTuple):
@@ -60,6 +61,14 @@ class Causes:
 
     pair: Pair
     via: str = "cause"
+
+    def gaps(self, done: Done) -> dict[str, float]:
+        """Of a step the identities of the batch and the split, the larger of either run's."""
+        sides = list(zip(self.pair.sides, done.made, strict=True))[: 1 if self.pair.itself else 2]
+        return {
+            "batch": max(side.batch_gap(m) for side, m in sides),
+            "split": max(side.split_gap(m, done.gradient) for side, m in sides),
+        }
 
     def step(self, number: int, after: Carried) -> tuple[Done, Carried]:
         """The step `number` of the pair, from the sensitivities to what it leaves to those to what it found."""
@@ -126,6 +135,7 @@ class Causes:
         scales = [aligned.of(n, m.scales) for n, m in enumerate(made)]
         weights = [aligned.of(n, m.weights) for n, m in enumerate(made)]
         both = (aligned.at[0] >= 0) & (aligned.at[1] >= 0)
+        scales[1] = np.where(np.abs(scales[1] - scales[0]) < ROUNDED * np.abs(scales[0]), scales[0], scales[1])
         total = scales[1] * weights[1] - scales[0] * weights[0]
         done = np.where(both, (scales[0] + scales[1]) / 2 * (weights[1] - weights[0]), total)
         coupled = any(side.shares.couples for side in self.pair.sides)
@@ -149,20 +159,37 @@ class Causes:
         def propagates() -> Tensor:
             return side.shares.hvp(m.at(middle), v, weights)
 
-        count = len(self.pair.base.run.layout.names)
-        nothing = np.zeros((len(v), count))
-        if not (factors.done.any() or factors.reduced.any()):
-            return Injected(np.zeros((len(v), len(aligned.examples), count)), nothing, nothing, propagates)
-        wanted = (factors.done != 0) | (factors.reduced != 0)
+        nothing = np.zeros((len(v), len(self.pair.base.run.layout.names)))
+        touched = factors.done != 0
+        even = None if whole else evenly(touched, *(aligned.of(k, made[k].factors) for k in (0, 1)))
         chosen = np.zeros(len(m.slots), bool)
-        chosen[at] = wanted
-        ends = {0: made[0].end.theta, 1: made[1].end.theta}
-        ends = ends if not torch.equal(ends[0], ends[1]) else {0: ends[0]}
-        each = [side.shares.products(m.at(t), v, None if whole else chosen)[:, at] for t in ends.values()]
+        chosen[at] = touched | ((factors.reduced != 0) & (even is None))
+        if not chosen.any():
+            values = np.zeros((len(v), len(aligned.examples), nothing.shape[1]))
+            return Injected(values, nothing, nothing, propagates)
+        ends = [made[0].end.theta, made[1].end.theta]
+        ends = ends if not torch.equal(*ends) else ends[:1]
+        each = [side.shares.products(m.at(t), v, None if whole else chosen)[:, at] for t in ends]
         mean_each = np.stack(each).mean(0)
-        values = mean_each * factors.done[:, None]
-        reduction = np.einsum("quk,u->qk", mean_each, factors.reduced)
-        return Injected(values, reduction, nothing, propagates)
+        reduction = np.einsum("quk,u->qk", mean_each, factors.reduced * (touched if even else 1.0))
+        if even is not None:
+            reduction = reduction + self._rest(
+                v, made, aligned, (each[0] * touched[:, None], each[-1] * touched[:, None]), even
+            )
+        return Injected(mean_each * factors.done[:, None], reduction, nothing, propagates)
+
+    def _rest(
+        self, v: Tensor, made: tuple[Made, Made], aligned: Aligned, touched: tuple[np.ndarray, np.ndarray], ratio: float
+    ) -> np.ndarray:
+        """(Q, K): sum (c' - c) (g + g') / 2 over those that nothing was done to, where c' = ratio c: the gradients less what
+        of them is the others', `touched` (Q, U, K) at either end."""
+        if ratio == 1.0:
+            return np.zeros((len(v), touched[0].shape[2]))
+        rests = [
+            self._along(v, m.examples) - np.einsum("quk,u->qk", products, aligned.of(n, m.factors))
+            for n, (m, products) in enumerate(zip(made, touched, strict=True))
+        ]
+        return ((ratio - 1) * rests[0] + (1 - 1 / ratio) * rests[1]) / 2
 
     def _of_two_batches(self, v: Tensor, made: tuple[Made, Made], aligned: Aligned, factors: "Factors") -> Injected:
         """Each run's losses, at the parameters of both."""
@@ -189,6 +216,15 @@ class Causes:
 
         reduction = np.einsum("quk,u->qk", mean, factors.reduced)
         return Injected(mean * factors.done[:, None], reduction, context, propagates)
+
+
+def evenly(touched: np.ndarray, before: np.ndarray, after: np.ndarray) -> float | None:
+    """The one ratio of the factors (U,) of all that nothing was done to; None where there are several."""
+    rest = after[~touched] / before[~touched]
+    if not len(rest):
+        return 1.0
+    ratio = float(rest[0])
+    return ratio if np.allclose(rest, ratio, rtol=1e-12, atol=0.0) else None
 
 
 class Factors(NamedTuple):

@@ -16,6 +16,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from .account import share_bound
 from .accounting import over_tensors
 from .asked import Asked, Question, described
 from .buffers import owners
@@ -28,8 +29,9 @@ from .pair import paired
 from .parts import PREFIX
 from .path import Measured, Path, Secant
 from .result import Difference
-from .result.difference import LARGE, SAYS
+from .result.difference import CHECKED, LARGE, SAYS
 from .run import Run
+from .shares import drawn
 from .tally import Tally, total
 
 log = logging.getLogger("attrib")
@@ -91,6 +93,7 @@ def difference(
         "changed": str(changed.reader.target),
         "first": [pair.base.first, pair.changed.first],
         "via": via,
+        "bound": share_bound(base.compute, base.compute),
         "meaning": f"the ledger of a difference that was run: {SAYS[via]}",
     }
     result = Difference(found.assign_attrs(facts))
@@ -141,14 +144,15 @@ class Sweep:
     def dataset(self, part: Measured, heard: Callable[[], Any]) -> xr.Dataset:
         """Of some of the queries."""
         pair, integrated = self.causes.pair, Integrated.of(part, self.path, self.ends)
-        carried = Carried.of(pair.base.run.rules, integrated.vectors)
+        carried, checked = Carried.of(pair.base.run.rules, integrated.vectors), drawn(range(pair.steps))
 
         def tallies() -> Iterator[Tally]:
             nonlocal carried
             for number in reversed(range(pair.steps)):
                 after = carried
                 done, carried = self.causes.step(number, after)
-                yield self._tally(number, done, [c.norms for c in (carried, after)])
+                gaps = self.causes.gaps(done) if number in checked else {}
+                yield self._tally(number, done, [c.norms for c in (carried, after)], gaps)
                 heard()
 
         whole = total(tallies(), range(pair.steps), np.arange(len(pair.labels)))
@@ -158,7 +162,7 @@ class Sweep:
             beside["buffers"] = integrated.buffers @ self.question.member
         return _dataset(whole, beside, integrated, self.question.labels)
 
-    def _tally(self, number: int, done: Done, growth: list[np.ndarray]) -> Tally:
+    def _tally(self, number: int, done: Done, growth: list[np.ndarray], gaps: Mapping[str, float]) -> Tally:
         values = done.values @ self.question.member
         nothing = np.zeros((len(values), values.shape[2]))
         rows = {name: done.rows[name] @ self.question.member if name in done.rows else nothing for name in ROWS}
@@ -171,6 +175,7 @@ class Sweep:
             rows={name: row[:, None] for name, row in rows.items()},
             states={"growth": np.stack(growth, 1)},
             sums={"examples": values.sum((1, 2)), "gross": gross},
+            gaps={name: np.array([gaps.get(name, np.nan)]) for name in CHECKED},
         )
 
 
@@ -191,6 +196,7 @@ def _dataset(
         **{name: (("query", "step", "group"), row) for name, row in rows.items()},
         **{name: (("query", "group"), row) for name, row in beside.items() if row.any()},
         "growth": (("query", "state"), whole.states["growth"]),
+        **{f"{name}_identity": (("step",), gaps) for name, gaps in whole.gaps.items()},
         **{"_".join((PREFIX, *axes)): (("query", *axes), a) for axes, a in whole.marginals.items()},
     }
     coordinates = {

@@ -88,6 +88,7 @@ def influence(
         **described(run, measurement),
         "units": f"{units} per unit of weight" if units else "",
         "weight": 1.0,
+        "bound": share_bound(run.compute, run.compute),
         "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",
     }
     result = Influence(found.assign_coords(example=run.examples).assign_attrs(facts))
@@ -174,8 +175,8 @@ class Sweep:
         passes = [p.slots for p in made.recorded.passes] if "mean" in kinds else [slice(0, len(made.slots))]
         for slots in passes if kinds != ["sum"] else ():
             mean = each[:, slots].mean(1, keepdims=True)
-            for total, value in zip(into, mean[:, 0], strict=True):
-                np.add.at(total, made.slots[slots], value)
+            for row, value in zip(into, mean[:, 0], strict=True):
+                np.add.at(row, made.slots[slots], value)
 
     def _labelled(self, whole: Tally, beside: Mapping[str, np.ndarray], rescaled: np.ndarray) -> xr.Dataset:
         variables: dict[str, Any] = {

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .batch import Batch
@@ -182,6 +183,23 @@ class Side:
         if not weighted(self.run):
             return np.ones(len(step.ids))
         return np.concatenate([self.run.inputs(p).args[-1].double().numpy() for p in step.passes])
+
+    def batch_gap(self, made: Made) -> float:
+        """How far the examples' gradients are from summing to what was recorded of them, relative to its norm."""
+        found, want = self.shares.gradient(made.recorded, made.factors), made.examples
+        moved = torch.cat(
+            [torch.full((p.stop - p.start,), n in made.recorded.active) for n, p in self.run.layout.slices()]
+        )
+        return float((found - want)[moved].norm() / want.norm().clamp(min=torch.finfo(want.dtype).tiny))
+
+    def split_gap(self, made: Made, sensitivity: Tensor) -> float:
+        """How far the products of each example are from its own: summed with random weights, against one backward pass."""
+        weights = np.random.default_rng(made.recorded.number).standard_normal(len(made.slots)) * made.factors
+        mine = np.einsum("qbk,b->qk", self.shares.products(made.recorded, sensitivity), weights)
+        direct = self.shares.gradient(made.recorded, weights)
+        want = np.stack([(sensitivity[:, p] @ direct[p]).numpy() for _, p in self.run.layout.slices()], 1)
+        size = np.stack([(sensitivity[:, p].abs() @ direct[p].abs()).numpy() for _, p in self.run.layout.slices()], 1)
+        return float((np.abs(mine - want).sum(1) / np.maximum(size.sum(1), np.finfo(float).tiny)).max())
 
     def inputs(self, step: RecordedStep) -> list[Batch]:
         """Of each pass, without the weights."""

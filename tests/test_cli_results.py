@@ -365,3 +365,28 @@ def test_workers_of_the_command_line_give_the_result_of_one_process(
     with pytest.raises(SystemExit):
         main(["attribute", "run", "--setup", "mine:setup", "--workers", "0"])
     assert "not a count" in capsys.readouterr().err
+
+
+def test_a_difference_and_an_influence_are_asked_for_and_looked_at(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, setup = str(trained.run.reader.target), ["--setup", "setups:full", "--measurement", "log_prob"]
+    changed = attrib.replay(
+        trained.run,
+        0,
+        attrib.intervention.Drop([3]),
+        model=trained.model,
+        loss=trained.case.loss,
+        store=tmp_path / "changed",
+        progress=False,
+    )
+    places = {name: str(tmp_path / name) for name in ("influence", "difference")}
+    found = said(capsys, "influence", run, *setup, "-o", places["influence"])
+    assert "tangent against sensitivity" in found["checked"][0]
+    command = ["difference", run, str(changed.reader.target), *setup, "--queries", "1,4", "--via", "reaction"]
+    found = said(capsys, *command, "-o", places["difference"])
+    assert {row["query"] for row in found["top"]} == {1, 4}
+    for name, word in (("influence", "influence"), ("difference", "contribution")):
+        assert word in said(capsys, "top", places[name], "-n", "2")[0]
+        assert "this is about accounts: got " in refused(capsys, "report", places[name])
+    assert "already" in refused(capsys, *command, "-o", places["difference"])

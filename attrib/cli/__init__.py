@@ -2,6 +2,7 @@
 
 - `runs`: demo, info, plan, verify, attribute
 - `replays`: replay
+- `counterfactuals`: influence, difference
 - `studies`: study
 - `results`: report, timeline, top, compare, export
 - `options`: what several commands take
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import AttribError
-from . import replays, results, runs, studies
+from . import counterfactuals, replays, results, runs, studies
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     runs.add(commands)
     replays.add(commands)
+    counterfactuals.add(commands)
     studies.add(commands)
     results.add(commands)
     return parser

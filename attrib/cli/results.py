@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report import compare, export, figures, text, to_json, write
 from ..report.shown import Describe, said
-from ..result import open_result
+from ..result import accounting, open_result
 from ..setup import load_setup
 from .options import AXES, add_query, add_setup, axes, chosen_queries, command, positive
 
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    result = open_result(options.result)
+    result = accounting(options.result)
     setup = load_setup(options.setup) if options.setup else None
     known = {key: getattr(setup, key) for key in ("describe", "describe_query", "tag")} if setup else {}
     path = write(result, options.out, title=options.title, progress=not options.json, **known)
@@ -46,7 +46,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _timeline(options: argparse.Namespace) -> int:
-    result = open_result(options.result)
+    result = accounting(options.result)
     chosen = chosen_queries(result, options.query, every=options.json)
     if options.out is not None:
         figures.save(options.out, lambda ax: figures.timeline(result, chosen[0], ax), options.overwrite)
@@ -73,7 +73,7 @@ def _top(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    found = compare(open_result(options.a), open_result(options.b), options.n)
+    found = compare(accounting(options.a), accounting(options.b), options.n)
     if options.json:
         print(to_json({name: getattr(found, name).to_dict("records") for name in ("queries", "groups")}))
     else:

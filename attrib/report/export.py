@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from ..result import Result
+from ..result import Labelled
 from .extras import need
 from .files import check_file, replacing
 
 
-def export(result: Result, path: str | Path, *axes: str, overwrite: bool = False) -> int:
+def export(result: Labelled, path: str | Path, *axes: str, overwrite: bool = False) -> int:
     """Write `result.to_pandas(*axes)` as .csv, or as .parquet (extra `parquet`), and return the number of rows.
 
     One query is held at a time; numbers in .csv are written so that they read back the same.
@@ -24,7 +24,7 @@ def export(result: Result, path: str | Path, *axes: str, overwrite: bool = False
         return (_csv if path.suffix == ".csv" else _parquet)(result, beside, axes)
 
 
-def _csv(result: Result, path: Path, axes: tuple[str, ...]) -> int:
+def _csv(result: Labelled, path: Path, axes: tuple[str, ...]) -> int:
     rows = 0
     for q in range(len(result.names)):
         table = result.select([q]).to_pandas(*axes)
@@ -33,7 +33,7 @@ def _csv(result: Result, path: Path, axes: tuple[str, ...]) -> int:
     return rows
 
 
-def _parquet(result: Result, path: Path, axes: tuple[str, ...]) -> int:
+def _parquet(result: Labelled, path: Path, axes: tuple[str, ...]) -> int:
     arrow, parquet = need("pyarrow", "parquet"), need("pyarrow.parquet", "parquet")
     rows, writer = 0, None
     try:

@@ -44,6 +44,7 @@ def write(
         The path.
 
     Raises:
+        TypeError: it is no account, but a difference or an influence.
         MissingExtraError: the extra `report` is not installed.
         KeptAxesError: the result was not kept along the examples.
         DescriptionError: `describe`, `describe_query` or `tag` failed, or returned something that cannot be shown.
@@ -52,6 +53,11 @@ def write(
     Example:
         >>> attrib.report.write(result, "report.html", describe=lambda i: texts[i])  # doctest: +SKIP
     """
+    if not isinstance(result, Result):
+        raise TypeError(
+            f"a page shows an account: got {type(result).__name__}, expected a result of attrib.attribute. Print it, or "
+            f"export it: attrib.report.export."
+        )
     path = Path(path)
     check_file(path, overwrite=is_report(path))
     library = need("plotly.offline", "report").get_plotlyjs()

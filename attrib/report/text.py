@@ -20,8 +20,8 @@ def largest(result: Result, query: int, n: int, describe: Callable[[Any], str]) 
 
 
 def bars(table: pd.DataFrame, describe: Callable[[Any], str]) -> str:
-    """Rows of `Result.top`, each with a bar."""
-    values = table["contribution"].to_numpy()
+    """Rows of `top` of a result, each with a bar."""
+    values = table.iloc[:, -1].to_numpy()
     names = [" ".join(describe(e).split())[:60] for e in table["example"].tolist()]
     widest, width = np.abs(values).max(initial=1e-300), max([16, *(len(n) for n in names)])
     lines = []

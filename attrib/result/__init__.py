@@ -10,7 +10,17 @@
 from .difference import Difference
 from .influence import Influence
 from .labelled import Labelled, check_place, join
-from .opening import open_result
+from .opening import accounting, open_result
 from .result import IDENTITIES, Result
 
-__all__ = ["IDENTITIES", "Difference", "Influence", "Labelled", "Result", "check_place", "join", "open_result"]
+__all__ = [
+    "IDENTITIES",
+    "Difference",
+    "Influence",
+    "Labelled",
+    "Result",
+    "accounting",
+    "check_place",
+    "join",
+    "open_result",
+]

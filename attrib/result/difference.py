@@ -15,6 +15,7 @@ SAYS = {
     "cause": "what was done to each example, carried through the training that followed",
     "reaction": "what each example did otherwise: those that were left out no longer, and how all others reacted",
 }
+CHECKED = ("batch", "split")  # identities
 LARGE = 100.0  # times that the terms may be of what they sum to before they say little
 
 
@@ -78,7 +79,7 @@ class Difference(Labelled):
             "sensitivity": f"grew to {float(self.growth.max()):.3g} times that at the end",
             f"via {via}": SAYS[via],
         }
-        return Ledger(terms, {}, sizes)
+        return Ledger(terms, {name: self.gap(name) for name in CHECKED}, sizes)
 
     def check(self, rtol: float = 1e-3) -> Ledger:
         """Check that base + terms == changed, and that all arrays say the same.
@@ -87,9 +88,12 @@ class Difference(Labelled):
             rtol: bound on |residual|, relative to |changed - base|; of runs in float64 1e-10 is to be had.
 
         Raises:
+            BatchIdentityError, SplitIdentityError: model or loss are not those that were recorded, or shares not those of
+                their examples; the sum would be right all the same.
             CompletenessError: with the worst query, its residual, and how far its terms cancel; also where a number is not
                 finite, or two arrays do not add up to the same.
         """
+        self.check_shares()
         residual, change = np.abs(self.residual.values), np.abs(self.change.values)
         gap = np.where(change > 0, residual / np.where(change > 0, change, 1.0), np.where(residual > 0, np.inf, 0.0))
         gap = np.where(np.isfinite(residual), gap, np.inf)

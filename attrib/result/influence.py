@@ -75,10 +75,12 @@ class Influence(Labelled):
             What it found, in words, and whether a derivative will predict.
 
         Raises:
-            InfluenceError: they differ. SplitIdentityError: an influence is not that of its example.
+            InfluenceError: they differ. BatchIdentityError, SplitIdentityError: model or loss are not those that were
+                recorded, or influences not those of their examples.
         """
         if (failure := self.dataset.attrs.get("split_failure")) is not None:
             raise SplitIdentityError(str(failure))
+        self.check_shares()
         tangent, swept = self.dataset["tangent"].values, self.dataset["swept"].values
         size = np.maximum(np.abs(tangent), np.abs(swept)).max()
         gap = np.abs(tangent - swept).max() / size if size > 0 else 0.0

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
-from ..errors import KeptAxesError
+from ..errors import BatchIdentityError, KeptAxesError, SplitIdentityError
 from ..ledger import query_names
 from ..marginals import order
 from ..parts import PREFIX, kept_axes
@@ -81,6 +81,28 @@ class Labelled:
     def to_torch(self, *axes: str) -> torch.Tensor:
         """`by(*axes)` as a float64 tensor (Q, *axes) on the CPU."""
         return torch.from_numpy(self.to_numpy(*axes))
+
+    def gap(self, name: str) -> float:
+        """The largest of an identity over the steps; NaN where it was not checked at all."""
+        gaps = self.dataset.get(f"{name}_identity")
+        known = np.array([]) if gaps is None else gaps.values[~np.isnan(gaps.values)]
+        return float(known.max()) if len(known) else float("nan")
+
+    def check_shares(self) -> None:
+        """Raise BatchIdentityError or SplitIdentityError where a gap is above what rounding explains."""
+        bound = float(self.dataset.attrs["bound"])
+        if self.gap("batch") > bound:
+            raise BatchIdentityError(
+                f"the gradients of the examples do not sum to the recorded one: got a gap of {self.gap('batch'):.3g}, "
+                f"expected at most {bound:.1g}. Pass the loss that was given to attrib.record, and the model that was "
+                f"trained."
+            )
+        if self.gap("split") > bound:
+            raise SplitIdentityError(
+                f"what is said of single examples is not theirs: got a gap of {self.gap('split'):.3g}, expected at most "
+                f"{bound:.1g}. Does the loss draw random numbers outside of model(...), or let examples see each other in "
+                f"some batches only?"
+            )
 
     def select(self, queries: Sequence[int]) -> Self:
         """The result for some of the queries, by their position; nothing is read from disk for it."""

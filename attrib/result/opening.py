@@ -11,6 +11,18 @@ from .influence import Influence
 from .labelled import LABELS, Labelled
 from .result import Result
 
+
+def accounting(store: Any) -> Result:
+    """Open an account; raises ValueError where the result answers another question."""
+    found = open_result(store)
+    if not isinstance(found, Result):
+        raise ValueError(
+            f"this is about accounts: got {type(found).__name__} at {store}, expected a result of attrib.attribute. Its "
+            f"largest terms: attrib top {store}"
+        )
+    return found
+
+
 KINDS: dict[str, type[Labelled]] = {kind.question: kind for kind in (Result, Difference, Influence)}
 
 

@@ -116,7 +116,7 @@ class Result(Labelled):
         )
         sizes = {name: self._size(row) for name, row in rows.items() if name.endswith("remainder")}
         share = [str(self.dataset.attrs.get(name, "")) for name in ("shares", "share")]
-        return Ledger(terms, {name: self._gap(name) for name in IDENTITIES}, sizes, *share)
+        return Ledger(terms, {name: self.gap(name) for name in IDENTITIES}, sizes, *share)
 
     def _size(self, row: xr.DataArray) -> str:
         """How large a row is that may hold anything: through U, and as it was recorded."""
@@ -125,12 +125,6 @@ class Result(Labelled):
         shown = f"{share.max():.2e} of the gross"
         largest, count = self.dataset.attrs.get(str(row.name), (0.0, 0))
         return f"{shown}; at most {largest:.2e} of |p.grad| at {count} checked steps" if count else shown
-
-    def _gap(self, name: str) -> float:
-        """The largest of an identity; NaN where it was not checked at all."""
-        gaps = self.dataset.get(f"{name}_identity")
-        known = np.array([]) if gaps is None else gaps.values[~np.isnan(gaps.values)]
-        return float(known.max()) if len(known) else float("nan")
 
     def check(self, rtol: float = 1e-6) -> Ledger:
         """Check that initial + examples + decay + inherited == final, with a remainder where there is one, as far as numbers
