@@ -8,6 +8,7 @@ announced as `training_step` gets it. Neither draws a random number nor moves a 
 the same Trainer without the callback, bit for bit.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from .announcing import Announcing
 from .drawn import DrawnRows
-from .errors import AttribError, BatchError, MissingExtraError, ResumeError
+from .errors import AttribError, BatchError, ChangedOutsideError, MissingExtraError, ResumeError
 from .recorder import Recorder, record
+
+log = logging.getLogger("attrib")
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # one library by two names, each with a Callback of its own
 
@@ -105,7 +108,11 @@ class Record:
             self.recorder.batch(self._ids_of(batch), batch if self._batch is None else self._batch(batch))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._finish(trainer)
+        """Training is over: what other callbacks do to the parameters by now, as averaging does, is no step."""
+        try:
+            self._finish(trainer)
+        except ChangedOutsideError:  # by when all is written
+            log.warning("the parameters moved after the last step: the run ends in those that the step left")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """What was recorded stays."""

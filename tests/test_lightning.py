@@ -193,6 +193,24 @@ def test_ids_are_rows_or_what_the_batch_says(
         assert run.index(n).tolist() == [of_row(row_of[tuple(each.tolist())]) for each in x]
 
 
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_what_moves_the_parameters_after_training_is_no_step(
+    name: str, lightning: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    averaging = getattr(lightning.callbacks, name, None)
+    if averaging is None:
+        pytest.skip(f"this version of Lightning has no {name}")
+    options, states = {"swa_lrs": 0.01} if name.startswith("Stochastic") else {}, []
+    for callbacks in ([], [attrib.lightning.Record(tmp_path / "run", losses)]):
+        module = module_of(lightning)
+        trainer_of(lightning, averaging(**options), *callbacks, max_epochs=4).fit(module, loader_of())
+        states.append(module.state_dict())
+    assert equal(*states)
+    run = attrib.open_run(tmp_path / "run")
+    assert (run.steps, run.complete) == (24, True)
+    assert "the parameters moved after the last step" in caplog.text
+
+
 def test_a_batch_that_training_step_skips_is_no_step(lightning: Any, tmp_path: Path) -> None:
     def step(module: Any, batch: Any, number: int) -> Tensor | None:
         return None if number == 2 else losses(module, batch).mean()
