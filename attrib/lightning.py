@@ -11,6 +11,7 @@ the same Trainer without the callback, bit for bit.
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -73,6 +74,10 @@ class Record:
         self.recorder: Recorder | None = None
         self._store, self._loss, self._ids, self._batch, self._options = store, loss, ids, batch, options
         self._rows: DrawnRows | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For the processes of `strategy="ddp_spawn"`: one that records there as it would here."""
+        return partial(Record, **self._options), (self._store, self._loss, self._ids, self._batch)
 
     # what Lightning calls, in this order
 
