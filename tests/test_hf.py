@@ -492,12 +492,13 @@ def loop(folder: Path, recorded: bool, announced: bool = True) -> nn.Module:
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Dropout(0.1), nn.Linear(6, 3))
     optimizer: Any = torch.optim.AdamW(inner.parameters(), lr=1e-2)
-    recorder = attrib.record(optimizer, inner, loss, folder / "run.zarr") if recorded else None
     data = torch.utils.data.TensorDataset(torch.arange(N), DATA["pixels"][:, :, 0, 0], DATA["classes"])
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     loader = torch.utils.data.DataLoader(data, 2, shuffle=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.9**n)
-    model, optimizer, loader, schedule = accelerator.prepare(inner, recorder or optimizer, loader, schedule)
+    model = accelerator.prepare(inner)
+    recorder = attrib.record(optimizer, model, loss, folder / "run.zarr") if recorded else None
+    optimizer, loader, schedule = accelerator.prepare(recorder or optimizer, loader, schedule)
     for index, x, y in loader:
         if recorder is not None and announced:
             recorder.batch(index, x, y)
