@@ -69,9 +69,10 @@ class Announcements:
         if not self._batches:
             raise BatchError(
                 f"the batch is missing: got step() and no batch announced, expected recorder.batch(index, *batch) before "
-                f"the forward pass of each batch, or recorder.step(index, *batch), at step {step}. A transformers.Trainer "
-                f"is recorded by attrib.hf.record(trainer, store), a Trainer of Lightning by "
-                f"Trainer(callbacks=[attrib.lightning.Record(store, loss)]). The step was refused."
+                f"the forward pass of each batch, or recorder.step(index, *batch), at step {step}. Where a Trainer steps, "
+                f"give it the optimizer itself, not the recorder, and write attrib.hf.record(trainer, store) for one of "
+                f"transformers, Trainer(callbacks=[attrib.lightning.Record(store, loss)]) for one of Lightning. Under "
+                f"accelerate call batch on the recorder that was given to accelerator.prepare. The step was refused."
             )
         return self._batches
 

@@ -8,16 +8,20 @@ announced as `training_step` gets it. Neither draws a random number nor moves a 
 the same Trainer without the callback, bit for bit.
 """
 
+import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from .announcing import Announcing
 from .drawn import DrawnRows
-from .errors import AttribError, BatchError, MissingExtraError, ResumeError
+from .errors import AttribError, BatchError, ChangedOutsideError, MissingExtraError, ResumeError
 from .recorder import Recorder, record
+
+log = logging.getLogger("attrib")
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")  # one library by two names, each with a Callback of its own
 
@@ -71,6 +75,10 @@ class Record:
         self._store, self._loss, self._ids, self._batch, self._options = store, loss, ids, batch, options
         self._rows: DrawnRows | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For the processes of `strategy="ddp_spawn"`: one that records there as it would here."""
+        return partial(Record, **self._options), (self._store, self._loss, self._ids, self._batch)
+
     # what Lightning calls, in this order
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -105,7 +113,11 @@ class Record:
             self.recorder.batch(self._ids_of(batch), batch if self._batch is None else self._batch(batch))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._finish(trainer)
+        """Training is over: what other callbacks do to the parameters by now, as averaging does, is no step."""
+        try:
+            self._finish(trainer)
+        except ChangedOutsideError:  # by when all is written
+            log.warning("the parameters moved after the last step: the run ends in those that the step left")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """What was recorded stays."""

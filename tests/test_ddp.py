@@ -15,6 +15,7 @@ from attrib import errors
 
 STEPS, SIZE = 4, 3
 SAID = {
+    "recorded too early": "the model was made parallel after it was recorded",
     "batch norm": "batch statistics of several processes",
     "resumed": "resume=True and a DistributedDataParallel",
     "rank 1 is silent": "the batch is missing",
@@ -76,6 +77,9 @@ def refusals(model: Any, rank: int, folder: Path) -> dict[str, str]:
     note("batch norm", lambda: attrib.record(optimizer, normed, losses, folder / "none"))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     note("resumed", lambda: attrib.record(optimizer, model, losses, folder / "none", resume=True))
+    early = attrib.record(torch.optim.SGD(model.parameters(), 0.1), model.module, losses, folder / "none")
+    note("recorded too early", lambda: losses(model, *batch(rows(0, rank))[1:]))
+    early.close()
     recorder = attrib.record(optimizer, model, losses, folder / "refused")
     for silent in (1, 0, None):
         recorder.zero_grad()

@@ -166,6 +166,7 @@ SETUPS = {
     ),
     "GPT-2, remainder": Setup(gpt2, TEXTS, next_token, {}, {"remainder": "account"}),
     "GPT-2, stored": Setup(gpt2, TEXTS, next_token, {}, {"capture": "gradients", "states_every": 2}),
+    "GPT-2, checkpointed": Setup(lambda: gpt2(0.1), TEXTS, next_token, {"gradient_checkpointing": True}),
     "Llama": Setup(llama, TEXTS, next_token),
     "Llama, adapters": Setup(adapted, TEXTS, next_token, {}, {"constants": "digest"}),
     "BERT, classes": Setup(bert, LABELLED, first_class, {"max_grad_norm": 0.1}),
@@ -291,9 +292,9 @@ class Crash(transformers.TrainerCallback):
 SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 
-def crashed(folder: Path, step: int) -> None:
+def crashed(folder: Path, step: int, **arguments: Any) -> None:
     with pytest.raises(RuntimeError, match="power is gone"):
-        trained(lambda: gpt2(0.1), TEXTS, folder, {}, callbacks=[Crash(step)], **SAVED)
+        trained(lambda: gpt2(0.1), TEXTS, folder, {}, callbacks=[Crash(step)], **SAVED, **arguments)
 
 
 def gone_on(folder: Path, checkpoint: int | None, **arguments: Any) -> nn.Module:
@@ -331,13 +332,16 @@ def test_a_trainer_that_was_recorded_trains_on_as_it_would(tmp_path: Path) -> No
     result.check()
 
 
-@pytest.mark.parametrize("checkpoint", [2, None])
+@pytest.mark.parametrize(
+    ("checkpoint", "arguments"),
+    [(2, {}), (None, {}), (2, {"eval_strategy": "steps", "eval_steps": 1, "label_smoothing_factor": 0.1})],
+)
 def test_resuming_from_a_checkpoint_or_the_start_gives_the_run_that_was_not_interrupted(
-    checkpoint: int | None, tmp_path: Path
+    checkpoint: int | None, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = trained(lambda: gpt2(0.1), TEXTS, tmp_path / "whole", {}, **SAVED)
-    crashed(tmp_path, 3)
-    assert same(whole, gone_on(tmp_path, checkpoint))
+    whole = trained(lambda: gpt2(0.1), TEXTS, tmp_path / "whole", {}, **SAVED, **arguments)
+    crashed(tmp_path, 3, **arguments)
+    assert same(whole, gone_on(tmp_path, checkpoint, **arguments))
     runs = [attrib.open_run(folder / "run.zarr") for folder in (tmp_path, tmp_path / "whole")]
     assert all(run.complete and run.steps == 6 for run in runs)
     for step in range(6):
@@ -381,18 +385,12 @@ def _twice(trainer: Any) -> None:
     attrib.hf.record(trainer, "run.zarr")
 
 
-def _recorder(trainer: Any) -> None:
-    optimizer = torch.optim.SGD(trainer.model.parameters())
-    trainer.optimizer = attrib.record(optimizer, trainer.model, attrib.hf.loss(trainer.model), "other.zarr")
-
-
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], Any] | None, dict[str, Any], str]] = {
     "batch size": ({"auto_find_batch_size": True}, None, {}, "the size of the batches is not fixed"),
     "noise": ({"neftune_noise_alpha": 5.0}, None, {}, "the loss draws noise"),
     "loss": ({"trainer": Own}, None, {}, "the loss of each example is not known: got a compute_loss of its own"),
     "loss function": ({"compute_loss_func": print}, None, {}, "the loss of each example is not known"),
     "twice": ({}, _twice, {}, "the Trainer is recorded already"),
-    "recorder": ({}, _recorder, {}, "the Trainer's optimizer is a recorder already"),
     "walked": ({"data": Walked()}, None, {}, "the rows have no numbers: got an Walked"),
     "capture": ({}, None, {"capture": "all"}, "unknown capture"),
     "options": ({}, None, {"colour": 1}, "unknown options: got colour"),
@@ -407,6 +405,33 @@ def test_what_cannot_be_recorded_is_said_before_training(case: str, tmp_path: Pa
         prepare(trainer)
     with pytest.raises((ValueError, TypeError), match=words):
         attrib.hf.record(trainer, tmp_path / "run.zarr", **options)
+
+
+def test_a_recorder_that_a_trainer_is_given_names_the_lines_that_record(tmp_path: Path) -> None:
+    model, store = gpt2(), tmp_path / "run.zarr"
+    recorder = attrib.record(torch.optim.SGD(model.parameters(), 0.1), model, attrib.hf.loss(model), store)
+    trainer = trainer_of(lambda: model, TEXTS, tmp_path, optimizers=(recorder, None))
+    line = r"attrib.hf.record\(trainer, store\)"
+    with pytest.raises(attrib.errors.BatchError, match=rf"the optimizer itself, not the recorder, and write {line}"):
+        trainer.train()
+    again = rf"is a recorder already: got one of SGD.*optimizers=\(recorder.optimizer, None\), and call {line}"
+    with pytest.raises(ValueError, match=again):
+        attrib.hf.record(trainer, store)  # by now in a wrapper of accelerate's
+    trainer = trainer_of(lambda: model, TEXTS, tmp_path, optimizers=(recorder.optimizer, None))
+    attrib.hf.record(trainer, store)
+    trainer.train()
+    assert attrib.open_run(store).steps == 3
+
+
+def test_a_recorder_that_a_trainer_makes_of_its_optimizer_is_refused(tmp_path: Path) -> None:
+    class Recorded(transformers.Trainer):
+        def create_optimizer(self, *args: Any) -> Any:
+            optimizer = super().create_optimizer(*args)
+            self.optimizer = attrib.record(optimizer, self.model, attrib.hf.loss(self.model), tmp_path / "other.zarr")
+            return self.optimizer
+
+    with pytest.raises(ValueError, match="is a recorder already: got one of AdamW"):
+        trained(gpt2, TEXTS, tmp_path, {}, trainer=Recorded)
 
 
 def test_an_unknown_model_a_missing_column_and_another_trainer_are_named(tmp_path: Path) -> None:
@@ -458,7 +483,7 @@ def test_adapters_are_recorded_alone_and_accounted_for_on_a_model_that_is_built_
         attrib.attribute(run, adapted().eval(), next_token, loss=attrib.hf.loss(model), progress=False)
 
 
-def loop(folder: Path, recorded: bool) -> nn.Module:
+def loop(folder: Path, recorded: bool, announced: bool = True) -> nn.Module:
     """A loop of accelerate: accumulated over two batches, clipped, with a schedule."""
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -467,14 +492,15 @@ def loop(folder: Path, recorded: bool) -> nn.Module:
     torch.manual_seed(0)
     inner = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Dropout(0.1), nn.Linear(6, 3))
     optimizer: Any = torch.optim.AdamW(inner.parameters(), lr=1e-2)
-    recorder = attrib.record(optimizer, inner, loss, folder / "run.zarr") if recorded else None
     data = torch.utils.data.TensorDataset(torch.arange(N), DATA["pixels"][:, :, 0, 0], DATA["classes"])
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
     loader = torch.utils.data.DataLoader(data, 2, shuffle=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.9**n)
-    model, optimizer, loader, schedule = accelerator.prepare(inner, recorder or optimizer, loader, schedule)
+    model = accelerator.prepare(inner)
+    recorder = attrib.record(optimizer, model, loss, folder / "run.zarr") if recorded else None
+    optimizer, loader, schedule = accelerator.prepare(recorder or optimizer, loader, schedule)
     for index, x, y in loader:
-        if recorder is not None:
+        if recorder is not None and announced:
             recorder.batch(index, x, y)
         with accelerator.accumulate(model):
             accelerator.backward(loss(model, x, y).mean())
@@ -495,6 +521,15 @@ def loop(folder: Path, recorded: bool) -> nn.Module:
 def test_a_loop_of_accelerate_trains_the_same_bits_and_is_accounted_for(tmp_path: Path) -> None:
     accelerate.state.AcceleratorState._reset_state(True)
     assert same(loop(tmp_path, recorded=False), loop(tmp_path, recorded=True))
+
+
+def test_a_loop_of_accelerate_that_announces_no_batch_names_the_line(tmp_path: Path) -> None:
+    accelerate.state.AcceleratorState._reset_state(True)
+    line = (
+        r"recorder.batch\(index, \*batch\) before the forward pass.*the recorder that was given to accelerator.prepare"
+    )
+    with pytest.raises(attrib.errors.BatchError, match=line):
+        loop(tmp_path, recorded=True, announced=False)
 
 
 def test_an_optimizer_that_accelerate_has_prepared_is_refused_in_its_words(tmp_path: Path) -> None:

@@ -214,6 +214,22 @@ def test_a_path_takes_each_query_where_what_is_read_of_its_mask_sends_it(
         assert f"the model reads values of its inputs: {graphs} graphs for 4 queries" in caplog.messages
 
 
+@pytest.mark.parametrize("path", [attrib.Secant(), attrib.GaussLegendre(2)])
+def test_a_model_that_asks_for_gradients_on_its_way_is_measured_as_one_that_does_not(path: Any) -> None:
+    """As models of transformers do from when their activations are checkpointed."""
+
+    def ask(module: nn.Module, args: Any, out: Tensor) -> None:
+        out.requires_grad_(True)
+
+    model = masked()
+    want, _, _ = integrated(model, padded(), path)
+    model.embedding.register_forward_hook(ask)
+    found, _, limit = integrated(model, padded(), path)
+    for a, b in zip(found, want, strict=True):  # the same operations, mapped over queries or not, in float64
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    assert limit <= limit_bound(torch.float64)
+
+
 def test_gradients_map_over_the_queries_of_which_the_same_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("attrib.path.quadrature.gradients_one_by_one")
     integrated(Shortcut(READS["all"][0]).double(), padded(), attrib.GaussLegendre(2))

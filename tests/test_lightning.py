@@ -1,7 +1,10 @@
 """Lightning's Trainer, recorded by a callback: the same training, its steps, its ids."""
 
 import os
+import pickle
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -193,6 +196,24 @@ def test_ids_are_rows_or_what_the_batch_says(
         assert run.index(n).tolist() == [of_row(row_of[tuple(each.tolist())]) for each in x]
 
 
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_what_moves_the_parameters_after_training_is_no_step(
+    name: str, lightning: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    averaging = getattr(lightning.callbacks, name, None)
+    if averaging is None:
+        pytest.skip(f"this version of Lightning has no {name}")
+    options, states = {"swa_lrs": 0.01} if name.startswith("Stochastic") else {}, []
+    for callbacks in ([], [attrib.lightning.Record(tmp_path / "run", losses)]):
+        module = module_of(lightning)
+        trainer_of(lightning, averaging(**options), *callbacks, max_epochs=4).fit(module, loader_of())
+        states.append(module.state_dict())
+    assert equal(*states)
+    run = attrib.open_run(tmp_path / "run")
+    assert (run.steps, run.complete) == (24, True)
+    assert "the parameters moved after the last step" in caplog.text
+
+
 def test_a_batch_that_training_step_skips_is_no_step(lightning: Any, tmp_path: Path) -> None:
     def step(module: Any, batch: Any, number: int) -> Tensor | None:
         return None if number == 2 else losses(module, batch).mean()
@@ -217,6 +238,59 @@ def work(rank: int, folder: Path) -> None:
     options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     trainer_of(lightning, record, **options).fit(module, loader_of())
     torch.save(module.state_dict(), folder / f"state{rank}")
+
+
+def test_a_callback_is_sent_to_the_processes_of_ddp_spawn_as_it_was_made(lightning: Any, tmp_path: Path) -> None:
+    record = attrib.lightning.Record(tmp_path / "run", losses, ids=0, capture="gradients")
+    sent = pickle.loads(pickle.dumps(record))
+    assert isinstance(sent, lightning.Callback)
+    assert vars(sent) == vars(record)
+
+
+SPAWNING = """
+import sys
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import attrib
+
+
+def loss(module, batch):
+    return (module.net(batch[0])[:, 0] - batch[1]).square()
+
+
+class Line(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, number):
+        return loss(self, batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    record = attrib.lightning.Record(sys.argv[1], loss, check_every=1)
+    options = {"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn", "max_epochs": 2}
+    trainer = pl.Trainer(callbacks=[record], **options, **quiet)
+    trainer.fit(Line(), DataLoader(TensorDataset(torch.randn(12, 2), torch.randn(12)), 3))
+"""
+
+
+@pytest.mark.slow  # two processes, each of which loads Lightning
+def test_two_processes_that_a_trainer_spawns_are_one_run(lightning: Any, tmp_path: Path) -> None:
+    script = tmp_path / "spawning.py"
+    script.write_text(SPAWNING)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "run")], check=True, capture_output=True)
+    run = attrib.open_run(tmp_path / "run")
+    assert (run.steps, run.complete) == (4, True)
+    assert [len(run.passes(step)) for step in range(run.steps)] == [2] * 4
 
 
 @pytest.mark.slow  # two processes, each of which loads Lightning

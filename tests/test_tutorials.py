@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,12 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "tutorials").glob("*.ipynb"))
-NEEDS = {"hugging_face": "transformers", "lightning": "lightning"}  # the package that each is about
+NEEDS = {  # a package that each is about, or has its data of
+    "hugging_face": "transformers",
+    "lightning": "lightning",
+    "batchnorm": "sklearn",
+    "compile_ddp": "sklearn",
+}
 
 
 def code_of(notebook: Path) -> list[dict]:
@@ -34,6 +40,8 @@ def test_every_cell_was_executed_in_order_and_printed_no_error(notebook: Path) -
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda n: n.stem)
 def test_the_code_of_a_notebook_runs_and_prints_a_whole_ledger(notebook: Path, tmp_path: Path) -> None:
     pytest.importorskip(NEEDS[notebook.stem])
+    if notebook.stem.startswith("compile") and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")
     lines = [line for cell in code_of(notebook) for line in [*"".join(cell["source"]).splitlines(), ""]]
     script = tmp_path / "notebook.py"
     script.write_text("\n".join(line for line in lines if not line.startswith("%")))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ..autocast import DEVICES, Autocast, current
-from ..checks import NormWatch, RandomWatch, ReducedNormWatch
+from ..checks import NormWatch, RandomWatch, ReducedNormWatch, check_alone
 from ..functional import wrappers
 from ..generators import generators
 from ..gradients import Watch
@@ -64,6 +64,7 @@ class Listeners:
         self._accounts = accounts
         self._norms = (ReducedNormWatch if parallel else NormWatch)(parameters, accounts)
         self._random = RandomWatch(model)
+        self._alone = None if parallel else model.register_forward_pre_hook(check_alone)
         sites = (
             sites and len(layers) == 1
         )  # what is compiled is not followed call by call, of many processes there are more
@@ -144,6 +145,6 @@ class Listeners:
 
     def remove(self) -> None:
         """Take off all hooks."""
-        for hooked in (self._random, self._norms, self._watch):
+        for hooked in (self._random, self._norms, self._watch, self._alone):
             if hooked is not None:
                 hooked.remove()

@@ -54,6 +54,11 @@ class Gradients(ABC):
         self.layout = layout
         self._loss = Functional(model, loss, layout, dtype, autocast)
         self._programs, self._factor = Programs(), 1.0
+        self._begin(slices)
+
+    @abstractmethod
+    def _begin(self, slices: int | None) -> None:
+        """Set `vector`, of the loss and the layout, and what else is the definition's own."""
 
     def at(self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None) -> Self:
         """The same at a step where these parameters have a gradient and the model holds these buffers, of `factor` times the

@@ -8,18 +8,16 @@ size.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..autocast import Autocast
 from ..batch import Batch
 from ..budget import slice_bytes
 from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
-from ..layout import Layout
 from ..program import kind_of as kind_of_inputs
 from .along import LossVector, random_weights
 from .assignment import Assignment, Trace, calls_of, kind_of, ownership
@@ -37,18 +35,9 @@ ROWS_BYTES = 32 << 20  # gradient rows held at once
 class ExampleGradients(Gradients):
     """Per-example gradients of `loss(model, *batch) -> (B,)`, one loss per example. Args: as of `Gradients`."""
 
-    def __init__(
-        self,
-        loss: Callable[..., Tensor],
-        model: nn.Module,
-        layout: Layout,
-        dtype: torch.dtype,
-        slices: int | None = None,
-        autocast: Autocast | None = None,
-    ) -> None:
-        super().__init__(loss, model, layout, dtype, slices, autocast)
-        self.vector = LossVector(self._loss, layout)
-        self._forms = Forms(self._loss, self.vector, slices or slice_bytes(layout.size, dtype.itemsize))
+    def _begin(self, slices: int | None) -> None:
+        self.vector = LossVector(self._loss, self.layout)
+        self._forms = Forms(self._loss, self.vector, slices or slice_bytes(self.layout.size, self._loss.dtype.itemsize))
 
     def at(self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None) -> Self:
         other = super().at(active, factor, buffers)

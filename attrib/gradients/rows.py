@@ -7,17 +7,15 @@ through whole.
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..autocast import Autocast
 from ..batch import Batch
 from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
-from ..layout import Layout
 from ..program import kind_of as kind_of_inputs
 from .assignment import Trace, calls_of
 from .checks import check_finite
@@ -35,17 +33,8 @@ class RowGradients(Gradients):
 
     coupled = True  # a batch is never cut
 
-    def __init__(
-        self,
-        loss: Callable[..., Tensor],
-        model: nn.Module,
-        layout: Layout,
-        dtype: torch.dtype,
-        slices: int | None = None,
-        autocast: Autocast | None = None,
-    ) -> None:
-        super().__init__(loss, model, layout, dtype, slices, autocast)
-        self.vector = RowVector(self._loss, layout)
+    def _begin(self, slices: int | None) -> None:
+        self.vector = RowVector(self._loss, self.layout)
         self._volatile, self._said = set[Any](), set[str]()
 
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:

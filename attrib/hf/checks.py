@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
-from ..recorder import Recorder
+from ..announcing import Announcing
 from ..report.extras import need
 
 
@@ -21,17 +22,27 @@ def check_trainer(trainer: Any, ids: str | None, has_loss: bool) -> None:
     for wrong, message in _refused(trainer, ids, has_loss, transformers.Trainer):
         if wrong:
             raise ValueError(message)
+    bare(trainer.optimizer)
+
+
+def bare(optimizer: Any) -> Any:
+    """The optimizer in what accelerate made of it, or attrib in a training before. Raises ValueError at a recorder."""
+    while not isinstance(optimizer, Announcing):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            return optimizer
+        optimizer = inner
+    raise ValueError(
+        f"the Trainer's optimizer is a recorder already: got one of {type(optimizer.optimizer).__name__}, expected the "
+        f"optimizer that it wraps. Give a new Trainer that one, optimizers=(recorder.optimizer, None), and call "
+        f"attrib.hf.record(trainer, store)."
+    )
 
 
 def _refused(trainer: Any, ids: str | None, has_loss: bool, base: Any) -> Sequence[tuple[bool, str]]:
     args = trainer.args
     computes = type(trainer).compute_loss is not base.compute_loss or trainer.compute_loss_func is not None
     return (
-        (
-            isinstance(trainer.optimizer, Recorder),
-            "the Trainer's optimizer is a recorder already: got optimizers=(recorder, ...), expected the optimizer that it "
-            "wraps. Pass that one to the Trainer.",
-        ),
         (
             "train" in vars(trainer),
             "the Trainer is recorded already: got a second attrib.hf.record before trainer.train(), expected one. Make one "

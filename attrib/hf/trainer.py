@@ -26,7 +26,7 @@ from ..recorder import Recorder
 from ..recorder import record as record_loop
 from ..store import Reader, stands
 from ..wrapper import Wrapper
-from .checks import check_trainer
+from .checks import bare, check_trainer
 from .loss import Loss, base_of
 from .loss import loss as loss_of
 from .rows import IDS, numbered
@@ -101,9 +101,7 @@ class Recording:
     def create_optimizer(self, original: Callable[..., Any], *args: Any) -> Any:
         optimizer = original(*args)
         if self._optimizer is None:
-            while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-                optimizer = inner  # of a training before: in what accelerate, or attrib, made of it
-            self._optimizer = self._trainer.optimizer = LateOptimizer(optimizer)
+            self._optimizer = self._trainer.optimizer = LateOptimizer(bare(optimizer))
         return self._trainer.optimizer
 
     def training_step(

@@ -118,8 +118,9 @@ def _moved(optimizer: torch.optim.Optimizer, rule: str | None) -> Moved:
             raise UnsupportedOptimizerError(f"this optimizer cannot be recorded: got {place}, but {reason}.")
     if place == "accelerate.optimizer.AcceleratedOptimizer":
         raise UnsupportedOptimizerError(
-            f"the optimizer is prepared already: got {place}, expected the one in it. Record it first, and prepare the "
-            f"recorder in its place: model, optimizer = accelerator.prepare(model, recorder)."
+            f"the optimizer is prepared already: got {place}, expected the one in it. Prepare the recorder in its place: "
+            f"model = accelerator.prepare(model), recorder = attrib.record(optimizer, model, loss, store), optimizer = "
+            f"accelerator.prepare(recorder)."
         )
     if rule == FROZEN.name:
         return Moved(place, FROZEN)

@@ -58,13 +58,16 @@ def _chooses(index: Any) -> bool:
 
 
 class _Memory(TorchFunctionMode):
-    """Notes what is read without an operation, from where a tensor lies. One that is functionalised lies elsewhere."""
+    """Notes what is read without an operation, from where a tensor lies. One that is functionalised lies elsewhere. What
+    asks for gradients on the way, as Hugging Face does for checkpointing, is let go: it moves no value."""
 
     def __init__(self, operations: _Operations) -> None:
         super().__init__()
         self._operations = operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.requires_grad_:
+            return args[0]
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__) and torch._is_functional_tensor(args[0]):
             torch._sync(args[0])
             value = torch._from_functional_tensor(args[0])
