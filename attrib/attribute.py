@@ -185,7 +185,7 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
         sizes_of(run, bytes_of(kept, query.count, sizes)), averages=0 if averages is None else averages.count
     )
     budget = _divided(held, query.count, options)
-    bound = share_bound(run.compute, wide(compute))
+    bound = share_bound(wide(run.precision), wide(compute))
     few = float(torch.finfo(run.precision).eps)  # a loss is rounded once or twice, a share by each layer
     losses = Losses(run.log("loss"), max(bound, 2 * few))
     remainder = (float("inf") if run.declares_remainder else max(bound, 4 * few)) if run.accounts_remainder else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import gradients
 from .batch import Batch
 from .checks import REDUCTIONS, SHARES, Reduction, Totals, fit_scale, split_bound, split_gaps, weights_of
-from .constants import is_low, wide
+from .constants import is_low, precision, wide
 from .errors import LossError
 from .functional import training_modes
 from .generators import random_state
@@ -86,7 +86,6 @@ class Shares:
         _check_definition(run, definition)
         self.run, self._made_of = run, (run, model, loss, dtype, slices, member, definition)
         self._model, self._dtype, self._member = model, dtype, member
-        self._precision = run.precision if is_low(run.precision) else dtype
         self._device = next(model.parameters()).device
         self._groups = member.argmax(1).tolist()
         self._contract = {"gradients": self._stored, "factors": self._factored, "replay": self._replayed}[run.capture]
@@ -104,6 +103,13 @@ class Shares:
     def has_loss(self) -> bool:
         """Whether there is a truth to hold the shares against."""
         return self._gradients is not None
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """What shares are rounded to on their way, when they were stored, or p.grad was made, or now."""
+        recorded = self.run.precision
+        then = [recorded] if is_low(recorded) or self.run.capture != "replay" else []
+        return precision([*then, self._gradients.precision] if self._gradients is not None else then, self._dtype)
 
     @property
     def coupled(self) -> bool:
@@ -262,7 +268,7 @@ class Shares:
             size = sum(abs(scale) * s for scale, s in zip(each, sizes, strict=True))
             # to few bits p.grad is rounded once where it is summed, by half of eps
             eps = float(torch.finfo(self._precision).eps)
-            bound = eps if is_low(self._precision) else split_bound(self._dtype)
+            bound = eps if is_low(self._precision) else split_bound(self._precision)
             return bool((np.abs(total - wanted) <= bound * size).all())
 
         if fits(recorded):
