@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import attrib
 from attrib import errors
 from attrib.generators import generators, random_state
+from attrib.gradients import ExampleGradients
 from attrib.ledger import Ledger
 
 SIZE = 6
@@ -195,3 +196,66 @@ def test_a_bias_before_batch_norm_that_adam_moves_by_rounding_is_named_and_the_a
     assert "cancel" not in caplog.text
     checked("rows", remainder="account", shares="rows")  # by rows shares are of order one, and only their sum is not
     assert "contributions of single examples cancel" in caplog.text
+
+
+class Small(nn.Module):
+    """A layer whose gradients are a millionth of those of the others, in training; Adam makes up for that."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8, bias=False), norm, nn.Tanh(), nn.Linear(8, 3))
+        self.small = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.small(x)
+        out: Tensor = self.net(x) + (small.detach() + 1e-6 * (small - small.detach()) if self.training else small)
+        return out
+
+
+def trained_by_adam(model: nn.Module, store: Path, **options: Any) -> tuple[attrib.Run, Callable[[], attrib.Result]]:
+    """60 steps; the run, and what explains it."""
+    g, kind = torch.Generator().manual_seed(0), next(model.parameters()).dtype
+    x, y = torch.randn(64, 5, generator=g).to(kind), torch.arange(64) % 3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, eps=1e-12)
+    with attrib.record(optimizer, model, cross_entropy, store, **options) as recorder:
+        for step in range(60):
+            index = torch.arange(step * 16, step * 16 + 16) % 60
+            recorder.zero_grad()
+            cross_entropy(model, x[index], y[index]).mean().backward()
+            recorder.step(index, x[index], y[index])
+    run, measured = attrib.open_run(store), attrib.measure.log_prob(x[:3], y[:3])
+    return run, lambda: attrib.attribute(run, model.eval(), measured, loss=cross_entropy, progress=False)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_shares_of_other_examples_in_a_tensor_of_small_gradients_are_found_coupled_or_not(
+    norm: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    run, explain = trained_by_adam(Small(norm(8)), tmp_path / "run")
+    assert explain().check().identities["split"] < 1e-4
+    contract, place = ExampleGradients.contract, list(run.groups).index("small.weight")
+
+    def exchanged(self: ExampleGradients, *given: Any) -> tuple[Tensor, Tensor]:
+        losses, found = contract(self, *given)
+        found[..., place] = found[..., place].roll(1, 1)
+        return losses, found
+
+    monkeypatch.setattr(ExampleGradients, "contract", exchanged)
+    with pytest.raises(errors.SplitIdentityError, match=r"group 'small\.weight'"):
+        explain().check()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 8])
+@pytest.mark.parametrize("capture", ["replay", "gradients"])
+def test_a_gradient_of_rounding_alone_is_no_share_of_another_example(
+    kind: torch.dtype, width: int, capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bias before batch norm, which Adam divides by its own size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 3)).to(kind)
+    _, explain = trained_by_adam(model, tmp_path / "run", capture=capture, remainder="account")
+    assert "split_failure" not in explain().dataset.attrs
+    monkeypatch.setattr("attrib.shares.ROUNDED", 0)
+    assert "group '0.bias'" in explain().dataset.attrs["split_failure"]

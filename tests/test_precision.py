@@ -187,7 +187,7 @@ def test_what_a_run_rounds_to_is_known_when_it_goes_on(tmp_path: Path) -> None:
 def test_a_llama_of_transformers_in_float64_is_accounted_for(capture: str, caplog: pytest.LogCaptureFixture) -> None:
     """Its norms, rotary positions and softmax are computed in float32 in any case."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4, "num_attention_heads": 2}
     words = {"vocab_size": 13, "max_position_embeddings": 6, "attn_implementation": "eager"}
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     torch.manual_seed(0)
