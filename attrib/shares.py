@@ -87,6 +87,7 @@ class Shares:
             )
         _check_definition(run, definition)
         self.run, self._made_of = run, (run, model, loss, dtype, slices, member, definition)
+        self.definition = definition or run.definition
         self._model, self._dtype, self._member = model, dtype, member
         self._device = next(model.parameters()).device
         self._groups = member.argmax(1).tolist()
@@ -95,7 +96,7 @@ class Shares:
         self._gradients: gradients.Gradients | None = None
         if loss is not None:
             with training_modes(model, run.header["training"]):
-                kind = gradients.DEFINITIONS[definition or run.definition]
+                kind = gradients.DEFINITIONS[self.definition]
                 self._gradients = kind(loss, model, run.layout, dtype, slices, run.autocast)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -151,7 +152,7 @@ class Shares:
             direct, size = self._weighted(step, n, here, sensitivity)
             if found.scales is not None:
                 scale = float(found.scales[n])
-            else:  # stored shares have theirs in them: of so many numbers one is fitted, whatever a few are that are rounding
+            else:  # stored shares have theirs in them: of so many numbers one is fitted, a few of which may be rounding
                 fits = (sums / np.where(direct == 0, np.nan, direct)) if direct.size > 1 else np.full(1, np.nan)
                 fit = float(np.nanmedian(fits)) if not np.isnan(fits).all() else 0.0
                 scale = fit or float(self._known(step, fresh=True)[n])
@@ -183,15 +184,21 @@ class Shares:
         return direct.cpu().numpy() @ self._member, size.cpu().numpy() @ self._member
 
     def _rounding(self, step: RecordedStep, n: int, weights: Tensor, sensitivity: Tensor) -> np.ndarray:
-        """What rounding may make of that, (Q, G): what the gradient changes by where every parameter is moved to a neighbour
-        of it, up or down; an entry as it does itself, or as those of its tensor do in the mean. A gradient that cancels
-        changes as what it cancelled from is rounded."""
-        plain, eps = self._pulled(step, n, weights), torch.finfo(self._precision).eps
-        signs = (random_weights(len(plain), k, self._theta(step)).sign() for k in range(MOVES))
-        changes = [self._pulled(step, n, weights, 1 + eps * sign) - plain for sign in signs]
-        change = torch.stack(changes).square().mean(0).to(sensitivity)
+        """What rounding may make of that, (Q, G); an entry changes as it does itself, or as those of its tensor do in the
+        mean."""
+        change = self.rounding(step, n, weights)[1].to(sensitivity)
         each = [(sensitivity[:, part].abs(), change[part]) for _, part in self.run.layout.slices()]
         return torch.stack([u @ c.clamp(min=float(c.mean())).sqrt() for u, c in each], 1).cpu().numpy() @ self._member
+
+    def rounding(self, step: RecordedStep, n: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """d (v . losses) / d theta of the n-th pass, and the mean square of what it changes by where parameters are moved to
+        a neighbour of theirs, up or down: (P,) float64 each. A gradient that cancels changes as what it cancelled from is
+        rounded. What changes by more than rounding (a loss that draws numbers of its own) has none of it: zeros."""
+        plain, eps = self._pulled(step, n, weights), torch.finfo(self._precision).eps
+        signs = (random_weights(len(plain), k, self._theta(step)).sign() for k in range(MOVES))
+        changes = torch.stack([self._pulled(step, n, weights, 1 + eps * sign) - plain for sign in signs])
+        small = float(changes.norm(dim=1).max()) <= split_bound(self._precision) * float(plain.norm())
+        return plain, changes.square().mean(0) * small
 
     def _pulled(self, step: RecordedStep, n: int, weights: Tensor, moved: Tensor | float = 1.0) -> Tensor:
         """d (v . losses) / d theta of the n-th pass, (P,) float64. moved (P,): times the parameters."""
