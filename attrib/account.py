@@ -1,5 +1,6 @@
 """The account of a sweep: what is kept of the contributions of every step, and the labelled dataset that it ends in."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,21 +10,58 @@ import torch
 import xarray as xr
 
 from .accounting import relative
+from .gradients import random_weights
 from .ledger import TERMS, share_said
 from .marginals import Axes, Slots
 from .parts import PREFIX
 from .result import IDENTITIES
+from .run import Run
 from .sensitivity import Terms
-from .shares import Contributions, Split
+from .shares import ROUNDED, Contributions, Shares, Split, drawn
 from .steps import RecordedStep
 from .tally import Tally
 
+log = logging.getLogger("attrib")
+
+LITTLE = 1e3  # eps of what gradients are in the mean: of a gradient above it there is more than rounding
+ASIDE = "rounding alone"  # how tensors that are set aside are called together
 UPDATES = ("update_remainder", "buffers")  # rows that stand on the step that moved the parameters
 
 
 def share_bound(recorded: torch.dtype, computed: torch.dtype) -> float:
     """What rounding of shares may be, relative to their size: in the coarser of the two types."""
     return float(max(torch.finfo(recorded).eps, torch.finfo(computed).eps) ** 0.5)
+
+
+def rounding_alone(run: Run, shares: Shares, window: range) -> np.ndarray | None:
+    """(K,): the tensors whose gradient is rounding alone, of every example, at each of a few steps; None where there are
+    none. Such is a bias before batch normalisation, where losses depend on each other; an optimizer may divide it by as
+    little, and a measurement see it."""
+    if not run.header["settled"].get("coupled") or shares.definition == "rows" or not shares.has_loss:
+        return None
+    eps, parts = float(torch.finfo(run.precision).eps), [part for _, part in run.layout.slices()]
+    alone, moved = np.ones(len(parts), bool), np.zeros(len(parts), bool)
+    for number in sorted(drawn(window)):
+        ((step,),) = run.blocks(number, number + 1)
+        squares = np.array([float(step.examples[part].double().square().mean()) for part in parts])
+        usual = float(step.examples.double().square().mean())
+        alone, moved = alone & (squares <= (LITTLE * eps) ** 2 * usual), moved | (squares > 0)
+        if not (alone & moved).any():
+            return None
+        for n, recorded in enumerate(step.passes):
+            plain, change = shares.rounding(step, n, random_weights(recorded.size, number, step.theta))
+            within = [float(plain[part].square().sum()) <= ROUNDED**2 * float(change[part].sum()) for part in parts]
+            alone &= np.array(within)
+    if not (alone & moved).any():
+        return None
+    names = [name for name, aside in zip(run.groups, alone & moved, strict=True) if aside]
+    log.info("gradients that are rounding alone are no example's, and a row of the ledger (remainder): %s", names)
+    return alone & moved
+
+
+def apart(member: np.ndarray, aside: np.ndarray) -> np.ndarray:
+    """(K, G), which tensors make a group, and (K,): with those set aside in a group of their own, the last; (K, G + 1)."""
+    return np.column_stack([np.where(aside[:, None], 0, member), aside]).astype(member.dtype)
 
 
 class Losses(NamedTuple):
@@ -55,7 +93,8 @@ class Account:
     contributions are kept one by one. bound: what rounding of the shares may be, relative to their size. remainder: how
     large what the recorded gradient holds beyond the shares may be, relative to them, as a row of its own: of what passes
     round, or inf, where it may be anything and there is no gap to be had; None for no row. losses: those that were
-    recorded, to hold those of now against.
+    recorded, to hold those of now against. aside (K,): tensors whose gradient is no example's, and so in that row; None for
+    none.
     """
 
     labels: tuple[str, ...]
@@ -65,6 +104,7 @@ class Account:
     bound: float
     remainder: float | None = None
     losses: Losses | None = None
+    aside: np.ndarray | None = None
 
     def grouped(self, values: np.ndarray) -> np.ndarray:
         """(..., K) -> (..., G)."""
@@ -84,15 +124,16 @@ class Account:
         slots: Slots | None = None
         tallies = []
         for n in reversed(range(len(steps))):
-            step, contributions = steps[n], self.grouped(contributed[n].values)
+            step, contributions = steps[n], self.grouped(self._examples(contributed[n].values))
             if slots is None or not np.array_equal(slots.ids, step.ids):
                 slots = Slots(step.ids)
             shares = contributions.sum(1)
-            whole = self.grouped(gradient[n])
-            remainder = np.zeros_like(shares) if self.remainder is None else whole - shares
+            whole = self.grouped(self._examples(gradient[n]))
+            remainder = self.grouped(gradient[n]) - (whole if self.remainder is None else shares)
             sums = {"examples": shares.sum(1), "gross": (np.abs(shares) + np.abs(remainder)).sum(1)}
             sums |= {name: values[n] + sums.get(name, 0.0) for name, values in terms.sums.items()}
-            left = {} if self.remainder is None else {"remainder": remainder[:, None]}
+            accounted = self.remainder is not None or self.aside is not None
+            left = {"remainder": remainder[:, None]} if accounted else {}
             gap = np.nan if self.remainder == np.inf else self._gap(contributions, shares, whole, terms.seen_at(n))
             split = splits.get(step.number)
             gaps = dict.fromkeys(IDENTITIES, np.array([np.nan])) | {
@@ -112,6 +153,10 @@ class Account:
             )
             tallies.append(tally)
         return tallies
+
+    def _examples(self, values: np.ndarray) -> np.ndarray:
+        """(..., K): what of them is the examples'."""
+        return values if self.aside is None else np.where(self.aside, 0.0, values)
 
     def _gap(
         self, contributions: np.ndarray, shares: np.ndarray, gradient: np.ndarray, seen: np.ndarray | float
@@ -133,9 +178,10 @@ class Account:
             )
         if split is None or split.group is None:
             return found
+        group = [*self.labels, ASIDE][split.group]
         sentence = (
             f"shares are not those of their own examples: got a gap of {split.gap:.3g} of their size, expected at most "
-            f"{split.bound:.1g}, at step {step.number}, example {split.example!r}, group {self.labels[split.group]!r}. "
+            f"{split.bound:.1g}, at step {step.number}, example {split.example!r}, group {group!r}. "
             f"Does the loss draw random numbers outside of model(...), keep something from call to call, or let examples "
             f"see each other in some batches only?"
         )

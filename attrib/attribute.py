@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .account import Account, Losses, share_bound
+from .account import Account, Losses, apart, rounding_alone, share_bound
 from .accounting import Accounting
 from .averaged import Averaged, Averages
 from .budget import Budget, Sizes, divide, divide_ahead
@@ -185,12 +185,15 @@ def attributed(run: Run, model: nn.Module, measurement: Any, options: AttributeO
         sizes_of(run, bytes_of(kept, query.count, sizes)), averages=0 if averages is None else averages.count
     )
     budget = _divided(held, query.count, options)
-    bound = share_bound(run.compute, wide(compute))
+    bound = share_bound(wide(run.precision), wide(compute))
     few = float(torch.finfo(run.precision).eps)  # a loss is rounded once or twice, a share by each layer
     losses = Losses(run.log("loss"), max(bound, 2 * few))
     remainder = (float("inf") if run.declares_remainder else max(bound, 4 * few)) if run.accounts_remainder else None
-    account = Account(labels, member, tuple(kept), options.cube is not None, bound, remainder, losses)
-    shares = Shares(run, model, options.loss, compute, budget.slices, member, options.shares)
+    asked = run, model, options.loss, compute, budget.slices
+    shares = Shares(*asked, member, options.shares)
+    if (aside := rounding_alone(run, shares, window)) is not None:
+        shares = Shares(*asked, apart(member, aside), options.shares)
+    account = Account(labels, member, tuple(kept), options.cube is not None, bound, remainder, losses, aside)
     limit = window.stop if "limit" in options.identities else None
     parts = query.parts(budget.at_once)
     works = (

@@ -1,8 +1,8 @@
 """What training does not move, buffers and frozen parameters of any of torch's types: as arrays, and as digests.
 
 A type that numpy lacks (bfloat16, the float8s) is held as integers of its width: the bits stay as they are. A digest is
-xxh3_128 over type, shape and bytes, so that a large base can be recognised without a copy. Types of less than single
-precision also say how far a pass through them can be trusted.
+xxh3_128 over type, shape and bytes, so that a large base can be recognised without a copy. Types of fewer bits than a pass
+is made in also say how far it can be trusted.
 """
 
 from collections.abc import Iterable
@@ -49,9 +49,19 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def precision(types: Iterable[torch.dtype], dtype: torch.dtype) -> torch.dtype:
-    """What a pass in `dtype` rounds to where it goes through tensors of these types; float8s are computed with in more."""
-    low = set(filter(is_low, types))
-    return (torch.float16 if low == {torch.float16} else torch.bfloat16) if low else dtype
+    """What a pass in `dtype` rounds to where it goes through tensors of these types: the one of fewest bits; float8s are
+    computed with in more."""
+    known = {dtype, *types}
+    low = set(filter(is_low, known))
+    if low:
+        return torch.float16 if low == {torch.float16} else torch.bfloat16
+    return max((t for t in known if t.is_floating_point), key=lambda t: torch.finfo(t).eps)
+
+
+def resolution(dtype: torch.dtype, precision: torch.dtype) -> float:
+    """By what part of themselves neighbouring numbers of a type differ that come out of a pass which rounds to `precision`
+    on its way; where that is less than single precision `rounding` says the rest."""
+    return float(max(torch.finfo(dtype).eps, torch.finfo(wide(precision)).eps))
 
 
 def to_array(t: Tensor) -> np.ndarray:

@@ -138,8 +138,8 @@ CASTS = {Tensor.bfloat16: torch.bfloat16, Tensor.half: torch.float16, Tensor.flo
 
 
 class Roundings(TorchFunctionMode):
-    """Notes the types of less than single precision that parameters are carried on in while it is active: by an autocast
-    inside, by casts, by parts of that type."""
+    """Notes the types that parameters are carried on in while it is active: by an autocast inside, by casts, by parts of
+    that type. Data and constants, which nothing is differentiated by, are what they are in every pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ class Roundings(TorchFunctionMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, Tensor) and is_low(t.dtype) and t.requires_grad:
-                self.types.add(t.dtype)
+            if isinstance(t, Tensor) and t.requires_grad:
+                self.types.add(t.dtype.to_real())
         return out
 
 
@@ -209,9 +209,10 @@ class Functional:
 
     @property
     def precision(self) -> torch.dtype:
-        """What it rounds to on its way: the compute type, or that of a part in less than single precision, or of an
-        autocast. One that the function enters by itself is known from its first call on."""
-        types = {*(t.dtype for t in self._constants.values()), *self._roundings.types}
+        """What it rounds to on its way: the compute type, or that of a part in less than single precision, of an autocast,
+        or of fewer bits that it casts to (float32 in float64: norms, softmax). What it does by itself is known from its
+        first call on."""
+        types = {*(t.dtype for t in self._constants.values() if is_low(t.dtype)), *self._roundings.types}
         autocast = self._autocast
         return precision(types | {autocast.dtype} if autocast and autocast.rounds(self.dtype) else types, self.dtype)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import gradients
 from .batch import Batch
 from .checks import REDUCTIONS, SHARES, Reduction, Totals, weights_of
-from .constants import is_low, wide
+from .constants import is_low, precision, wide
 from .errors import LossError
 from .functional import training_modes
 from .generators import random_state
@@ -52,14 +52,14 @@ class Recomputed:
             )
         _check_definition(run, definition)
         self.run, self._made_of = run, (run, model, loss, dtype, slices, member, definition)
+        self.definition = definition or run.definition
         self._model, self._dtype, self._member = model, dtype, member
-        self._precision = run.precision if is_low(run.precision) else dtype
         self._device = next(model.parameters()).device
         self._groups = member.argmax(1).tolist()
         self._gradients: gradients.Gradients | None = None
         if loss is not None:
             with training_modes(model, run.header["training"]):
-                kind = gradients.DEFINITIONS[definition or run.definition]
+                kind = gradients.DEFINITIONS[self.definition]
                 self._gradients = kind(loss, model, run.layout, dtype, slices, run.autocast)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,6 +69,13 @@ class Recomputed:
     def has_loss(self) -> bool:
         """Whether there is a truth to hold the shares against."""
         return self._gradients is not None
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """What shares are rounded to on their way, when they were stored, or p.grad was made, or now."""
+        recorded = self.run.precision
+        then = [recorded] if is_low(recorded) or self.run.capture != "replay" else []
+        return precision([*then, self._gradients.precision] if self._gradients is not None else then, self._dtype)
 
     @property
     def coupled(self) -> bool:

@@ -245,9 +245,9 @@ class Run:
 
     @property
     def precision(self) -> torch.dtype:
-        """What a pass rounds to on its way: the run's type, or that of a frozen part in less than single precision, or of an
-        autocast."""
-        types = [getattr(torch, known.dtype) for known in self.digests.values()]
+        """What a pass rounds to on its way: the run's type, or that of a frozen part in less than single precision, of an
+        autocast, or of fewer bits that the model casts to."""
+        types = [t for known in self.digests.values() if is_low(t := getattr(torch, known.dtype))]
         autocast = self.autocast
         return precision([*types, autocast.dtype] if autocast and autocast.rounds(self.dtype) else types, self.dtype)
 

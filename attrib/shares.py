@@ -18,6 +18,8 @@ from .steps import RecordedStep
 
 log = logging.getLogger("attrib")
 
+MOVES, ROUNDED = 4, 16  # times that rounding is looked at, and how much more than was seen there may be of it
+
 
 class Contributions(NamedTuple):
     """values (Q, B, K) float64; scales: the factors in them between an example's gradient and its share, of each pass, None
@@ -67,21 +69,26 @@ class Shares(Recomputed):
         mine = found.values @ self._member
         weights = random_weights(mine.shape[1], step.number, self._theta(step), self._gradients.coarse)
         combined, truth, flow = (np.zeros((len(mine), mine.shape[2])) for _ in range(3))
+        used = []
         for n, recorded in enumerate(step.passes):
             here = weights[recorded.slots]
             sums = np.einsum("b,qbg->qg", here.double().cpu().numpy(), mine[:, recorded.slots])
             direct, size = self._weighted(step, n, here, sensitivity)
             if found.scales is not None:
                 scale = float(found.scales[n])
-            else:  # stored shares have theirs in them: of so many numbers one is fitted
-                fit = fit_scale(torch.from_numpy(sums), torch.from_numpy(direct)) if direct.size > 1 else None
+            else:  # stored shares have theirs in them: of so many numbers one is fitted, a few of which may be rounding
+                fits = (sums / np.where(direct == 0, np.nan, direct)) if direct.size > 1 else np.full(1, np.nan)
+                fit = float(np.nanmedian(fits)) if not np.isnan(fits).all() else 0.0
                 scale = fit or float(self._known(step, fresh=True)[n])
             combined, truth, flow = combined + sums, truth + direct * scale, flow + size * abs(scale)
-        off = np.abs(combined - truth)
-        bound = split_bound(self._precision)
-        gaps = split_gaps(
-            off, np.sqrt(np.square(mine).sum(1)), self._precision, bound * (64 * flow + np.reshape(seen, (-1, 1)))
-        )
+            used.append(abs(scale))
+        off, sizes, bound = np.abs(combined - truth), np.sqrt(np.square(mine).sum(1)), split_bound(self._precision)
+        least = bound * (64 * flow + np.reshape(seen, (-1, 1)))
+        gaps = split_gaps(off, sizes, self._precision, least)
+        if not gaps.max() <= bound:  # a gradient may be rounding alone, as that of a bias before batch norm
+            several = (self._rounding(step, n, weights[p.slots], sensitivity) for n, p in enumerate(step.passes))
+            rounding = sum(scale * each for scale, each in zip(used, several, strict=True))
+            gaps = split_gaps(off, sizes, self._precision, least + ROUNDED * rounding / bound)
         q, g = np.unravel_index(int(gaps.argmax()), gaps.shape)
         if gaps[q, g] <= bound:
             return Split(float(gaps[q, g]))
@@ -93,16 +100,34 @@ class Shares(Recomputed):
     def _weighted(
         self, step: RecordedStep, n: int, weights: Tensor, sensitivity: Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """<d (v . losses) / d theta, U> of the n-th pass, (Q, G), and what these products cancelled from. Where losses
-        depend on each other, that is gradients of the size that they have in the mean of all parameters, at least: that of a
-        bias before batch norm is nothing but what is left of such, which Adam then divides by as little."""
-        with self._pass(step, n) as (shares, batch, factor):
-            pulled = shares.gradient(self._theta(step), batch, weights)[1].double() / factor
-        parts = [(sensitivity[:, part], pulled[part].to(sensitivity)) for _, part in self.run.layout.slices()]
-        usual = float(pulled.norm()) / max(1, len(pulled)) ** 0.5 if shares.coupled else 0.0
+        """<d (v . losses) / d theta, U> of the n-th pass, (Q, G), and what these products cancelled from."""
+        pulled = self._pulled(step, n, weights).to(sensitivity)
+        parts = [(sensitivity[:, part], pulled[part]) for _, part in self.run.layout.slices()]
         direct = torch.stack([u @ g for u, g in parts], 1)
-        size = torch.stack([u.abs() @ g.abs().clamp(min=usual) for u, g in parts], 1)
+        size = torch.stack([u.abs() @ g.abs() for u, g in parts], 1)
         return direct.cpu().numpy() @ self._member, size.cpu().numpy() @ self._member
+
+    def _rounding(self, step: RecordedStep, n: int, weights: Tensor, sensitivity: Tensor) -> np.ndarray:
+        """What rounding may make of that, (Q, G); an entry changes as it does itself, or as those of its tensor do in the
+        mean."""
+        change = self.rounding(step, n, weights)[1].to(sensitivity)
+        each = [(sensitivity[:, part].abs(), change[part]) for _, part in self.run.layout.slices()]
+        return torch.stack([u @ c.clamp(min=float(c.mean())).sqrt() for u, c in each], 1).cpu().numpy() @ self._member
+
+    def rounding(self, step: RecordedStep, n: int, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """d (v . losses) / d theta of the n-th pass, and the mean square of what it changes by where parameters are moved to
+        a neighbour of theirs, up or down: (P,) float64 each. A gradient that cancels changes as what it cancelled from is
+        rounded. What changes by more than rounding (a loss that draws numbers of its own) has none of it: zeros."""
+        plain, eps = self._pulled(step, n, weights), torch.finfo(self._precision).eps
+        signs = (random_weights(len(plain), k, self._theta(step)).sign() for k in range(MOVES))
+        changes = torch.stack([self._pulled(step, n, weights, 1 + eps * sign) - plain for sign in signs])
+        small = float(changes.norm(dim=1).max()) <= split_bound(self._precision) * float(plain.norm())
+        return plain, changes.square().mean(0) * small
+
+    def _pulled(self, step: RecordedStep, n: int, weights: Tensor, moved: Tensor | float = 1.0) -> Tensor:
+        """d (v . losses) / d theta of the n-th pass, (P,) float64. moved (P,): times the parameters."""
+        with self._pass(step, n) as (shares, batch, factor):
+            return shares.gradient(self._theta(step) * moved, batch, weights)[1].double() / factor
 
     def _along(self, step: RecordedStep, sensitivity: Tensor, group: int, scales: np.ndarray) -> np.ndarray:
         """(B,): the truth example by example, along one query's U over one group."""
@@ -164,7 +189,7 @@ class Shares(Recomputed):
             size = sum(abs(scale) * s for scale, s in zip(each, sizes, strict=True))
             # to few bits p.grad is rounded once where it is summed, by half of eps
             eps = float(torch.finfo(self._precision).eps)
-            bound = eps if is_low(self._precision) else split_bound(self._dtype)
+            bound = eps if is_low(self._precision) else split_bound(self._precision)
             return bool((np.abs(total - wanted) <= bound * size).all())
 
         if fits(recorded):

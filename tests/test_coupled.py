@@ -1,5 +1,6 @@
 """Losses of a batch that depend on each other: a share is the derivative of the example's own loss, the batch and all."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import covering
 from torch import Tensor, nn
 
 import attrib
 from attrib import errors
 from attrib.generators import generators, random_state
-from attrib.ledger import Ledger
+from attrib.gradients import ExampleGradients
 
 SIZE = 6
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -166,32 +168,125 @@ def test_with_statistics_frozen_a_share_is_the_gradient_of_the_example_by_itself
     np.testing.assert_allclose(recorded.run.shares(1), torch.stack(alone), rtol=0, atol=1e-13)
 
 
-def test_a_bias_before_batch_norm_that_adam_moves_by_rounding_is_named_and_the_advice_is_true(
+class Small(nn.Module):
+    """A layer whose gradients are a millionth of those of the others, in training; Adam makes up for that."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8, bias=False), norm, nn.Tanh(), nn.Linear(8, 3))
+        self.small = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = self.small(x)
+        out: Tensor = self.net(x) + (small.detach() + 1e-6 * (small - small.detach()) if self.training else small)
+        return out
+
+
+def trained_by_adam(model: nn.Module, store: Path, **options: Any) -> tuple[attrib.Run, Callable[..., attrib.Result]]:
+    """60 steps; the run, and what explains it."""
+    g, kind = torch.Generator().manual_seed(0), next(model.parameters()).dtype
+    x, y = torch.randn(64, 5, generator=g).to(kind), torch.arange(64) % 3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, eps=1e-12)
+    with attrib.record(optimizer, model, cross_entropy, store, **options) as recorder:
+        for step in range(60):
+            index = torch.arange(step * 16, step * 16 + 16) % 60
+            recorder.zero_grad()
+            cross_entropy(model, x[index], y[index]).mean().backward()
+            recorder.step(index, x[index], y[index])
+    run, measured = attrib.open_run(store), attrib.measure.log_prob(x[:3], y[:3])
+    loss = {"loss": cross_entropy, "progress": False}
+    return run, lambda **options: attrib.attribute(run, model.eval(), measured, **{**loss, **options})
+
+
+def normed_by_batch(width: int = 8, kind: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
+    """The gradient of its first bias is zero but for rounding, in float32 some 1e-8, and Adam divides it by its own size."""
+    torch.manual_seed(0)
+    layers = nn.Linear(5, width, bias=bias), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 3)
+    return nn.Sequential(*layers).to(kind)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_shares_of_other_examples_in_a_tensor_of_small_gradients_are_found_coupled_or_not(
+    norm: type[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    run, explain = trained_by_adam(Small(norm(8)), tmp_path / "run")
+    result = explain()
+    assert result.check().identities["split"] < 1e-4
+    assert "remainder" not in result.dataset  # small, and no rounding
+    contract, place = ExampleGradients.contract, list(run.groups).index("small.weight")
+
+    def exchanged(self: ExampleGradients, *given: Any) -> tuple[Tensor, Tensor]:
+        losses, found = contract(self, *given)
+        found[..., place] = found[..., place].roll(1, 1)
+        return losses, found
+
+    monkeypatch.setattr(ExampleGradients, "contract", exchanged)
+    with pytest.raises(errors.SplitIdentityError, match=r"group 'small\.weight'"):
+        explain().check()
+
+
+KINDS = {torch.float32: 1e-6, torch.float64: 1e-15}  # and what is left of the gross
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "capture"), [*covering(KINDS, (1, 8), ("gradients", "replay")), (torch.float32, 1, "replay")]
+)
+def test_a_gradient_of_rounding_alone_is_no_examples_and_a_row_of_the_ledger(
+    kind: torch.dtype, width: int, capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, explain = trained_by_adam(normed_by_batch(width, kind), tmp_path / "run", capture=capture)
+    result = explain()
+    result.check()
+    assert (abs(result.residual) / result.dataset["gross"]).max() < KINDS[kind]
+    aside = result.dataset["group"].values.tolist().index("0.bias")
+    assert (result.by("example", "group").values[..., aside] == 0).all()
+    rows = abs(result.remainder).sum(("query", "step")).values
+    assert rows[aside] > 0
+    assert np.delete(rows, aside).max() == 0
+    first = explain(groups={"first": ["0.*"], "others": ["1.*", "3.*"]})  # that share one derivative along U
+    first.check()
+    np.testing.assert_allclose(first.remainder.sum(("step", "group")), result.remainder.sum(("step", "group")))
+    monkeypatch.setattr(importlib.import_module("attrib.attribute"), "rounding_alone", lambda *given: None)
+    plain = explain()
+    assert (abs(plain.residual) / plain.dataset["gross"]).max() > KINDS[kind]
+    others = [np.delete(r.by("step", "example", "group").values, aside, -1) for r in (plain, result)]
+    np.testing.assert_allclose(*others, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "capture"), [*covering(KINDS, (1, 8), ("gradients", "replay")), (torch.float32, 8, "replay")]
+)
+def test_a_gradient_of_rounding_alone_is_no_share_of_another_example(
+    kind: torch.dtype, width: int, capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, explain = trained_by_adam(normed_by_batch(width, kind), tmp_path / "run", capture=capture, remainder="account")
+    assert "split_failure" not in explain().dataset.attrs
+    monkeypatch.setattr("attrib.shares.ROUNDED", 0)
+    assert "group 'rounding alone'" in explain().dataset.attrs["split_failure"]
+
+
+def test_a_loss_that_draws_numbers_of_its_own_has_no_rounding_to_be_excused_by(tmp_path: Path) -> None:
+    _, explain = trained_by_adam(normed_by_batch(), tmp_path / "run")
+    random = torch.Generator().manual_seed(0)
+
+    def drawing(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model, x, y) * (1 + 0.1 * torch.rand(len(x), generator=random))
+
+    assert "split_failure" in explain(loss=drawing).dataset.attrs
+
+
+def test_by_rows_a_bias_before_batch_norm_is_named_and_the_advice_is_true(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its gradient is zero but for rounding, in float32 some 1e-8, and Adam divides it by its own size."""
-    x, y = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
-
-    def checked(name: str, bias: bool = True, **options: Any) -> Ledger:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(5, 8, bias=bias), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
-        with attrib.record(
-            torch.optim.AdamW(model.parameters(), lr=0.02), model, cross_entropy, tmp_path / name, **options
-        ) as recorder:
-            for step in range(60):
-                index = torch.arange(step * 16, step * 16 + 16) % 60
-                recorder.zero_grad()
-                cross_entropy(model, x[index], y[index]).mean().backward()
-                recorder.step(index, x[index], y[index])
-        run, measured = attrib.open_run(tmp_path / name), attrib.measure.log_prob(x[:3], y[:3])
-        return attrib.attribute(run, model.eval(), measured, loss=cross_entropy, progress=False).check()
-
+    """There the shares of single examples are of order one, and only their sum is rounding."""
+    _, refused = trained_by_adam(normed_by_batch(), tmp_path / "refused", shares="rows")
     with pytest.raises(errors.CompletenessError, match=r'bias=False, or record with remainder="account"'):
-        checked("refused")
-    checked("without", bias=False)
-    assert abs(checked("accounted", remainder="account").terms["remainder"]).max() > 1e-4
-    assert "cancel" not in caplog.text  # the loss of no example depends on it
-    checked("rows without", bias=False, shares="rows")
+        refused().check()
+    caplog.clear()
+    _, without = trained_by_adam(normed_by_batch(bias=False), tmp_path / "without", shares="rows")
+    assert "remainder" not in without().check().terms
     assert "cancel" not in caplog.text
-    checked("rows", remainder="account", shares="rows")  # by rows shares are of order one, and only their sum is not
+    _, accounted = trained_by_adam(normed_by_batch(), tmp_path / "rows", remainder="account", shares="rows")
+    assert abs(accounted().check().terms["remainder"]).max() > 1e-4
     assert "contributions of single examples cancel" in caplog.text

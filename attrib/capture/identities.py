@@ -123,10 +123,11 @@ def fitted(trial: Trial) -> Fit:
     def gross() -> float:
         return heard.clip * _gross(trial, settled)
 
-    bound = ShareBound(examples, gross, trial.penalty)
+    precision = trial.shares.precision
+    bound = ShareBound(examples, gross, trial.penalty, None if trial.shares.coarse else precision)
     scales, reduction = settled.reduction.fit(examples, known, heard.clip, bound)
-    if trial.shares.coarse:
-        bound = ShareBound(examples, gross, trial.penalty, trial.shares.precision)
+    if trial.shares.coarse:  # which is told by the loop's own multiple
+        bound = ShareBound(examples, gross, trial.penalty, precision)
     try:
         gap = batch_identity(trial.shares.layout, examples, known.weighted(scales), step.number, bound)
     except BatchIdentityError as error:

@@ -11,7 +11,6 @@ from dataclasses import replace
 import torch
 
 from ..autocast import Autocast, candidates
-from ..constants import is_low
 from ..errors import ChangedOutsideError
 from ..generators import random_state
 from ..gradients import Gradients
@@ -27,13 +26,15 @@ TrialOf = Callable[[Gradients], Trial]
 def settled_autocast(
     made: Callable[[Autocast | None], Gradients], trial: TrialOf, heard: Heard
 ) -> tuple[Gradients, Autocast | None]:
-    """The gradients under the autocast of the loop, and which it is. made: from an autocast; trial: of the first step."""
+    """The gradients under the autocast of the loop, and which it is: also what a pass rounds to by itself, so that the run
+    knows. made: from an autocast; trial: of the first step."""
     tried: list[tuple[float, Gradients, Autocast | None]] = []
     known = candidates(heard.autocasts)
     for autocast in known:
         shares = made(autocast)
+        here = trial(shares)
         try:
-            device = _pass(trial(shares))
+            device = _pass(here)
             gap = _gap(of_the_loop(trial(shares))) if len(known) > 1 else 0.0
         except RuntimeError as error:  # of types that do not go together, where the loop's do
             if not tried and autocast == known[-1]:
@@ -42,7 +43,7 @@ def settled_autocast(
             continue
         tried.append((gap, shares, autocast))
     _, shares, autocast = min(tried, key=lambda t: t[0])
-    if autocast is None and (len(known) > 1 or is_low(shares.precision)):
+    if autocast is None and (len(known) > 1 or shares.precision != here.step.theta.dtype):
         autocast = replace(known[0] or Autocast(device, shares.precision), around="inside")
     if autocast is not None:
         log.info(

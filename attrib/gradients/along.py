@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batch import Batch
-from ..constants import rounding
+from ..constants import resolution, rounding
 from ..errors import LossError
 from ..functional import Functional, load_forward_mode
 from ..generators import generators, set_generators
@@ -205,11 +205,12 @@ class LossVector:
         parts = [(pulled[n] * u[0]).double() for n, u in one.items()]
         terms, want = found[0, :, 0] * weights, sum(float(p.sum()) for p in parts)
         # both are sums in the loss's precision; a derivative that is missing is missed by order one
+        precision = self._loss.precision
         if self._loss.coarse:
             scale = float(torch.stack([terms.norm(), *(p.norm() for p in parts)]).norm())
-            return abs(float(terms.sum()) - want) <= rounding(self._loss.precision) * scale
+            return abs(float(terms.sum()) - want) <= rounding(precision) * scale
         scale = float(terms.abs().sum()) + sum(float(p.abs().sum()) for p in parts)
-        return abs(float(terms.sum()) - want) <= torch.finfo(theta.dtype).eps ** 0.5 * scale
+        return abs(float(terms.sum()) - want) <= resolution(theta.dtype, precision) ** 0.5 * scale
 
     def _kind(self, batch: Batch) -> Any:
         return self.active, batch.kind

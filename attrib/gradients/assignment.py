@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..constants import is_low, rounding, wide
+from ..constants import is_low, resolution, rounding, wide
 from ..functional import Functional
 from ..generators import generators, random_state
 from .along import random_weights
@@ -194,23 +194,23 @@ def _readings(follow: Follow, batch: Batch, trace: Trace, start: Tensor | None) 
         order[i] = (i + 1) % size
         with random_state(start):
             replaced = follow(batch.take(order))
-        moved = differs(replaced.losses.detach(), trace.losses.detach())
+        moved = differs(replaced.losses.detach(), trace.losses.detach(), trace.precision)
         moved[i] = False
         coupled = coupled or bool(moved.any())
         for change, before, after in zip(changes, trace.sites, replaced.sites, strict=False):
             assert before.value is not None
             assert after.value is not None
             if before.shape == after.shape:
-                change.append((i, differs(after.value, before.value)))
+                change.append((i, differs(after.value, before.value, trace.precision)))
     return [find(site.shape, size, change) for site, change in zip(trace.sites, changes, strict=True)], coupled
 
 
-def differs(a: Tensor, b: Tensor) -> Tensor:
-    """Beyond what the same sums, made in another order, differ by: in few bits by the last of them."""
+def differs(a: Tensor, b: Tensor, precision: torch.dtype) -> Tensor:
+    """Beyond what the same sums, made in another order, differ by: in few bits by the last of them. precision: what the
+    passes that they come from round to."""
     if not a.is_floating_point():
         return a != b
-    eps = torch.finfo(a.dtype).eps
-    bound = eps if is_low(a.dtype) else eps**0.75
+    bound = torch.finfo(a.dtype).eps if is_low(a.dtype) else resolution(a.dtype, precision) ** 0.75
     both = torch.isfinite(a) & torch.isfinite(b)
     largest = float(torch.where(both, b.abs(), 0.0).max()) if b.numel() else 0.0
     return torch.where(both, (a - b).abs() > bound * largest, a != b)
@@ -291,7 +291,7 @@ def contracted(
     except (NotImplementedError, RuntimeError, IndexError):
         return None
     each, kind = (direction * gradient).double(), torch.finfo(gradient.dtype)
-    root = rounding(trace.precision) if trace.coarse else kind.eps**0.5
+    root = rounding(trace.precision) if trace.coarse else resolution(gradient.dtype, trace.precision) ** 0.5
     order = 2 if trace.coarse else 1
 
     def flow() -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..constants import rounding
+from ..constants import resolution, rounding
 from ..errors import ChangedOutsideError, LossError
 from ..functional import Functional
 from ..generators import generators, random_state, set_generators
@@ -130,8 +130,8 @@ class Forms:
 
     def _bound(self, losses: Tensor) -> float:
         """On how far losses of parts of a batch are from those of the whole, which sums in another order."""
-        coarse = self._loss.coarse
-        return rounding(self._loss.precision) if coarse else float(torch.finfo(losses.dtype).eps ** 0.75)
+        precision = self._loss.precision
+        return rounding(precision) if self._loss.coarse else resolution(losses.dtype, precision) ** 0.75
 
     def slices(self, form: Form, batch: Batch) -> Iterator[tuple[Batch, int]]:
         """The batch in slices of one size, so the last may begin with examples seen already: how many."""
@@ -183,7 +183,8 @@ class Forms:
 
     def misread(self, gaps: dict[str, Tensor]) -> list[str]:
         """Parameters with a site whose rows are other examples' in this batch than in the one that they were assigned on."""
-        wrong = [n for n, gap in gaps.items() if not float(gap) <= torch.finfo(gap.dtype).eps ** 0.5]
+        precision = self._loss.precision
+        wrong = [n for n, gap in gaps.items() if not float(gap) <= resolution(gap.dtype, precision) ** 0.5]
         if wrong:
             self._say(len(wrong), "which rows are whose depends on the content of the batch")
         return wrong

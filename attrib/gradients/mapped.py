@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batch import Batch
-from ..constants import is_low, rounding
+from ..constants import is_low, resolution, rounding
 from ..functional import Functional, mapped
 
 log = logging.getLogger("attrib")
@@ -46,5 +46,5 @@ def agree(rows: Tensor, gradient: Tensor, weights: Tensor, precision: torch.dtyp
         bound = rounding(precision) * (terms.norm(dim=0) + gradient.abs())
         bound = bound + torch.finfo(rows.dtype).eps * terms.abs().max()
     else:
-        bound = torch.finfo(rows.dtype).eps ** 0.5 * terms.abs().sum(0).max()
+        bound = resolution(rows.dtype, precision) ** 0.5 * terms.abs().sum(0).max()
     return bool(((terms.sum(0) - gradient).abs() <= bound).all())

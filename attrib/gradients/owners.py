@@ -127,7 +127,9 @@ def owners_of(follow: Follow, batch: Batch, trace: Trace, start: Tensor) -> Owne
             changed = follow(batch.take(_neighbours(others)))
         for n, before in enumerate(plain.sites):
             after = changed.sites[n] if n < len(changed.sites) else None
-            fits[n] = [] if after is None else [r for r in fits[n] if _stays(r, before, after, ~others)]
+            fits[n] = (
+                [] if after is None else [r for r in fits[n] if _stays(r, before, after, ~others, trace.precision)]
+            )
     readings = tuple(fit[0] if alike and len(fit) == 1 else None for fit in fits)
     return Owners(readings, calls, volatile)
 
@@ -146,11 +148,11 @@ def _neighbours(others: Tensor) -> Tensor:
     return torch.where(others, own.roll(-1), own)
 
 
-def _stays(reading: Batchwise, before: Site, after: Site, kept: Tensor) -> bool:
+def _stays(reading: Batchwise, before: Site, after: Site, kept: Tensor, precision: torch.dtype) -> bool:
     """Whether nothing changed in the rows of the examples that were kept."""
     if before.shape != after.shape or before.value is None or after.value is None:
         return False
-    moved = reading.split(differs(after.value, before.value), len(kept))
+    moved = reading.split(differs(after.value, before.value, precision), len(kept))
     return not bool(moved[kept.to(moved.device)].any())
 
 

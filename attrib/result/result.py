@@ -71,7 +71,7 @@ class Result(Labelled):
     @property
     def remainder(self) -> xr.DataArray:
         """(query, step, group): what the gradients held beyond the examples' shares (noise, clipping by value, hooks, what a
-        pass in few bits rounds); zeros where the run accounts for none."""
+        pass in few bits rounds, gradients that are rounding alone); zeros where there is none."""
         return self._row("remainder", self.decay)
 
     @property
