@@ -57,10 +57,11 @@ class Injected(NamedTuple):
 
 @dataclass(frozen=True)
 class Causes:
-    """pair: the runs. via: see above."""
+    """pair: the runs. via: see above. curvature: "exact", or "gauss-newton"."""
 
     pair: Pair
     via: str = "cause"
+    curvature: str = "exact"
 
     def gaps(self, done: Done) -> dict[str, float]:
         """Of a step the identities of the batch and the split, the larger of either run's."""
@@ -157,7 +158,7 @@ class Causes:
         weights[at] = mean
 
         def propagates() -> Tensor:
-            return side.shares.hvp(m.at(middle), v, weights)
+            return side.shares.hvp(m.at(middle), v, weights, self.curvature)
 
         nothing = np.zeros((len(v), len(self.pair.base.run.layout.names)))
         touched = factors.done != 0
@@ -210,7 +211,8 @@ class Causes:
 
         def propagates() -> Tensor:
             products = (
-                side.shares.hvp(m.at(middle), v, m.factors) for side, m in zip(self.pair.sides, made, strict=True)
+                side.shares.hvp(m.at(middle), v, m.factors, self.curvature)
+                for side, m in zip(self.pair.sides, made, strict=True)
             )
             return torch.stack([*products]).mean(0)
 

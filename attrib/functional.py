@@ -14,7 +14,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -81,14 +80,23 @@ def ordinary(t: Any) -> Any:
     return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
 
 
-def mapped(function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | None = None) -> Callable[..., Any]:
-    """`torch.vmap`, without torch's warning where it goes through an operation row by row."""
-    over = torch.vmap(function, in_dims=in_dims, chunk_size=chunk_size)
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Within it without torch's warning where `torch.vmap` goes through an operation row by row."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        yield
+
+
+def mapped(
+    function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | None = None, randomness: str = "error"
+) -> Callable[..., Any]:
+    """`torch.vmap`, without that warning."""
+    over = torch.vmap(function, in_dims=in_dims, chunk_size=chunk_size, randomness=randomness)
 
     @wraps(function)
     def called(*args: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        with unwarned():
             return over(*args)
 
     return called
@@ -208,6 +216,11 @@ class Functional:
             return self.run(*args)
 
     @property
+    def model(self) -> nn.Module:
+        """The one that it was made with."""
+        return self._model
+
+    @property
     def precision(self) -> torch.dtype:
         """What it rounds to on its way: the compute type, or that of a part in less than single precision, of an autocast,
         or of fewer bits that it casts to (float32 in float64: norms, softmax). What it does by itself is known from its
@@ -268,26 +281,6 @@ class Functional:
             return nullcontext()
         self._roundings.heard.add(kind)
         return self._roundings
-
-    def hessian(self, theta: Tensor, *args: Any, weights: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-        """(P,) -> a function v (P,) -> H v (P,), H the Hessian of the sum of what the function returns, times weights where
-        there are some; the graph of the gradient is made once (Pearlmutter 1994). Attention by plain mathematics: other has
-        no second derivative."""
-        point = theta.detach().clone().requires_grad_()
-        parameters = self.layout.unflatten(point)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self.bound(parameters):
-            values = self.run(*args)
-            total = (values if weights is None else values * weights).sum()
-            (gradient,) = torch.autograd.grad(total, point, create_graph=True)
-
-        def product(vector: Tensor) -> Tensor:
-            if not gradient.requires_grad:  # of a linear function
-                return torch.zeros_like(point)
-            with self.bound(parameters):
-                (pulled,) = torch.autograd.grad(gradient, point, vector.to(point), retain_graph=True)
-            return pulled
-
-        return product
 
     @contextmanager
     def bound(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .account import Account, share_bound
 from .asked import Asked, described
 from .causes import Causes, Done
+from .curvature import KINDS
 from .functional import differentiable, uncompiled
 from .kernels import clipping
 from .matching import check_model
@@ -45,6 +46,7 @@ def influence(
     measurement: Any,
     *,
     loss: Callable[..., Tensor],
+    curvature: str = "exact",
     keep: Sequence[str] | Sequence[Sequence[str]] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     dtype: torch.dtype | None = None,
@@ -61,6 +63,8 @@ def influence(
         model: of the recorded architecture; given back as it was.
         measurement: `model -> (Q,)`, or one of `attrib.measure`.
         loss: as given to `attrib.record`.
+        curvature: of the loss, "exact"; or "gauss-newton", of what it makes of the model's outputs alone: stabler where
+            training is chaotic, and then no longer the derivative.
         keep, groups, dtype, progress, memory: see `attrib.attribute`.
         identities: those that are checked: "split", at a few steps, each influence against the derivative of its own loss;
             "tangent", over the last steps, the sensitivities against a tangent that is carried forwards.
@@ -75,19 +79,22 @@ def influence(
     """
     if isinstance(identities, str) or not set(identities) <= set(IDENTITIES):
         raise ValueError(f"identities are none: got {identities!r}, expected some of {IDENTITIES}, such as ('split',).")
+    if curvature not in KINDS:
+        raise ValueError(f"unknown curvature: got {curvature!r}, expected one of {', '.join(map(repr, KINDS))}.")
     model, asked = uncompiled(model), Asked(keep, groups, dtype, progress, memory)
     check_model(run, model)
     grouping = asked.grouping(run)
     pair = alone(run, model, loss, grouping.member)
     question = asked.question(pair, model, measurement, grouping)
     account = Account(*grouping, question.kept, False, share_bound(run.compute, run.compute))
-    sweep = Sweep(Causes(pair), account, "split" in identities, "tangent" in identities)
+    sweep = Sweep(Causes(pair, curvature=curvature), account, "split" in identities, "tangent" in identities)
     found = asked.answered(question, "influence", run.steps, sweep.dataset)
     units = getattr(measurement, "units", "")
     facts = {
         **described(run, measurement),
         "units": f"{units} per unit of weight" if units else "",
         "weight": 1.0,
+        "curvature": curvature,
         "bound": share_bound(run.compute, run.compute),
         "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",
     }
@@ -163,7 +170,7 @@ class Sweep:
         state = {name: torch.zeros_like(theta) for name in begin.end.state}
         for number in range(weights.first, run.steps):
             made = side.made(number, side.active(number))
-            gradient = side.shares.hvp(made.recorded, theta[None], made.factors)[0]
+            gradient = side.shares.hvp(made.recorded, theta[None], made.factors, self.causes.curvature)[0]
             gradient = gradient + side.shares.gradient(made.recorded, made.factors * weights.of(number))
             gradient = clipping.pushed_forward(gradient, made.unclipped, made.clip)
             theta, state = pushed_forward(run.rules, run.layout, made.hyper, made.end, End(state, gradient, theta))

@@ -16,6 +16,7 @@ from . import gradients
 from .batch import Batch
 from .checks import REDUCTIONS, SHARES, Reduction, Totals, weights_of
 from .constants import is_low, precision, wide
+from .curvature import Curvature
 from .errors import LossError
 from .functional import training_modes
 from .generators import random_state
@@ -57,6 +58,7 @@ class Recomputed:
         self._device = next(model.parameters()).device
         self._groups = member.argmax(1).tolist()
         self._gradients: gradients.Gradients | None = None
+        self._slices, self._curvatures = slices, dict[str, Curvature]()
         if loss is not None:
             with training_modes(model, run.header["training"]):
                 kind = gradients.DEFINITIONS[self.definition]
@@ -87,19 +89,29 @@ class Recomputed:
         """Whether losses of a batch may depend on each other, as far as was seen here or when the run was recorded."""
         return self.coupled or bool(self.run.header["settled"]["coupled"])
 
-    def hvp(self, step: RecordedStep, sensitivity: Tensor, weights: np.ndarray | None = None) -> Tensor:
-        """H U (Q, P), U (Q, P), in float64: H the Hessian of sum_i w_i loss_i over the step's examples. weights: w (B,);
-        None for the factors of their losses in it."""
+    def hvp(
+        self, step: RecordedStep, sensitivity: Tensor, weights: np.ndarray | None = None, curvature: str = "exact"
+    ) -> Tensor:
+        """H U (Q, P), U (Q, P), in float64: H the Hessian of sum_i w_i loss_i over the step's examples, by all parameters,
+        those that stood still among them. weights: w (B,); None for the factors of their losses in it. curvature: "exact",
+        or "gauss-newton": of what the loss makes of the model's outputs alone."""
         weights = self.weights(step) if weights is None else weights
-        product = torch.zeros_like(sensitivity, dtype=torch.float64)
+        product, every = torch.zeros_like(sensitivity, dtype=torch.float64), frozenset(self.run.layout.names)
         for n, recorded in enumerate(step.passes):
             here = weights[recorded.slots]
             if here.any():
                 with self._pass(step, n) as (shares, batch, factor):
-                    theta = self._theta(step)
-                    scaled = torch.from_numpy(here / factor).to(theta)
-                    product += shares.hvp(theta, batch, sensitivity.to(theta), scaled).double().to(product.device)
+                    there = self._curvature(curvature).at(every, factor, self._buffers(step))
+                    scaled = torch.from_numpy(here / factor)
+                    product += there.products(self._theta(step), batch, scaled, sensitivity, self.couples).hessian
         return product
+
+    def _curvature(self, kind: str) -> Curvature:
+        """Of the loss; what is learnt of its batches is kept."""
+        if kind not in self._curvatures:
+            assert self._gradients is not None
+            self._curvatures[kind] = Curvature(self._gradients.function, self._slices, kind)
+        return self._curvatures[kind]
 
     def weights(self, step: RecordedStep) -> np.ndarray:
         """(B,): the factor of each example's loss in what the step trained on."""

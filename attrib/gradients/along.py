@@ -34,7 +34,7 @@ from ..functional import Functional, load_forward_mode
 from ..generators import generators, set_generators
 from ..kernels.factors.base import flat_rows
 from ..layout import Layout
-from .checks import check_losses, first_line
+from ..losses import check_losses, first_line
 
 log = logging.getLogger("attrib")
 

@@ -69,6 +69,11 @@ class Gradients(ABC):
         return other
 
     @property
+    def function(self) -> Functional:
+        """The loss bound to the model."""
+        return self._loss
+
+    @property
     def coarse(self) -> bool:
         """Whether a pass rounds to less than single precision on its way, as a frozen part in bfloat16 does. Then a multiple
         of the loss has other gradients than the same multiple of its gradients: to be those of the training loop they have
@@ -99,12 +104,6 @@ class Gradients(ABC):
     @abstractmethod
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(P,), batch, v (B,) -> losses (B,), the sum of the shares times v (P,): by no closed form."""
-
-    def hvp(self, theta: Tensor, batch: Batch, directions: Tensor, weights: Tensor | None = None) -> Tensor:
-        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the sum of the losses, times weights (B,) where there are
-        some, over all parameters."""
-        product = self._loss.hessian(theta, *Batch.of(batch).args, weights=weights)
-        return torch.stack([*map(product, directions)])
 
     @abstractmethod
     def contract(
