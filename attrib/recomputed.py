@@ -100,7 +100,7 @@ class Recomputed:
         for n, recorded in enumerate(step.passes):
             here = weights[recorded.slots]
             if here.any():
-                with self._pass(step, n) as (shares, batch, factor):
+                with self._pass(step, n) as (_, batch, factor):
                     there = self._curvature(curvature).at(every, factor, self._buffers(step))
                     scaled = torch.from_numpy(here / factor)
                     product += there.products(self._theta(step), batch, scaled, sensitivity, self.couples).hessian
