@@ -29,7 +29,7 @@ FLOORS = (
     Floor("the account", ("account", "averaged")),
     Floor("one sweep", ("sweep",)),
     Floor("the long calls", ("attribute", "intervention")),
-    Floor("for people", ("development", "phases", "report")),
+    Floor("for people", ("counterfactual", "development", "phases", "report")),
     Floor("where people train", ("hf", "lightning")),
     Floor("studies", ("studies",)),
     Floor("doors", ("cli", "__init__")),
