@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..functional import differentiable, uncompiled
 from ..interrupt import interruptible
 from ..matching import check_model
 from ..measure import Measurement
+from ..path import Measured
 from ..query import query_of
 from ..run import Run
 from .outcomes import FORMAT, Journal, Outcomes, packed
@@ -52,8 +53,6 @@ def retrain_subsets(
 ) -> Outcomes:
     """Train a run again from its start without each of some sets of examples, and measure each model at the end.
 
-    Counterfactuals that are run: what `attrib.lds` holds scores against.
-
     Args:
         run: from `attrib.open_run`.
         subsets: of each retraining the ids of the examples that it is *without*; all others are trained on as they were.
@@ -76,9 +75,8 @@ def retrain_subsets(
         The outcomes: values (subset, query), base (query,), subsets, a labelled dataset.
 
     Raises:
-        ReplayError: ids that the run does not have, an empty subset, a batch that none is left of, a loss that is not the
-            recorded one, `at_once` that cannot be. ModelMismatchError, MeasurementError. StoreExistsError: the file holds
-            outcomes of something else. All of it before anything is trained.
+        ReplayError: ids that the run does not have, an empty subset, a batch that none is left of, another loss, `at_once`
+            that cannot be. StoreExistsError: the file holds other outcomes. All of it before anything is trained.
         Interrupted: Ctrl-C; WorkerError: a worker died. `result` has the outcomes that are done.
 
     Example:
@@ -87,24 +85,47 @@ def retrain_subsets(
         >>> attrib.lds(attrib.attribute(run, model, measurement, loss=loss), subsets, outcomes)  # doctest: +SKIP
     """
     _check_asked(run, executor, at_once)
+    work = Retraining(run, uncompiled(model), loss, _measured(run, model, measurement, dtype), backward, penalty)
+    changes = changes_of(run, subsets, weight)
+    work.check()
+    pieces = _pieces(work, changes, at_once, executor)
+    journal = Journal(None if store is None else Path(store), _header(run, changes, measurement, work))
+    with tqdm(total=len(changes), desc="retrain", unit="run", delay=2, disable=not progress) as bar:
+        _train(work, changes, journal, pieces, bar)
+    return journal.outcomes()
+
+
+class Pieces(NamedTuple):
+    """How the retrainings are gone through: so many at once, side by side or not, by whom."""
+
+    length: int
+    together: bool
+    executor: Executor | None
+
+
+def _pieces(work: Retraining, changes: Changes, at_once: int | None, executor: Executor | None) -> Pieces:
+    size = _at_once(work, changes, at_once)
+    length = size if executor is None else min(size, -(-len(changes) // PIECES))
+    return Pieces(length, size > 1, executor)
+
+
+def _measured(run: Run, model: nn.Module, measurement: Any, dtype: torch.dtype | None) -> Measured:
     model = uncompiled(model)
     check_model(run, model)
-    changes = changes_of(run, subsets, weight)
-    device, states = next(model.parameters()).device, range(run.steps)
-    measured = query_of(run, model, measurement, dtype, run.whole(run.steps).to(device), states)
-    work = Retraining(run, model, loss, measured, backward, penalty)
-    work.check()
-    size = _at_once(work, changes, at_once)
-    journal = Journal(None if store is None else Path(store), _header(run, changes, measurement, work))
+    whole = run.whole(run.steps).to(next(model.parameters()).device)
+    return query_of(run, model, measurement, dtype, whole, range(run.steps))
+
+
+def _train(work: Retraining, changes: Changes, journal: Journal, pieces: Pieces, bar: Any) -> None:
+    """All that the journal does not have."""
+    bar.update(len(journal.done))
     left = [n for n in range(len(changes)) if n not in journal.done]
-    length = size if executor is None else max(1, min(size, -(-len(left) // PIECES)))
-    pieces = [left[lo : lo + length] for lo in range(0, len(left), length)]
-    bar = tqdm(total=len(changes), initial=len(journal.done), desc="retrain", unit="run", delay=2, disable=not progress)
-    with bar, interruptible() as request:
+    parts = [left[lo : lo + pieces.length] for lo in range(0, len(left), pieces.length)]
+    with interruptible() as request:
         try:
-            for piece, values in _done(work, changes, pieces, size > 1, executor):
-                journal.add(piece, values)
-                bar.update(len(piece))
+            for part, values in _done(work, changes, parts, pieces):
+                journal.add(part, values)
+                bar.update(len(part))
                 if request.asked and len(journal.done) < len(changes):
                     raise Interrupted(
                         f"interrupted: got {len(journal.done)} of {len(changes)} outcomes. They are the .result of this "
@@ -114,26 +135,25 @@ def retrain_subsets(
         except WorkerError as error:
             error.result = journal.outcomes() if journal.done else None
             raise
-    return journal.outcomes()
 
 
 def _done(
-    work: Retraining, changes: Changes, pieces: Sequence[list[int]], together: bool, executor: Executor | None
+    work: Retraining, changes: Changes, parts: Sequence[list[int]], pieces: Pieces
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Each piece and its values, in order."""
-    if executor is None:
-        yield from ((piece, work.outcomes(changes.at(piece), together)) for piece in pieces)
+    """Each part and its values, in order."""
+    if pieces.executor is None:
+        yield from ((part, work.outcomes(changes.at(part), pieces.together)) for part in parts)
         return
-    tasks, waiting = Tasks(executor, work, AHEAD), deque(pieces)
+    tasks, waiting = Tasks(pieces.executor, work, AHEAD), deque(parts)
     under_way: deque[tuple[list[int], Any]] = deque()
     try:
         while waiting or under_way:
             while waiting and len(under_way) < AHEAD:
-                piece = waiting.popleft()
-                where = f"the subsets {piece[0]} to {piece[-1]}"
-                under_way.append((piece, tasks.task(where, "outcomes", changes.at(piece), together)))
-            piece, later = under_way.popleft()
-            yield piece, later.result()
+                part = waiting.popleft()
+                where = f"the subsets {part[0]} to {part[-1]}"
+                under_way.append((part, tasks.task(where, "outcomes", changes.at(part), pieces.together)))
+            part, later = under_way.popleft()
+            yield part, later.result()
     finally:
         for _, later in under_way:
             later.cancel()

@@ -53,22 +53,14 @@ def lds(
     """
     table = score_table(scores, outcomes.dataset["example"].values if examples is None and _is(outcomes) else examples)
     changed, weight, values = _asked(subsets, outcomes, table)
-    if values.shape[1] != table.sizes["query"]:
-        raise ValueError(
-            f"scores and outcomes are of different queries: got {table.sizes['query']} and {values.shape[1]}, expected as "
-            f"many, at lds."
-        )
+    _check_numbers(table.values, values)
     if len(values) < 3 or resamples < 1 or not 0 < level < 1:
         raise ValueError(
             f"there is nothing to correlate: got {len(values)} subsets, {resamples} resamples, level {level}, expected at "
             f"least 3 subsets, 1 resample and a level between 0 and 1, at lds."
         )
-    for name, array in (("scores", table.values), ("outcomes", values)):
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} are not finite: got {int((~np.isfinite(array)).sum())} that are not, at lds.")
     predicted = (changed * (weight - 1)[:, None]) @ table.values.T  # (S, Q)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(values), (resamples, len(values)))
+    drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
     found = np.array([spearman(predicted[None, :, q], values[None, :, q])[0] for q in range(values.shape[1])])
     spread = np.stack(
         [spearman(predicted[drawn, q], values[drawn, q]) for q in range(values.shape[1])]
@@ -181,6 +173,18 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (rankdata(x, axis=1), rankdata(y, axis=1)))
     size = np.sqrt((a * a).sum(1) * (b * b).sum(1))
     return np.divide((a * b).sum(1), size, out=np.full(len(size), np.nan), where=size > 0)
+
+
+def _check_numbers(scores: np.ndarray, outcomes: np.ndarray) -> None:
+    """(Q, N), (S, Q)"""
+    if len(scores) != outcomes.shape[1]:
+        raise ValueError(
+            f"scores and outcomes are of different queries: got {len(scores)} and {outcomes.shape[1]}, expected as many, at "
+            f"lds."
+        )
+    for name, array in (("scores", scores), ("outcomes", outcomes)):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} are not finite: got {int((~np.isfinite(array)).sum())} that are not, at lds.")
 
 
 def _is(outcomes: Any) -> bool:
