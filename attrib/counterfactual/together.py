@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..constants import is_low
 from ..functional import Functional, mapped
@@ -66,10 +67,13 @@ class Stack:
             at += len(each.ids)
 
     def _total(self, args: tuple[Any, ...], weights: Tensor) -> Tensor:
+        """Attention by plain mathematics: torch maps other over copies one by one."""
+
         def one(named: dict[str, Tensor], w: Tensor) -> Tensor:
             return (w * self._loss(named, *args)).sum()
 
-        total: Tensor = mapped(one)(self.parameters, weights).sum()
+        with sdpa_kernel(SDPBackend.MATH):
+            total: Tensor = mapped(one)(self.parameters, weights).sum()
         return total
 
     def step(self, scheduled: Scheduled, factors: Tensor) -> None:
