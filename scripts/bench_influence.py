@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,12 @@ class Case:
     def states(self) -> list[int]:
         return np.linspace(self.run.steps / CHECKPOINTS, self.run.steps, CHECKPOINTS).astype(int).tolist()
 
-    def rate(self, step: int) -> float:
-        group = self.run.optimizer(self.model, step).param_groups[0]
-        return float(group["lr"])
+    @cached_property
+    def rates(self) -> list[float]:
+        """The learning rate of every step, and that of the last once more."""
+        column = self.run.rules[0].hyper.index("lr")
+        found = self.run.reader.read("hyper", slice(0, self.run.steps))[:, 0, column].tolist()
+        return [*found, found[-1]]
 
 
 def _log_prob(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -177,7 +181,7 @@ def export(case: Case) -> None:
     }
     np.savez(case.folder / "checkpoints.npz", **states)
     facts = {"model": case.setting.model, "arguments": case.setting.arguments}
-    facts["rates"] = [case.rate(step) for step in case.states()]
+    facts["rates"] = [case.rates[step] for step in case.states()]
     (case.folder / "setting.json").write_text(json.dumps(facts))
 
 
@@ -211,12 +215,12 @@ def tracin(case: Case) -> Any:
     for step in range(case.run.steps):
         index = case.run.index(step)
         dots = -case.gradients(step, query_x, query_y) @ -case.gradients(step, x[index], y[index]).T
-        np.add.at(found.T, index, case.rate(step) * dots.numpy().T / len(index))
+        np.add.at(found.T, index, case.rates[step] * dots.numpy().T / len(index))
     return found[:, case.run.examples]
 
 
 def tracin_checkpoints(case: Case) -> Any:
-    return sum(case.rate(step) * _dots(case, step) for step in case.states())
+    return sum(case.rates[step] * _dots(case, step) for step in case.states())
 
 
 def gradient_dot(case: Case) -> Any:

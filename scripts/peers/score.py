@@ -154,7 +154,10 @@ def traker(given: Exported) -> Tensor:
     from trak.projectors import BasicProjector, ProjectionType
 
     model, size = given.model, sum(p.numel() for p in given.model.parameters())
-    projector = BasicProjector(size, PROJECTED, 0, ProjectionType.normal, "cpu", block_size=100, dtype=torch.float32)
+    # in several blocks: a single one is given up after the training examples, and then missed
+    projector = BasicProjector(
+        size, PROJECTED, 0, ProjectionType.normal, "cpu", block_size=PROJECTED // 2, dtype=torch.float32
+    )
     with tempfile.TemporaryDirectory() as folder:
         found = TRAKer(
             model,
