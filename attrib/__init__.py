@@ -25,6 +25,15 @@ if not (Path(__file__).parent / "kernels").exists():
 from . import errors, hf, intervention, lightning, measure, report
 from .attribute import attribute
 from .batch import shared
+from .counterfactual import (
+    Outcomes,
+    lds,
+    leave_out,
+    mislabelled_auc,
+    open_outcomes,
+    random_subsets,
+    retrain_subsets,
+)
 from .development import (
     ablate,
     barrier,
@@ -57,6 +66,7 @@ __all__ = [
     "GaussLegendre",
     "Influence",
     "Midpoint",
+    "Outcomes",
     "Phases",
     "Plan",
     "Recorder",
@@ -78,18 +88,24 @@ __all__ = [
     "influence",
     "interpolate",
     "intervention",
+    "lds",
+    "leave_out",
     "lightning",
     "measure",
+    "mislabelled_auc",
     "moves",
     "onset",
+    "open_outcomes",
     "open_result",
     "open_run",
     "phases",
     "plan",
+    "random_subsets",
     "record",
     "replay",
     "report",
     "retrain",
+    "retrain_subsets",
     "settled",
     "shared",
     "similarity",

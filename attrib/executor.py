@@ -80,8 +80,8 @@ class Serial:
         return Done(self._work.contract(piece, traced))
 
 
-class Workers:
-    """The workers of an executor.
+class Tasks:
+    """Work sent to the workers of an executor, a task at a time. ahead: tasks that may be under way.
 
     Raises:
         WorkerError: something of the work cannot be sent.
@@ -89,26 +89,19 @@ class Workers:
 
     def __init__(self, executor: Executor, work: Any, ahead: int) -> None:
         self._executor, self.ahead, self._key = executor, ahead, uuid.uuid4().hex
-        self.length = max(1, min(int(work.sensitivity.at_once), len(work.window) // PIECES))
         self._introduced = 0  # tasks that the work was sent with
         try:
-            blocks = -(-ahead * self.length // work.run.trajectory.block) + 1
-            self._work = packed((torch.get_default_dtype(), replace(work, blocks=blocks)))
+            self._work = packed((torch.get_default_dtype(), work))
         except Exception as error:
             raise WorkerError(
                 f"the work cannot be sent to a worker: got {type(error).__name__}: {error}, expected model, measurement and "
                 f"loss that pickle. Define them at the top of a module, or install cloudpickle (attrib[dask])."
             ) from error
 
-    def prepare(self, piece: range) -> "Remote":
-        return self._task(piece, "prepare", piece)
-
-    def contract(self, piece: range, traced: Any) -> "Remote":
-        return self._task(piece, "summed", piece, traced)
-
-    def _task(self, piece: range, method: str, *arguments: Any) -> "Remote":
+    def task(self, where: str, method: str, *arguments: Any) -> "Remote":
+        """A method of the work, on a worker. where: what it is done to, for errors."""
         self._introduced += 1
-        return Remote(self, piece, (method, packed(arguments)), introduced=self._introduced <= self.ahead)
+        return Remote(self, where, (method, packed(arguments)), introduced=self._introduced <= self.ahead)
 
     def send(self, task: tuple[str, bytes], introduced: bool) -> "Future[bytes]":
         """Once more if need be; `introduced`: with the work itself, for workers that do not have it yet."""
@@ -123,23 +116,42 @@ class Workers:
             return future
 
 
-class Remote:
-    """What a worker will have given for the steps of a piece."""
+class Workers(Tasks):
+    """The workers of an executor, for a sweep."""
 
-    def __init__(self, workers: Workers, piece: range, task: tuple[str, bytes], introduced: bool) -> None:
-        self._workers, self._piece, self._task = workers, piece, task
-        self._future = workers.send(task, introduced)
+    def __init__(self, executor: Executor, work: Any, ahead: int) -> None:
+        self.length = max(1, min(int(work.sensitivity.at_once), len(work.window) // PIECES))
+        blocks = -(-ahead * self.length // work.run.trajectory.block) + 1
+        super().__init__(executor, replace(work, blocks=blocks), ahead)
+
+    def prepare(self, piece: range) -> "Remote":
+        return self.task(_steps(piece), "prepare", piece)
+
+    def contract(self, piece: range, traced: Any) -> "Remote":
+        return self.task(_steps(piece), "summed", piece, traced)
+
+
+def _steps(piece: range) -> str:
+    return f"the steps {piece.start} to {piece.stop}"
+
+
+class Remote:
+    """What a worker will have given for a task. where: what it is done to."""
+
+    def __init__(self, tasks: Tasks, where: str, task: tuple[str, bytes], introduced: bool) -> None:
+        self._tasks, self._where, self._task = tasks, where, task
+        self._future = tasks.send(task, introduced)
 
     def result(self) -> Any:
         try:
             answer = self._future.result()
             if answer == UNKNOWN:
-                self._future = self._workers.send(self._task, introduced=True)
+                self._future = self._tasks.send(self._task, introduced=True)
                 answer = self._future.result()
         except Exception as error:  # not of the work: that comes back as an answer
             raise WorkerError(
-                f"a worker died, or could not be reached: got {type(error).__name__}: {error}, at the steps "
-                f"{self._piece.start} to {self._piece.stop}. What was done before is the .result of this exception; repeat "
+                f"a worker died, or could not be reached: got {type(error).__name__}: {error}, at "
+                f"{self._where}. What was done before is the .result of this exception; repeat "
                 f"the call with an executor that works, with fewer workers where memory ran out."
             ) from error
         well, value = unpacked(answer)

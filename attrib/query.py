@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .buffers import with_buffers
 from .errors import MeasurementError
 from .path import Measured
 from .run import Run
@@ -50,3 +51,10 @@ def query_of(
             raise error from None
         log.info("the measurement is computed in %s, the type of its own tensors", run.compute)
         return found
+
+
+def state_of(run: Run, model: nn.Module) -> Tensor:
+    """(P + E,): the state that a model of the run's architecture holds, as `run.whole` gives those of the run."""
+    own, buffers = dict([*model.named_parameters(), *model.named_buffers()]), run.trajectory.buffers.floating
+    theta = run.layout.flatten(own[name] for name in run.groups)
+    return with_buffers(theta, buffers.flatten(own[name] for name in buffers.names)) if buffers.names else theta

@@ -30,7 +30,7 @@ FLOORS = (
     Floor("what separates two runs", ("asked", "causes")),
     Floor("one sweep", ("sweep",)),
     Floor("the long calls", ("attribute", "difference", "influence", "intervention")),
-    Floor("for people", ("development", "phases", "report")),
+    Floor("for people", ("counterfactual", "development", "phases", "report")),
     Floor("where people train", ("hf", "lightning")),
     Floor("studies", ("studies",)),
     Floor("doors", ("cli", "__init__")),

@@ -12,11 +12,11 @@ import xarray as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..buffers import with_buffers
 from ..errors import ReplayError
 from ..intervention import Intervention, retrain
 from ..intervention.base import Window
 from ..layout import match_names
+from ..query import state_of
 from ..run import Run
 from .curves import evaluate, labelled, values_of
 
@@ -88,15 +88,7 @@ def _measured(
     found = {}
     for state, trained in states:
         if state in at:
-            own, buffers = (
-                dict([*trained.named_parameters(), *trained.named_buffers()]),
-                run.trajectory.buffers.floating,
-            )
-            theta = run.layout.flatten(own[name] for name in run.groups)
-            whole = (
-                with_buffers(theta, buffers.flatten(own[name] for name in buffers.names)) if buffers.names else theta
-            )
-            found[state] = values(whole).double().cpu().numpy()
+            found[state] = values(state_of(run, trained)).double().cpu().numpy()
         if state >= at[-1]:
             break
     return found

@@ -50,7 +50,7 @@ def prepare(run: Run, start: int, interventions: Interventions, loop: Loop) -> C
     schedule = Schedule(run, next(loop.model.parameters()).device, loop.batches)
     schedule.check(steps.stop)
     first, last = min(steps.start, run.steps - 1), min(steps.stop, run.steps)
-    backward = _as_said(loop.backward) if loop.backward else _reduction(run, first, last)
+    backward = _as_said(loop.backward) if loop.backward else partial(_reduced, reduction_of(run, first, last))
     model = deepcopy(loop.model)
     run.load(model, steps.start)
     optimizer = run.optimizer(model, steps.start)
@@ -98,8 +98,12 @@ def _checked(run: Run, steps: range, interventions: Interventions) -> tuple[Inte
     return changes
 
 
-def _reduction(run: Run, start: int, until: int) -> Reduced:
-    """The mean, over the passes or over the examples, or the sum: whichever the recorded scales of every step are."""
+def reduction_of(run: Run, start: int, until: int) -> str:
+    """ "mean" over the passes, "pooled" over the examples, or "sum": whichever the recorded scales of every step are.
+
+    Raises:
+        ReplayError: they are none of these.
+    """
     if run.declares_remainder:
         raise ReplayError(
             "the loop did more than take the mean or the sum: got a run with a remainder, of which no function is recorded. "
@@ -114,7 +118,7 @@ def _reduction(run: Run, start: int, until: int) -> Reduced:
         for n, here in enumerate(there):
             expected[n, here] = weights_of(kind, sizes[n, here].tolist())
         if (scales == expected)[there].all():
-            return partial(_reduced, kind)
+            return kind
     n = int(((scales != expected) & there).any(1).argmax()) if kind == "sum" else 0
     mean = weights_of("mean", sizes[n, there[n]].tolist())
     off = int((scales[n, there[n]] != mean).argmax())
