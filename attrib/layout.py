@@ -16,6 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGE = (
+    4 << 20
+)  # bytes from which numpy asks for huge pages and torch does not: a copy to them takes a third of the time
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -48,7 +52,13 @@ class Layout:
 
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Tensors in the order of `names` -> a new vector (P,)."""
-        return torch.cat([t.detach().reshape(-1) for t in tensors])
+        parts = [t.detach().reshape(-1) for t in tensors]
+        size, dtype = sum(map(len, parts)), parts[0].dtype
+        plain = all(t.dtype == dtype and t.device.type == "cpu" for t in parts)
+        if not plain or size * dtype.itemsize < LARGE:
+            return torch.cat(parts)
+        memory = np.empty(size * dtype.itemsize, np.uint8)
+        return torch.cat(parts, out=torch.from_numpy(memory).view(dtype))
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (..., P) -> views by name, (..., *shape)."""

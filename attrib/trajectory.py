@@ -53,9 +53,11 @@ class Trajectory:
     def states(self, first: int, stop: int, last: Tensor | None = None) -> Tensor:
         """(stop - first + 1, P). last: the state at `stop`, where it is known already."""
         if self._every == 1:
-            read = self.reader.tensor("theta", slice(first, stop)) if stop > first else None
-            ends = (self.state(stop) if last is None else last)[None]
-            return ends if read is None else torch.cat([read, ends])
+            if last is None:
+                return self.reader.tensor("theta", slice(first, stop + 1))
+            read = self.reader.tensor("theta", slice(first, stop), more=1)
+            read[-1] = last
+            return read
         begin = first - first % self.block
         start = self._start(begin)
         found = [start[0], *self._steps(self._rerun(begin, start), begin, stop)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -80,7 +80,7 @@ class CheckedStore(WrapperStore[Store]):
         if value is None:
             raise missing(key, self.where)
         if name != DIGESTS:
-            await self._check(key, value.as_buffer_like())
+            await self._check(key, digest(self.facts["id"], key, value.as_buffer_like()))
         check_packed(len(value), chunk_bytes(await self._document(name)), key, self.where)
         return value
 
@@ -128,14 +128,27 @@ class CheckedStore(WrapperStore[Store]):
         tables = *facts["rows"], *facts["shared"], *facts["ids"]
         return max(int(facts["written_steps"]) + 1, facts["slots"], facts["sealed"]["closed"], *tables)
 
-    async def _check(self, key: str, content: Any) -> None:
+    def file(self, key: str, size: int) -> BinaryIO | None:
+        """A chunk's file, to be read past zarr and then checked; None where it is not of that size, or no file."""
+        return self._store.file(key, size) if isinstance(self._store, Disk) else None
+
+    def check(self, key: str, word: int) -> None:
+        """Raise StoreError where a chunk's digest is not in the set."""
+        if not self._knows(word):
+            sync(self._check(key, word))
+
+    def _knows(self, word: int) -> bool:
+        if self._known is None:
+            return False
+        at = int(np.searchsorted(self._known, np.uint64(word)))
+        return at < len(self._known) and int(self._known[at]) == word
+
+    async def _check(self, key: str, word: int) -> None:
         """Raise StoreError where a chunk is not in the set, as it is now: a run may go on while it is read."""
-        word = np.uint64(digest(self.facts["id"], key, content))
         for again in (False, True):
             if self._known is None or again:
                 self._known = await self._digests(again)
-            at = int(np.searchsorted(self._known, word))
-            if at < len(self._known) and self._known[at] == word:
+            if self._knows(word):
                 return
         raise StoreError(
             f"a chunk is damaged: its digest is another one, expected the bytes that were written there, at file {key} in "

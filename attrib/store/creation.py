@@ -210,7 +210,6 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
             dtype,
             dims,
             fill,
-            steps=name == "theta" and every == 1,
             attributes={"facts": list(FACT_NAMES[name])} if name in FACT_NAMES else None,
         )
 
@@ -227,7 +226,7 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
     passes = len(first.passes)
     add("passes", (passes, len(PASS_FACTS)), (n, passes, len(PASS_FACTS)), np.float64)
     for key, value in (first.state or {}).items():
-        add(f"state/{key}", (size,), (1, size), value.dtype, ("frame", "parameter"))
+        add(f"state/{key}", (size,), (1, min(size, STATE_BYTES // value.itemsize)), value.dtype, ("frame", "parameter"))
     for name, values in first.shares.items():
         at_once = max(1, min(slots, CHUNK_BYTES // max(1, n * values[0].nbytes)))
         rest = ("parameter",) if name == "gradients" else tuple(f"d{d}" for d in range(values.ndim - 1))

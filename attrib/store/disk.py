@@ -9,8 +9,9 @@ import asyncio
 import os
 import stat
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -46,7 +47,23 @@ class Disk(LocalStore):
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
         await self._ensure_open()
-        await asyncio.to_thread(self._write, self.root / key, value.as_buffer_like())
+        await asyncio.to_thread(self.put, key, [value.as_buffer_like()])
+
+    def put(self, key: str, parts: Sequence[Any]) -> None:
+        """Write a file of some bytes, one behind the other."""
+        self._write(self.root / key, parts)
+
+    def file(self, key: str, size: int) -> BinaryIO | None:
+        """A file that holds so many bytes, to be read; None where it is not there or of another size."""
+        self._inside(key)
+        try:
+            file = open(self.root / key, "rb", buffering=0)  # noqa: SIM115 - the caller's
+        except OSError:
+            return None
+        if os.fstat(file.fileno()).st_size == size:
+            return file
+        file.close()
+        return None
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         if not (self.root / key).exists():
@@ -70,14 +87,15 @@ class Disk(LocalStore):
         self._files.clear()
         self._folders.clear()
 
-    def _write(self, path: Path, content: Any) -> None:
+    def _write(self, path: Path, parts: Sequence[Any]) -> None:
         self._make(path.parent)
         # never empty under its name: what replaces another file, and the header, before which there is nothing
         at_once = path.exists() or path == self.root / HEADER
         beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
         try:
             with open(beside, "wb") as file:
-                file.write(content)
+                for part in parts:
+                    file.write(part)
                 if at_once:
                     file.flush()
                     os.fsync(file.fileno())

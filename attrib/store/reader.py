@@ -17,6 +17,7 @@ from ..batch import Batch
 from ..constants import to_tensor
 from ..errors import StoreError
 from ..inputs import Form, batch_of, counts
+from . import vectors
 from .checked import CheckedStore, check_present
 from .facts import check_facts
 from .metadata import HEADER
@@ -120,8 +121,9 @@ class Reader:
             self._arrays[name] = open_array(self.store, name)
         return self._arrays[name]
 
-    def read(self, name: str, rows: slice | int | None = None) -> np.ndarray:
-        """`array[rows]` along the first axis, after checking that its chunks are there."""
+    def read(self, name: str, rows: slice | int | None = None, more: int = 0) -> np.ndarray:
+        """`array[rows]` along the first axis, after checking that its chunks are there. more: rows of vectors behind them,
+        for the caller to fill."""
         array = self.array(name)
         if rows is None:
             chosen = slice(0, array.shape[0]) if array.ndim else slice(0, 0)
@@ -134,12 +136,23 @@ class Reader:
             )
         slots = self._slots(name, array)
         check_present(self.store, array, self._keys(array, chosen))
-        values = read_array(array, (chosen, *slots) if array.ndim else ..., self.target)
+        if vectors.are_vectors(array):
+            values = self._vectors(array, chosen, more)
+        else:
+            values = read_array(array, (chosen, *slots) if array.ndim else ..., self.target)
+            values = np.concatenate([values, np.empty((more, *values.shape[1:]), values.dtype)]) if more else values
         return values[0] if isinstance(rows, int) else values
 
-    def tensor(self, name: str, rows: slice | int | None = None) -> Tensor:
+    def _vectors(self, array: zarr.Array, rows: slice, more: int) -> np.ndarray:
+        count = rows.stop - rows.start
+        values = np.empty((count + more, array.shape[1]), array.dtype)
+        for packed in vectors.take(self.store, array, rows.start, values[:count]):
+            values[packed.start - rows.start : packed.stop - rows.start] = read_array(array, packed, self.target)
+        return values
+
+    def tensor(self, name: str, rows: slice | int | None = None, more: int = 0) -> Tensor:
         """The same as a tensor; what was stored as integers, because numpy lacks the parameters' type, in that type."""
-        values = self.read(name, rows)
+        values = self.read(name, rows, more)
         return to_tensor(values, self.header["dtype"]) if values.dtype.kind == "i" else torch.from_numpy(values)
 
     @property

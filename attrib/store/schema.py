@@ -51,7 +51,7 @@ from typing import Any
 
 import zarr
 from zarr.abc.store import Store
-from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import StorePath
 
 FORMAT = 4
@@ -61,7 +61,7 @@ CHUNK_BYTES = 2 << 20
 COMMIT_SECONDS = 3.0  # a block that takes longer to fill is committed as it grows
 COMMIT_SHARE = 0.02  # of the time, at most, goes into that
 DIGESTS = "digests"  # the array, see `seal`
-STATE_BYTES = 8 << 20  # of a chunk of parameters or gradients, which are read whole: larger chunks cost less to write
+STATE_BYTES = 64 << 20  # of a chunk of parameters or gradients, which are read whole: those of a block
 
 LOGS = ("loss", "batch_identity", "step_identity", "split_identity", "remainder", "seconds")
 FACTS = LOGS  # columns of `facts`
@@ -104,14 +104,9 @@ def create(
     dtype: Any,
     dimensions: tuple[str, ...],
     fill: int = 0,
-    steps: bool = False,
     attributes: dict[str, Any] | None = None,
 ) -> zarr.Array:
-    """An array with fast lossless compression and a checksum on every chunk.
-
-    fill: what stands beyond its edge. steps: rows (step, parameter) are states of a training run; those of one parameter are
-    stored side by side, of which the compressor leaves three quarters, where rows one after the other leave nine tenths.
-    """
+    """An array with fast lossless compression and a checksum on every chunk. fill: what stands beyond its edge."""
     return group.create_array(
         name,
         shape=shape,
@@ -119,7 +114,7 @@ def create(
         dtype=dtype,
         dimension_names=dimensions,
         fill_value=fill,
-        filters=(TransposeCodec(order=(1, 0)),) if steps else (),
+        filters=(),
         compressors=compressors(),
         config=_EVERY_CHUNK,
         attributes=attributes,

@@ -19,6 +19,7 @@ import numpy as np
 from ..ending import at_end
 from ..errors import StoreError
 from ..generators import generators
+from . import vectors
 from .creation import PADDING, OpenStore, Placed, StepRecord, create_store, lengths_of
 from .owner import check_target, read_header
 from .place import locate
@@ -259,7 +260,7 @@ class Writer:
         if piece.records:
             self._put_block(piece, follows)
         if piece.last and (piece.facts["complete"] if every > 1 else not piece.records):
-            self._put("theta", -(-piece.stop // every), piece.after[None])
+            self._put_vectors("theta", -(-piece.stop // every), [piece.after])
         committed = piece.stop - (every == 1 and not follows)
         counts = {"committed_steps": committed, "written_steps": piece.stop}
         # in no chunk: one that is replaced is there for this header and for the one before
@@ -288,10 +289,10 @@ class Writer:
         last = [piece.after] if follows and lengths.states_every == 1 else []
         states = [*(r.theta for r in records if r.theta is not None), *last]
         if states:
-            self._put("theta", start // lengths.states_every, self._stacked("theta", states))
-        self._put("gradient", start, self._stacked("gradient", [r.gradient for r in records]))
+            self._put_vectors("theta", start // lengths.states_every, states)
+        self._put_vectors("gradient", start, [r.gradient for r in records])
         if records[0].penalty is not None:
-            self._put("penalty", start, np.stack([r.penalty for r in records if r.penalty is not None]))
+            self._put_vectors("penalty", start, [r.penalty for r in records if r.penalty is not None])
         self._put("hyper", start, np.stack([r.hyper for r in records]))
         self._put("index", start, _padded([p.ids for p in piece.placed], width, PADDING["index"]))
         self._put("row", start, _padded([p.rows for p in piece.placed], width, PADDING["row"]))
@@ -305,7 +306,7 @@ class Writer:
         for dtype in records[0].buffers:
             self._put(f"buffers/{dtype}", start, np.stack([r.buffers[dtype] for r in records]))
         for key, value in (records[0].state or {}).items():
-            self._put(f"state/{key}", start // lengths.frame, value[None])
+            self._put_vectors(f"state/{key}", start // lengths.frame, [value])
         self._store.examples.commit()
         self._store.ids.commit()
 
@@ -332,6 +333,14 @@ class Writer:
         array = self._store.arrays[name]
         array.resize((start + len(values), *values.shape[1:]))
         array[start:] = values
+
+    def _put_vectors(self, name: str, start: int, rows: list[np.ndarray]) -> None:
+        """(P,) each. What fills chunks is not copied."""
+        array = self._store.arrays[name]
+        array.resize((start + len(rows), len(rows[0])))
+        done = vectors.put(self._store.sealing, array, start, rows)
+        if done < len(rows):
+            array[start + done :] = self._stacked(name, rows[done:])
 
 
 def _numbers(record: StepRecord, placed: Placed) -> np.ndarray:
