@@ -41,10 +41,11 @@ def open_result(store: Any) -> Any:
         raise StoreError(f"the store is not a result: got labels {labels!r}, at {where}. Save the result again.")
     if "example" in labels:  # as in a run: in an array of numpy's own strings each takes as much room as the longest
         labels["example"] = np.array(labels["example"], dtype=object)
-    kind = KINDS.get(dataset.attrs.get("question", Result.question))
+    question = dataset.attrs.pop("question", Result.question)
+    kind = KINDS.get(question)
     if kind is None:
         raise StoreError(
-            f"this attrib cannot read the result: got one of {dataset.attrs['question']!r}, expected one of "
+            f"this attrib cannot read the result: got one of {question!r}, expected one of "
             f"{', '.join(KINDS)}, at {where}. Update attrib."
         )
     return kind(dataset.assign_coords({name: (LABELS[name], values) for name, values in labels.items()}))
