@@ -93,7 +93,6 @@ def influence(
     facts = {
         **described(run, measurement),
         "units": f"{units} per unit of weight" if units else "",
-        "weight": 1.0,
         "curvature": curvature,
         "bound": share_bound(run.compute, run.compute),
         "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import ReplayError
 from .optim import check_adjoints
 from .run import Run
-from .side import Made, Side, shares_of
+from .side import Made, Side, shares_of, weighted
 
 
 class Aligned(NamedTuple):
@@ -164,6 +164,8 @@ def paired(runs: tuple[Run, Run], model: nn.Module, loss: Callable[..., Tensor],
     base, changed = runs
     check_adjoints(base.rules)
     check_pair(base, changed)
+    for run in runs:
+        check_known(run)
     labels, places = labels_of(base, changed)
     firsts = max(0, origin(changed) - origin(base)), max(0, origin(base) - origin(changed))
     sides = []
@@ -182,12 +184,33 @@ def alone(run: Run, model: nn.Module, loss: Callable[..., Tensor], member: np.nd
     """A run and itself.
 
     Raises:
-        ReplayError: an optimizer without an adjoint. LossError: there is no loss.
+        ReplayError: an optimizer without an adjoint, or what the record does not hold. LossError: there is no loss.
     """
     check_adjoints(run.rules)
+    check_known(run)
+    if weighted(run) or "penalty" in run.reader:
+        what = (
+            "weights that a replay gave to its losses"
+            if weighted(run)
+            else "a penalty, whose curvature is not recorded"
+        )
+        raise ReplayError(
+            f"the derivative of this training is not known: got {what}, at {run.reader.target}, expected a run without. Ask "
+            f"for it of a run without, or for the exact difference of two runs: attrib.difference."
+        )
     places = {int(number): n for n, number in enumerate(run.numbers)}
     side = Side(run, shares_of(run, model, loss, member), 0, places)
     return Pair(side, side, run.examples, run.steps)
+
+
+def check_known(run: Run) -> None:
+    """Raise ReplayError where the loop did to gradients what the record does not explain."""
+    if run.declares_remainder:
+        raise ReplayError(
+            f'what the loop did to gradients is not known: got a run that was recorded with remainder="account", at '
+            f"{run.reader.target}, expected gradients that are the examples'. Train without what is declared there, or ask "
+            f"what happened: attrib.attribute."
+        )
 
 
 def origin(run: Run) -> int:

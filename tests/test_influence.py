@@ -15,7 +15,7 @@ from training import Trained, train
 
 import attrib
 from attrib.errors import BatchIdentityError, InfluenceError, ReplayError
-from attrib.intervention import Reweight
+from attrib.intervention import Penalty, Reweight
 
 
 @pytest.fixture
@@ -184,3 +184,43 @@ def test_derivatives_that_are_not_those_of_the_training_are_an_error(trained: Ca
 def test_an_optimizer_without_an_adjoint_is_refused(trained: Callable[..., Trained]) -> None:
     with pytest.raises(ReplayError, match=r"was not derived: got RMSprop, expected SGD, Adam or AdamW"):
         influence(trained("rmsprop"))
+
+
+def test_what_the_record_does_not_hold_is_refused(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    t = trained("sgd momentum")
+    for name, change, message in (
+        ("weights", Reweight({3: 2.0}), "got weights that a replay gave to its losses"),
+        ("penalty", Penalty(lambda m: next(m.parameters()).square().sum()), "got a penalty, whose curvature is not"),
+    ):
+        other = attrib.replay(t.run, 0, change, model=t.model, loss=t.case.loss, store=tmp_path / name, progress=False)
+        with pytest.raises(ReplayError, match=message):
+            influence(t._replace(run=other))
+    declared = trained("sgd momentum", name="declared", remainder="account")
+    for call in (lambda: influence(declared), lambda: between(declared, declared.run, declared.run)):
+        with pytest.raises(ReplayError, match="recorded with remainder=.account."):
+            call()
+
+
+def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) -> None:
+    """Of a linear model nothing is left out; of another, something is."""
+    x, y = torch.randn(6, 3).double(), torch.randint(0, 2, (6,))
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+    gaps = []
+    for n, model in enumerate((nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))):
+        model = model.double()
+        recorder = attrib.record(torch.optim.SGD(model.parameters(), lr=0.5), model, loss, tmp_path / f"{n}")
+        for _ in range(4):
+            recorder.zero_grad()
+            loss(model, x, y).mean().backward()
+            recorder.step(torch.arange(6), x, y)
+        recorder.close()
+        run, query = attrib.open_run(tmp_path / f"{n}"), attrib.measure.log_prob(x[:1], y[:1])
+        exact, other = (
+            attrib.influence(run, model, query, loss=loss, curvature=kind, progress=False).by("example").values
+            for kind in ("exact", "gauss-newton")
+        )
+        gaps.append(np.abs(exact - other).max() / np.abs(exact).max())
+    assert gaps[0] < 1e-12 < 1e-4 < gaps[1]

@@ -59,11 +59,9 @@ class Influence(Labelled):
                 f"there are no such train examples: got {unknown[:5]}, expected some of the {len(known)} ids of the result."
             )
         each = self.by("example").values - (self.dataset["rescaled"].values if mean == "remaining" else 0.0)
-        weight = float(self.dataset.attrs["weight"])
-        # by weights that were 1 - f to be 0 in the subset, and 1 outside of it
-        chosen = np.full((len(subsets), len(known)), 1.0 - weight)
+        chosen = np.zeros((len(subsets), len(known)))
         for row, subset in zip(chosen, subsets, strict=True):
-            row[[known[_plain(i)] for i in subset]] = -weight
+            row[[known[_plain(i)] for i in subset]] = -1.0
         values, queries = self.final.values + chosen @ each.T, {"query": self.dataset["query"]}
         return xr.DataArray(values, queries, ("subset", "query"), "predicted")
 
