@@ -197,7 +197,7 @@ def test_what_the_record_does_not_hold_is_refused(trained: Callable[..., Trained
             influence(t._replace(run=other))
     declared = trained("sgd momentum", name="declared", remainder="account")
     for call in (lambda: influence(declared), lambda: between(declared, declared.run, declared.run)):
-        with pytest.raises(ReplayError, match="recorded with remainder=.account."):
+        with pytest.raises(ReplayError, match=r"recorded with remainder=.account."):
             call()
 
 
