@@ -507,6 +507,18 @@ def test_random_subsets_are_drawn_without_replacement_and_again_the_same(trained
         attrib.random_subsets(trained.run, 1.0, 2)
 
 
+def test_a_machine_that_rounds_otherwise_goes_on_with_a_file(trained: Trained, tmp_path: Path) -> None:
+    store = tmp_path / "new folder" / "outcomes"
+    found = outcomes_of(trained, store=store)
+    header = {**found.dataset.attrs["header"], "base": (found.base.values * (1 + 1e-12)).tolist()}
+    rounded = attrib.Outcomes(found.dataset.assign_attrs(header=header))
+    rounded.save(store, overwrite=True)
+    assert outcomes_of(trained, store=store).missing == 0
+    attrib.Outcomes(found.dataset.assign_attrs(header={**header, "base": [0.0, 0.0]})).save(store, overwrite=True)
+    with pytest.raises(errors.StoreExistsError, match="of another model"):
+        outcomes_of(trained, store=store)
+
+
 def test_a_file_of_outcomes_is_text_that_one_can_read(trained: Trained, tmp_path: Path) -> None:
     found = outcomes_of(trained, store=tmp_path / "outcomes")
     head, *lines = (json.loads(line.partition(" ")[2]) for line in (tmp_path / "outcomes").read_text().splitlines())
