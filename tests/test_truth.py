@@ -175,9 +175,9 @@ def test_where_the_loss_draws_numbers_or_examples_see_each_other_it_is_one_at_a_
     def coupled(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return noisy_loss(model, x - x.mean(0) * model.hidden.bias[:1].square(), y)
 
-    for loss, training, word in ((noisy_loss, True, "random"), (coupled, False, "depend on each other")):
+    for loss, training, word in ((noisy_loss, True, "draws random numbers"), (coupled, False, "depend on each other")):
         net = Noisy().double().train(training)
-        store = tmp_path / word
+        store = tmp_path / str(training)
         recorder = attrib.record(torch.optim.SGD(net.parameters(), lr=0.5), net, loss, store)
         for step in range(3):
             index = torch.arange(step, step + 6)
