@@ -175,9 +175,9 @@ def test_where_the_loss_draws_numbers_or_examples_see_each_other_it_is_one_at_a_
     def coupled(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return noisy_loss(model, x - x.mean(0) * model.hidden.bias[:1].square(), y)
 
-    for loss, training, word in ((noisy_loss, True, "random"), (coupled, False, "depend on each other")):
+    for loss, training, word in ((noisy_loss, True, "draws random numbers"), (coupled, False, "depend on each other")):
         net = Noisy().double().train(training)
-        store = tmp_path / word
+        store = tmp_path / str(training)
         recorder = attrib.record(torch.optim.SGD(net.parameters(), lr=0.5), net, loss, store)
         for step in range(3):
             index = torch.arange(step, step + 6)
@@ -505,6 +505,18 @@ def test_random_subsets_are_drawn_without_replacement_and_again_the_same(trained
     assert all(map(np.array_equal, found, attrib.random_subsets(trained.run, 0.25, 50)))
     with pytest.raises(ValueError, match="between 0 and 1"):
         attrib.random_subsets(trained.run, 1.0, 2)
+
+
+def test_a_machine_that_rounds_otherwise_goes_on_with_a_file(trained: Trained, tmp_path: Path) -> None:
+    store = tmp_path / "new folder" / "outcomes"
+    found = outcomes_of(trained, store=store)
+    header = {**found.dataset.attrs["header"], "base": (found.base.values * (1 + 1e-12)).tolist()}
+    rounded = attrib.Outcomes(found.dataset.assign_attrs(header=header))
+    rounded.save(store, overwrite=True)
+    assert outcomes_of(trained, store=store).missing == 0
+    attrib.Outcomes(found.dataset.assign_attrs(header={**header, "base": [0.0, 0.0]})).save(store, overwrite=True)
+    with pytest.raises(errors.StoreExistsError, match="of another model"):
+        outcomes_of(trained, store=store)
 
 
 def test_a_file_of_outcomes_is_text_that_one_can_read(trained: Trained, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ digest of the rest, so that what a kill left of the last line is known for what 
 import base64
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,11 +73,7 @@ class Outcomes:
         path = Path(path)
         if path.exists():
             _check_replaced(path, overwrite)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(map(_line, self._documents()))
-            _flush(file)
-        beside.replace(path)
+        _write(path, self._documents())
 
     def _documents(self) -> Iterator[dict[str, Any]]:
         yield self.dataset.attrs["header"]
@@ -135,22 +131,19 @@ class Journal:
             _check_same(path, held, header)
             os.truncate(path, end)
         else:
-            self._append(header)
+            _write(path, [header])
 
     def add(self, numbers: Any, values: np.ndarray) -> None:
         """values: (R, Q), of the subsets of these numbers."""
         rows = dict(zip(map(int, numbers), values.tolist(), strict=True))
         self.done |= rows
-        self._append(*({"subset": n, "value": row} for n, row in rows.items()))
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(_line({"subset": n, "value": row}) for n, row in rows.items())
+                _flush(file)
 
     def outcomes(self) -> Outcomes:
         return outcomes_of(self.header, self.done)
-
-    def _append(self, *documents: dict[str, Any]) -> None:
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, documents))
-                _flush(file)
 
 
 def packed(row: np.ndarray) -> str:
@@ -166,6 +159,16 @@ def unpacked(text: str, count: int) -> np.ndarray:
 def _line(document: dict[str, Any]) -> str:
     text = json.dumps(document)
     return f"{xxh64_hexdigest(text.encode())} {text}\n"
+
+
+def _write(path: Path, documents: Iterable[dict[str, Any]]) -> None:
+    """A whole file, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, documents))
+        _flush(file)
+    beside.replace(path)
 
 
 def _flush(file: Any) -> None:
@@ -214,12 +217,22 @@ _ASKED = {
 
 def _check_same(path: Path, held: dict[str, Any], asked: dict[str, Any]) -> None:
     for key, what in _ASKED.items():
-        if held.get(key) != asked[key]:
+        close = key in ("start", "base") and _close(held.get(key), asked[key])
+        if not close and held.get(key) != asked[key]:
             got, expected = (_short(document.get(key)) for document in (asked, held))
             raise StoreExistsError(
                 f"the file holds outcomes of {what}: got {key} {got}, expected {expected}, at {path}. Choose another path, "
                 f"or ask as before to go on with it."
             )
+
+
+def _close(held: Any, asked: list[float]) -> bool:
+    """Values of a measurement, which another machine may round otherwise."""
+    return (
+        isinstance(held, list)
+        and len(held) == len(asked)
+        and np.allclose(held, asked, rtol=1e-6, atol=1e-9, equal_nan=True)
+    )
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,8 @@
 """retrain_subsets(): the ground truth of what-if questions. The run is trained again without each of some sets of examples.
 
 Batches, their order, options and random states are those of the record (`attrib.retrain`); each retraining is measured at
-its end and not recorded. Where model, loss and optimizer allow, many are trained side by side (`together`).
+its end and not recorded. Where model, loss and optimizer allow, many are trained side by side (`together`). Where a loss
+draws random numbers, those that remain draw others than before once some are left out; with weight 0 they draw the same.
 """
 
 from collections import deque

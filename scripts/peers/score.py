@@ -140,12 +140,14 @@ def dattri_trak(given: Exported) -> Tensor:
         return found.attribute(queries).T
 
 
-def dattri_ekfac(given: Exported, damping: float = 1e-3) -> Tensor:
+def dattri_ekfac(given: Exported) -> Tensor:
+    """With a tenth of the mean eigenvalue as damping, which is what kronfluence chooses layer by layer."""
     from dattri.algorithm.influence_function import IFAttributorEKFAC
 
-    found = IFAttributorEKFAC(_task(given, given.states[-1], "batch"), damping=damping)
+    found = IFAttributorEKFAC(_task(given, given.states[-1], "batch"))
     train = DataLoader(given.train, batch_size=50)
     found.cache(train)
+    found.damping = 0.1 * float(torch.cat([values.flatten() for values in found.cached_lambdas.values()]).mean())
     return found.attribute(train, given.loaders()[1]).T
 
 
