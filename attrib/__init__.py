@@ -48,9 +48,11 @@ from .recorder import Recorder, record
 from .result import Result, open_result
 from .run import Run, open_run
 from .setup import Setup
+from .store import Compaction, compact
 from .verify import verify
 
 __all__ = [
+    "Compaction",
     "GaussLegendre",
     "Midpoint",
     "Phases",
@@ -64,6 +66,7 @@ __all__ = [
     "attribute",
     "barrier",
     "clusters",
+    "compact",
     "connectivity",
     "convexity_gap",
     "curvature",

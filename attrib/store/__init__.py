@@ -8,6 +8,7 @@
 - `ids`: ids that are strings, and the numbers that stand for them
 - `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
+- `vectors`: parameters, gradients and accumulators, written from where they lie; `compaction`: a finished run in less room
 - `reader`: open, check that every committed chunk is there and is the one that was written, read
 - `datasets`: results, as labelled arrays
 - `cube`: all contributions of a sweep, when asked for
@@ -15,6 +16,7 @@
 The only importer of zarr. No pickle anywhere.
 """
 
+from .compaction import Compaction, compact
 from .creation import PassRecord, StepRecord
 from .cube import CubeWriter
 from .datasets import open_dataset, save_dataset
@@ -31,6 +33,7 @@ __all__ = [
     "FACTS",
     "FORMAT",
     "PASS_FACTS",
+    "Compaction",
     "CubeWriter",
     "Ids",
     "Pass",
@@ -42,6 +45,7 @@ __all__ = [
     "Writer",
     "check_target",
     "close_dropped",
+    "compact",
     "lease",
     "local_path",
     "open_dataset",
