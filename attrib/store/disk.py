@@ -58,7 +58,7 @@ class Disk(LocalStore):
         """A file that holds so many bytes, to be read; None where it is not there or of another size."""
         self._inside(key)
         try:
-            file = open(self.root / key, "rb", buffering=0)  # noqa: SIM115 - the caller's
+            file = FileIO(self.root / key)
         except OSError:
             return None
         if os.fstat(file.fileno()).st_size == size:
