@@ -59,9 +59,11 @@ from .recorder import Recorder, record
 from .result import Difference, Influence, Result, open_result
 from .run import Run, open_run
 from .setup import Setup
+from .store import Compaction, compact
 from .verify import verify
 
 __all__ = [
+    "Compaction",
     "Difference",
     "GaussLegendre",
     "Influence",
@@ -78,6 +80,7 @@ __all__ = [
     "attribute",
     "barrier",
     "clusters",
+    "compact",
     "connectivity",
     "convexity_gap",
     "curvature",

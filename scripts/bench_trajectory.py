@@ -1,87 +1,216 @@
-"""The states of a run on disk: writing and reading them, against a plain file of the same bytes, and their size.
+"""What storing a run costs: a recorded step beside a plain one, vectors beside a plain file, codecs beside none.
 
-Writing ends with the bytes on the disk (sync); reading is from the page cache.
+All in CPU seconds, torch on one thread, plain and recorded work in turn, so that other work on the machine slows both alike.
 
-python scripts/bench_trajectory.py [SETTING ...] [--repeats 7] [--steps 64]
+- steps: of a recorded step, in those of a plain one: the loop's thread, and all others (they write). Medians over pairs
+- files: the states of a recorded run, written and read a block at a time, digests compared, beside `ndarray.tofile` and
+  `np.fromfile`; each of the two without syncing, reading from the page cache
+- codecs: bytes left, and megabytes a second to write and to read, in memory, of states and gradients as training leaves them
+
+python scripts/bench_trajectory.py [steps files codecs] [--settings gpt resnet] [--steps 24] [--repeats 5]
 """
 
 import argparse
-import os
+import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numcodecs
 import numpy as np
 import torch
+import xxhash
 import zarr
-from settings import SETTINGS, cross_entropy, folder_bytes, machine, ratio
+from bench_frameworks import resnet18
+from settings import SETTINGS, Setting, folder_bytes, machine
+from torch import Tensor, nn
 
-from attrib.store.schema import STATE_BYTES, block_steps, create
+import attrib
+from attrib.store import vectors
+from attrib.store.disk import Disk
+from attrib.store.schema import create
+from attrib.store.sealing import SealingStore
+from attrib.studies.recipe import cross_entropy
+
+SKIPPED = 4  # steps that are traced and checked
+OPTIONS = {"every state": {}, "states_every=8": {"states_every": 8}}
 
 
-def states(name: str, steps: int) -> np.ndarray:
-    """(steps, P) of a real run."""
-    setting = SETTINGS[name](steps)
-    found = []
-    for _, *batch in setting.batches:
-        found.append(torch.cat([p.detach().reshape(-1).clone() for p in setting.model.parameters()]))
-        setting.optimizer.zero_grad()
+class Pictures(nn.Module):
+    """ResNet-18 of transformers, with BatchNorm, which returns logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = resnet18()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(pixel_values=x).logits
+        return logits
+
+
+def resnet(steps: int) -> Setting:
+    """On 32 images of 64 x 64, SGD with momentum, 11.2M parameters."""
+    torch.manual_seed(0)
+    model, x, y = Pictures(), torch.randn(256, 3, 64, 64), torch.randint(0, 4, (256,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    index = [torch.randperm(256)[:32] for _ in range(steps)]
+    return Setting(model, optimizer, None, [(i, x[i], y[i]) for i in index], None)
+
+
+ALL: dict[str, Callable[[int], Setting]] = {**SETTINGS, "resnet": resnet}
+
+
+def stepping(setting: Setting, store: Path | None = None, **options: Any) -> Iterator[None]:
+    """A step at every `next`, recorded where a store is given."""
+    optimizer: Any = setting.optimizer
+    if store is not None:
+        optimizer = attrib.record(optimizer, setting.model, cross_entropy, store, **options)
+    for index, *batch in setting.batches:
+        optimizer.zero_grad()
         cross_entropy(setting.model, *batch).mean().backward()
-        setting.optimizer.step()
-    return torch.stack(found).numpy()
+        optimizer.step(*((index, *batch) if store is not None else ()))
+        yield
+    if store is not None:
+        optimizer.close()
 
 
-def timed(work: object) -> float:
-    start = time.perf_counter()
-    work()  # type: ignore[operator]
-    return time.perf_counter() - start
+def spent(work: Callable[[], Any]) -> tuple[float, float]:
+    """CPU seconds of this thread, and of all threads."""
+    here, everywhere = time.thread_time(), time.process_time()
+    work()
+    return time.thread_time() - here, time.process_time() - everywhere
 
 
-def measure(name: str, theta: np.ndarray, repeats: int) -> None:
-    block = block_steps(2 * theta[0].nbytes)
-    entries = min(theta.shape[1], STATE_BYTES // (block * theta.itemsize))
-    writes, reads, plain_writes, plain_reads, size = [], [], [], [], 0
-    for _ in range(repeats):
+def bench_steps(name: str, steps: int, repeats: int) -> None:
+    for label, options in OPTIONS.items():
+        shares = {"shares": "rows"} if name == "resnet" else {}
         with tempfile.TemporaryDirectory() as folder:
-            plain, path = Path(folder) / "plain", Path(folder) / "run"
+            plain = partial(next, stepping(ALL[name](steps)))
+            recorded = partial(next, stepping(ALL[name](steps), Path(folder) / "run", **options, **shares), None)
+            loop, others = [], 0.0
+            for n in range(steps):
+                (base, beside), (here, everywhere) = spent(plain), spent(recorded)
+                if n >= SKIPPED:
+                    loop.append((base, here))
+                    others += beside - base + everywhere - here
+            others += spent(recorded)[1]  # closing
+            disk = folder_bytes(Path(folder)) / steps / 2**20
+        base = statistics.median(b for b, _ in loop)
+        ratio, writing = statistics.median(h / b for b, h in loop), others / len(loop) / base
+        print(
+            f"{name:8s} {label:14s} plain step {1e3 * base:6.1f} ms; recorded {ratio + writing:.2f} of it: {ratio:.2f} in "
+            f"the loop's thread, {writing:.2f} in others; {disk:.1f} MiB a step",
+            flush=True,
+        )
 
-            def write_plain(plain: Path = plain) -> None:
-                with plain.open("wb") as file:
-                    for first in range(0, len(theta), block):
-                        file.write(theta[first : first + block])
-                os.sync()
 
-            def write(path: Path = path) -> None:
-                group = zarr.create_group(path, zarr_format=3)
-                dims = ("state", "parameter")
-                array = create(group, "theta", (0, theta.shape[1]), (block, entries), theta.dtype, dims, steps=True)
-                for first in range(0, len(theta), block):
-                    array.resize((min(first + block, len(theta)), theta.shape[1]))
-                    array[first:] = theta[first : first + block]
-                os.sync()
+def plainly(path: Path, blocks: Sequence[np.ndarray]) -> None:
+    with path.open("wb") as file:
+        for block in blocks:
+            block.tofile(file)
 
-            plain_writes.append(timed(write_plain))
-            writes.append(timed(write))
-            size = folder_bytes(path)
-            plain_reads.append(timed(lambda plain=plain: np.fromfile(plain, theta.dtype)))
-            array = zarr.open_group(path, mode="r")["theta"]
-            reads.append(timed(lambda array=array: array[:]))
-            np.testing.assert_array_equal(array[:].view(np.int32), theta.view(np.int32))
-    print(
-        f"{name:8s} {theta.shape[0]} x {theta.shape[1]}, blocks of {block}: write {ratio(plain_writes, writes)}, "
-        f"read {ratio(plain_reads, reads)} of the plain file's speed; size {size / theta.nbytes:.3f} of raw"
-    )
+
+def opened(path: Path, like: np.ndarray) -> tuple[SealingStore, zarr.Array]:
+    store = SealingStore(Disk(path), "bench", growing=True)
+    group = zarr.create_group(store, zarr_format=3)
+    return store, create(group, "theta", (0, like.shape[1]), like.shape, like.dtype, ("state", "parameter"))
+
+
+def in_chunks(store: SealingStore, array: zarr.Array, blocks: Sequence[np.ndarray]) -> None:
+    """As a recorder's thread does: the rows of a block are vectors, each for itself."""
+    for n, block in enumerate(blocks):
+        array.resize(((n + 1) * len(block), block.shape[1]))
+        vectors.put(store, array, n * len(block), list(block))
+
+
+def bench_files(name: str, steps: int, repeats: int) -> None:
+    options = {"shares": "rows"} if name == "resnet" else {}
+    writes, reads = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in stepping(ALL[name](steps), Path(folder) / "run", **options):
+            pass
+        run = attrib.open_run(Path(folder) / "run")
+        length, size = run.trajectory.block, run.layout.size
+        parts = [slice(first, first + length) for first in range(0, run.steps - length + 1, length)]
+        blocks = [run.reader.read("theta", part) for part in parts]
+        plain, like = Path(folder) / "plain", blocks[0]
+        offsets = [part.start * like[0].nbytes for part in parts]
+        for n in range(repeats):
+            plain.unlink(missing_ok=True)
+            base = spent(partial(plainly, plain, blocks))[1]
+            writes.append(base / spent(partial(in_chunks, *opened(Path(folder) / f"{n}", like), blocks))[1])
+            base = sum(spent(partial(np.fromfile, plain, like.dtype, like.size, offset=o))[1] for o in offsets)
+            reads.append(base / sum(spent(partial(run.reader.read, "theta", part))[1] for part in parts))
+    said = (f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in (writes, reads))
+    print(f"{name:8s} {len(blocks)} blocks of {length} x {size}: of the plain file's speed,", *said, flush=True)
+
+
+def codecs() -> dict[str, Callable[[np.ndarray], tuple[Callable[[], Any], Callable[[Any], Any]]]]:
+    """Of an array (row, parameter): what packs it, and what unpacks that."""
+    numcodecs.blosc.set_nthreads(1)
+
+    def blosc(name: str, level: int, shuffle: int, side_by_side: bool = False) -> Any:
+        codec = numcodecs.Blosc(name, level, shuffle)
+
+        def of(a: np.ndarray) -> Any:
+            def unpack(packed: Any) -> Any:
+                flat = np.frombuffer(codec.decode(packed), a.dtype)
+                return np.ascontiguousarray(flat.reshape(a.T.shape).T) if side_by_side else flat
+
+            return (lambda: codec.encode(np.ascontiguousarray(a.T) if side_by_side else a)), unpack
+
+        return of
+
+    return {
+        "as it is (a copy)": lambda a: (a.tobytes, bytearray),
+        "lz4 5, by bits": blosc("lz4", 5, 2),
+        "lz4 1, by bytes": blosc("lz4", 1, 1),
+        "lz4 5, side by side, by bits": blosc("lz4", 5, 2, True),
+        "zstd 1, by bits": blosc("zstd", 1, 2),
+        "zstd 1, by bytes": blosc("zstd", 1, 1),
+        "zstd 1, side by side, by bits": blosc("zstd", 1, 2, True),
+        "zstd 3, side by side, by bits": blosc("zstd", 3, 2, True),
+    }
+
+
+def bench_codecs(name: str, steps: int, repeats: int) -> None:
+    setting, found = ALL[name](8), {"states": [], "gradients": []}
+    parameters = list(setting.model.parameters())
+    for _ in stepping(setting):
+        found["states"].append(torch.cat([p.detach().reshape(-1) for p in parameters])[: 1 << 20].numpy())
+        found["gradients"].append(torch.cat([p.grad.reshape(-1) for p in parameters])[: 1 << 20].numpy())
+    for what, rows in found.items():
+        values = np.stack(rows)
+        best = min(spent(lambda values=values: xxhash.xxh3_64_intdigest(values))[0] for _ in range(repeats))
+        print(f"{name} {what} {values.shape}; digest {values.nbytes / best / 1e6:.0f} MB/s")
+        for label, codec in codecs().items():
+            pack, unpack = codec(values)
+            packed = pack()
+            seconds = [min(spent(work)[0] for _ in range(repeats)) for work in (pack, lambda: unpack(packed))]  # noqa: B023
+            speeds = " ".join(f"{values.nbytes / s / 1e6:7.0f}" for s in seconds)
+            print(
+                f"  {label:30s} {len(packed) / values.nbytes:.3f} of the bytes; MB/s, write, read: {speeds}", flush=True
+            )
+
+
+PARTS = {"steps": bench_steps, "files": bench_files, "codecs": bench_codecs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", default=["p113", "gpt", "p31"], metavar="SETTING")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--settings", nargs="+", default=["gpt", "resnet"], choices=list(ALL))
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    torch.set_num_threads(1)
     print(machine())
-    for name in options.settings:
-        measure(name, states(name, options.steps), options.repeats)
+    for part in options.parts:
+        for name in options.settings:
+            PARTS[part](name, options.steps, options.repeats)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Commands on recorded runs: demo, info, plan, verify, attribute."""
+"""Commands on recorded runs: demo, info, verify, compact, plan, attribute."""
 
 import argparse
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from ..report import to_json
 from ..result import Result, check_place
 from ..run import open_run
 from ..setup import load_setup, select
+from ..store import compact
 from ..verify import verify
 from .options import AXES, add_setup, axes, command, numbers, positive, size, window
 
@@ -32,6 +33,7 @@ def add(commands: Any) -> None:
     command(commands, "info", _info, "what a stored run holds", "RUN")
     made = command(commands, "verify", _verify, "read a stored run whole and check its identities again", "RUN")
     add_setup(made, required=False)
+    command(commands, "compact", _compact, "store a finished run in less room, nothing of it lost", "RUN")
     made = command(commands, "plan", _plan, "what attributing a stored run will take: memory, time, disk", "RUN")
     made.add_argument("--queries", type=int, default=1, metavar="Q")
     made.add_argument("--memory", type=size, metavar="BYTES", help="to hold at most, such as 2G or 500M")
@@ -66,6 +68,17 @@ def _info(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     found = plan(open_run(options.run), options.queries, options.memory)
     print(to_json(asdict(found)) if options.json else found)
+    return 0
+
+
+def _compact(options: argparse.Namespace) -> int:
+    found = compact(options.run)
+    if options.json:
+        print(to_json(found._asdict()))
+    else:
+        print(
+            f"{found.before} bytes before, {found.after} after, {found.after / found.before:.2f} of them: {options.run}"
+        )
     return 0
 
 

@@ -8,6 +8,7 @@
 - `ids`: ids that are strings, and the numbers that stand for them
 - `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
+- `vectors`: parameters, gradients and accumulators, written from where they lie; `compaction`: a finished run in less room
 - `reader`: open, check that every committed chunk is there and is the one that was written, read
 - `rows`: what is stored of a step by itself
 - `datasets`: results, as labelled arrays
@@ -16,6 +17,7 @@
 The only importer of zarr. No pickle anywhere.
 """
 
+from .compaction import Compaction, compact
 from .creation import PassRecord, StepRecord
 from .cube import CubeWriter
 from .datasets import open_dataset, save_dataset
@@ -33,6 +35,7 @@ __all__ = [
     "FACTS",
     "FORMAT",
     "PASS_FACTS",
+    "Compaction",
     "CubeWriter",
     "Ids",
     "Pass",
@@ -45,6 +48,7 @@ __all__ = [
     "Writer",
     "check_target",
     "close_dropped",
+    "compact",
     "lease",
     "local_path",
     "open_dataset",

@@ -1,8 +1,9 @@
 """A store being read: what comes out of it is what was written, where it was written, or an error that names the file."""
 
 from collections.abc import Iterable
+from io import FileIO
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -16,7 +17,7 @@ from ..errors import StoreError
 from .disk import Disk
 from .metadata import HEADER, Document, bounded, canonical, check_array, check_packed, chunk_bytes, parse
 from .schema import DIGESTS
-from .seal import Attributes, digest, fetch_async, metadata_digest, opened, sealed, words_of
+from .seal import Attributes, Unsealed, digest, fetch_async, metadata_digest, opened, sealed, words_of
 
 GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}  # the document of an inner one
 
@@ -115,6 +116,7 @@ class CheckedStore(WrapperStore[Store]):
             document = parse(content.to_bytes(), key, self.where)
             check_array(document, key, self.where)
             if metadata_digest(self.facts["id"], key, document, self._growing) != self.arrays[name]:
+                await self._newest()
                 raise StoreError(
                     f"a metadata file is damaged: its digest is another one, expected it as it was written, at file {key} "
                     f"in {self.where}. Restore it from a copy."
@@ -128,7 +130,7 @@ class CheckedStore(WrapperStore[Store]):
         tables = *facts["rows"], *facts["shared"], *facts["ids"]
         return max(int(facts["written_steps"]) + 1, facts["slots"], facts["sealed"]["closed"], *tables)
 
-    def file(self, key: str, size: int) -> BinaryIO | None:
+    def file(self, key: str, size: int) -> FileIO | None:
         """A chunk's file, to be read past zarr and then checked; None where it is not of that size, or no file."""
         return self._store.file(key, size) if isinstance(self._store, Disk) else None
 
@@ -157,15 +159,25 @@ class CheckedStore(WrapperStore[Store]):
 
     async def _digests(self, again: bool) -> np.ndarray:
         """All of them, in order."""
-        facts = self.facts
-        if again:
-            content = await fetch_async(self._store, HEADER)
-            newer = facts if content is None else opened(content.to_bytes(), self.where)["attrib"]
-            facts = newer if newer.get("id") == facts["id"] else facts
+        facts = await self._newest() if again else self.facts
         lists = facts["sealed"]
         words = await self._closed(int(lists["closed"]), str(lists["chain"]))
         recent = [word for text in lists["recent"].values() for word in words_of(text)]
         return np.sort(np.concatenate([words, np.array(recent, dtype=np.uint64)]))
+
+    async def _newest(self) -> Attributes:
+        """The header as it is now. Raises StoreError where another store stands there."""
+        content = await fetch_async(self._store, HEADER)
+        try:
+            newer: Attributes = self.facts if content is None else opened(content.to_bytes(), self.where)["attrib"]
+        except Unsealed:
+            return self.facts
+        if newer["id"] != self.facts["id"]:
+            raise StoreError(
+                f"the store is another one now: expected {self.facts['id']}, which was overwritten or compacted since it "
+                f"was opened, at {self.where}. Open it again."
+            )
+        return newer
 
     async def _closed(self, count: int, chain: str) -> np.ndarray:
         if not count:
@@ -176,11 +188,13 @@ class CheckedStore(WrapperStore[Store]):
         except StoreError:
             raise
         except Exception as error:
+            await self._newest()
             raise StoreError(
                 f"the digests are damaged: got {str(error)[:200]!r}, expected what was written, at array {DIGESTS!r} in "
                 f"{self.where}. Restore it from a copy."
             ) from error
         if xxhash.xxh3_64_hexdigest(words.tobytes()) != chain:
+            await self._newest()
             raise StoreError(
                 f"the digests are damaged: theirs is another one, expected it as it was written, at array {DIGESTS!r} in "
                 f"{self.where}. Restore it from a copy."

@@ -251,3 +251,19 @@ def lengths_of(first: StepRecord, block: int | None, every: int) -> Lengths:
         block = min(block, every)
         every = -(-every // block) * block
     return Lengths(block, every, max(block, every))
+
+
+def numbers(record: StepRecord, placed: Placed) -> np.ndarray:
+    """(M, fact), of its passes."""
+    places = zip(record.passes, placed.passes, strict=True)
+    return np.array([[each.size, at.kind, at.shared, each.scale, each.factor_scale] for each, at in places])
+
+
+def padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
+    """Arrays (b, ...) of different b -> (len, width, ...), filled up; not copied where there is nothing to do."""
+    if all(len(values) == width for values in rows):
+        return rows[0][None] if len(rows) == 1 else np.stack(rows)
+    out = np.full((len(rows), width, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
+    for n, values in enumerate(rows):
+        out[n, : len(values)] = values
+    return out

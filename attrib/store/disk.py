@@ -9,9 +9,10 @@ import asyncio
 import os
 import stat
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -49,15 +50,15 @@ class Disk(LocalStore):
         await self._ensure_open()
         await asyncio.to_thread(self.put, key, [value.as_buffer_like()])
 
-    def put(self, key: str, parts: Sequence[Any]) -> None:
+    def put(self, key: str, parts: Iterable[Any]) -> None:
         """Write a file of some bytes, one behind the other."""
         self._write(self.root / key, parts)
 
-    def file(self, key: str, size: int) -> BinaryIO | None:
+    def file(self, key: str, size: int) -> FileIO | None:
         """A file that holds so many bytes, to be read; None where it is not there or of another size."""
         self._inside(key)
         try:
-            file = open(self.root / key, "rb", buffering=0)  # noqa: SIM115 - the caller's
+            file = FileIO(self.root / key)
         except OSError:
             return None
         if os.fstat(file.fileno()).st_size == size:
@@ -87,7 +88,7 @@ class Disk(LocalStore):
         self._files.clear()
         self._folders.clear()
 
-    def _write(self, path: Path, parts: Sequence[Any]) -> None:
+    def _write(self, path: Path, parts: Iterable[Any]) -> None:
         self._make(path.parent)
         # never empty under its name: what replaces another file, and the header, before which there is nothing
         at_once = path.exists() or path == self.root / HEADER

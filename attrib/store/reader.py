@@ -135,7 +135,7 @@ class Reader:
                 f"{self.target}."
             )
         slots = self._slots(name, array)
-        check_present(self.store, array, self._keys(array, chosen))
+        check_present(self.store, array, self.keys(array, chosen))
         if vectors.are_vectors(array):
             values = self._vectors(array, chosen, more)
         else:
@@ -208,14 +208,14 @@ class Reader:
 
     def touch(self, name: str) -> int:
         """Read an array chunk by chunk, as far as steps are committed, and return how many there were."""
-        array, stop = self.array(name), self._committed(name)
+        array, stop = self.array(name), self.committed(name)
         length = max(1, array.chunks[0]) if array.ndim else 1
         starts = range(0, stop, length) if array.ndim else range(1)
         for start in starts:
             self.read(name, slice(start, min(start + length, stop)) if array.ndim else None)
         return len(starts)
 
-    def _committed(self, name: str) -> int:
+    def committed(self, name: str) -> int:
         """Rows of an array that belong to committed steps."""
         array = self.array(name)
         names = dimensions(array)
@@ -235,7 +235,7 @@ class Reader:
 
     def _inputs(self, name: str, rows: np.ndarray) -> np.ndarray:
         table = self._tables.get(name)
-        count = self._committed(name) if table is None else len(table)
+        count = self.committed(name) if table is None else len(table)
         if len(rows) and int(rows.max()) >= count:
             raise StoreError(
                 f"inputs are missing: got row {int(rows.max())}, expected at most {count - 1}, at {name!r} in {self.target}."
@@ -259,7 +259,7 @@ class Reader:
             )
         return (slice(0, width),)
 
-    def _keys(self, array: zarr.Array, rows: slice) -> Iterator[str]:
+    def keys(self, array: zarr.Array, rows: slice) -> Iterator[str]:
         """Of the chunks that hold some rows."""
         lengths = [
             int(self.header[WIDTHS[name]]) if name in WIDTHS else n

@@ -10,7 +10,6 @@ XXH3 (Collet 2019), 64 bits: damage passes with a chance of 2^-64 a chunk. It is
 
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import xxhash
@@ -31,16 +30,8 @@ def digest(store: str, name: str, content: Any) -> int:
     return xxhash.xxh3_64_intdigest(content, seed=xxhash.xxh3_64_intdigest(f"{store}/{name}".encode()))
 
 
-def digest_of(store: str, name: str, parts: Iterable[Any]) -> int:
-    """`digest` of bytes that come in parts."""
-    state = begun(store, name)
-    for part in parts:
-        state.update(part)
-    return int(state.intdigest())
-
-
 def begun(store: str, name: str) -> Any:
-    """An XXH3 that is given parts by `update`."""
+    """The state of `digest`, for bytes that come in parts."""
     return xxhash.xxh3_64(seed=xxhash.xxh3_64_intdigest(f"{store}/{name}".encode()))
 
 

@@ -6,7 +6,7 @@ commit, or this one, left.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,7 @@ from zarr.storage import WrapperStore
 from .disk import Disk
 from .metadata import HEADER, Document
 from .schema import DIGESTS, create, writable_array
-from .seal import Attributes, Words, digest_of, metadata_digest, sealed, words_of
-
-Parts = Sequence[Any]  # of the bytes of a chunk
+from .seal import Attributes, Words, begun, digest, metadata_digest, sealed, words_of
 
 
 class SealingStore(WrapperStore[Store]):
@@ -43,7 +41,7 @@ class SealingStore(WrapperStore[Store]):
         self._closed = int(facts["closed"]) if facts else 0
         self._chain = xxhash.xxh3_64()
         self._new: dict[str, Words] = {}
-        self._waiting: dict[str, Parts] = {}
+        self._waiting: dict[str, Any] = {}
         self.root: Attributes = {}  # other attributes of the root
 
     def _with_store(self, store: Store) -> "SealingStore":
@@ -51,7 +49,7 @@ class SealingStore(WrapperStore[Store]):
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         if key in self._waiting:
-            return prototype.buffer.from_bytes(b"".join(self._waiting[key]))
+            return prototype.buffer.from_bytes(self._waiting[key])
         return await super().get(key, prototype, byte_range)
 
     async def exists(self, key: str) -> bool:
@@ -60,27 +58,33 @@ class SealingStore(WrapperStore[Store]):
     async def set(self, key: str, value: Buffer) -> None:
         if key.endswith(HEADER):
             self._note(key, value.to_bytes())
-        elif not key.startswith(DIGESTS + "/") and self._replaces(key, [value.as_buffer_like()]):
-            return
+        elif not key.startswith(DIGESTS + "/"):
+            self._new[key] = (digest(self._id, key, value.as_buffer_like()),)
+            if key in self.recent:
+                self._waiting[key] = value.as_buffer_like()
+                return
         await super().set(key, value)
 
-    def put(self, key: str, parts: Parts) -> None:
-        """The same of a chunk in parts, which must not change before they are committed; not by way of zarr."""
-        if not self._replaces(key, parts):
-            self._put(key, parts)
+    def put(self, key: str, parts: Iterable[Any]) -> None:
+        """The same of a chunk that comes in parts, and not by way of zarr."""
+        state = begun(self._id, key)
 
-    def _put(self, key: str, parts: Parts) -> None:
+        def noted() -> Iterator[Any]:
+            for part in parts:
+                state.update(part)
+                yield part
+
+        if key in self.recent:
+            self._waiting[key] = b"".join(noted())
+        else:
+            self._put(key, noted())
+        self._new[key] = (int(state.intdigest()),)
+
+    def _put(self, key: str, parts: Iterable[Any]) -> None:
         if isinstance(self._store, Disk):
             self._store.put(key, parts)
         else:
             sync(self._store.set(key, default_buffer_prototype().buffer.from_bytes(b"".join(parts))))
-
-    def _replaces(self, key: str, parts: Parts) -> bool:
-        """Note a chunk's digest; whether it waits."""
-        self._new[key] = (digest_of(self._id, key, parts),)
-        if key in self.recent:
-            self._waiting[key] = parts
-        return key in self.recent
 
     def _note(self, key: str, content: bytes) -> None:
         document: Document = json.loads(content)
@@ -105,8 +109,8 @@ class SealingStore(WrapperStore[Store]):
             self.flush()
             before = self._attributes["attrib"]
             self._put_header(before, {**now, **both}, before["sealed"]["arrays"])  # new ones do not count yet
-            for key, parts in self._waiting.items():
-                self._put(key, parts)
+            for key, content in self._waiting.items():
+                self._put(key, [content])
         lengths = self._closed, self._chain
         if full:
             self._append(np.array([word for words in now.values() for word in words], dtype=np.uint64))

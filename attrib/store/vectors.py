@@ -8,9 +8,10 @@ takes either kind of frame; what is not full is compressed by zarr, so that its 
 
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from io import FileIO
 from math import prod
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -23,6 +24,7 @@ from .sealing import SealingStore
 AS_IT_IS = 0x26  # lz4, sorted by bits, "not compressed": the flags of such a frame as Blosc makes it
 BLOCK = 8192  # of a frame, in bytes, at most: Blosc reads so much at a time
 CODECS = ["bytes", "blosc", "crc32c"]
+SLICE = 1 << 20  # bytes that the cache of a core holds
 TAIL = 4  # bytes of the checksum
 
 
@@ -78,16 +80,33 @@ def _padding(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
     return np.zeros(width - len(rows[0]), rows[0].dtype)
 
 
-def _frame(rows: Sequence[np.ndarray], chunks: tuple[int, ...]) -> list[Any]:
-    """The parts of a chunk's file."""
+def _frame(rows: Sequence[np.ndarray], chunks: tuple[int, ...]) -> Iterator[Any]:
+    """The bytes of a chunk's file, in parts."""
     size, pad = prod(chunks) * rows[0].itemsize, _padding(rows, chunks[1])
-    parts = [head(size, rows[0].itemsize)]
-    for row in rows:
-        parts += [row.view(np.uint8), pad.view(np.uint8)] if len(pad) else [row.view(np.uint8)]
     checksum = 0
-    for part in parts:
+    for part in _sliced([np.frombuffer(head(size, rows[0].itemsize), np.uint8), *_padded(rows, pad)]):
         checksum = google_crc32c.extend(checksum, part)
-    return [*parts, checksum.to_bytes(TAIL, "little")]
+        yield part
+    yield checksum.to_bytes(TAIL, "little")
+
+
+def _padded(rows: Sequence[np.ndarray], pad: np.ndarray) -> Iterator[np.ndarray]:
+    """Their bytes."""
+    for row in rows:
+        yield row.view(np.uint8)
+        if len(pad):
+            yield pad.view(np.uint8)
+
+
+def _sliced(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Parts of a file, cut where SLICE of it are full: what is done to a slice finds it in the cache."""
+    at = 0
+    for part in parts:
+        first = 0
+        while first < len(part):
+            piece = part[first : first + SLICE - at % SLICE]
+            yield piece
+            first, at = first + len(piece), at + len(piece)
 
 
 def _read(store: CheckedStore, key: str, rows: Sequence[np.ndarray], chunks: tuple[int, ...]) -> bool:
@@ -102,17 +121,16 @@ def _read(store: CheckedStore, key: str, rows: Sequence[np.ndarray], chunks: tup
             return False
         found = begun(store.facts["id"], key)
         found.update(expected)
-        for row in rows:
-            for part in (row, pad) if len(pad) else (row,):
-                _fill(file, part.view(np.uint8))
-                found.update(part.view(np.uint8))
+        for part in _sliced(_padded(rows, pad)):
+            _fill(file, part)
+            found.update(part)
         found.update(file.read(TAIL))
     store.check(key, int(found.intdigest()))
     return True
 
 
-def _fill(file: BinaryIO, memory: np.ndarray) -> None:
+def _fill(file: FileIO, memory: np.ndarray) -> None:
     """With what comes next; the digest tells whether that was enough."""
     read = 0
-    while read < len(memory) and (more := file.readinto(memory[read:].data)):  # type: ignore[attr-defined]
+    while read < len(memory) and (more := file.readinto(memory[read:].data)):
         read += more

@@ -20,7 +20,7 @@ from ..ending import at_end
 from ..errors import StoreError
 from ..generators import generators
 from . import vectors
-from .creation import PADDING, OpenStore, Placed, StepRecord, create_store, lengths_of
+from .creation import PADDING, OpenStore, Placed, StepRecord, create_store, lengths_of, numbers, padded
 from .owner import check_target, read_header
 from .place import locate
 from .resumption import Reopened
@@ -294,15 +294,15 @@ class Writer:
         if records[0].penalty is not None:
             self._put_vectors("penalty", start, [r.penalty for r in records if r.penalty is not None])
         self._put("hyper", start, np.stack([r.hyper for r in records]))
-        self._put("index", start, _padded([p.ids for p in piece.placed], width, PADDING["index"]))
-        self._put("row", start, _padded([p.rows for p in piece.placed], width, PADDING["row"]))
+        self._put("index", start, padded([p.ids for p in piece.placed], width, PADDING["index"]))
+        self._put("row", start, padded([p.rows for p in piece.placed], width, PADDING["row"]))
         self._put("facts", start, np.array([[r.log.get(name, np.nan) for name in FACTS] for r in records]))
-        self._put("passes", start, _padded([*map(_numbers, records, piece.placed)], passes, 0))
+        self._put("passes", start, padded([*map(numbers, records, piece.placed)], passes, 0))
         for name in records[0].shares:
-            self._put(name, start, _padded([r.shares[name] for r in records], width, 0))
+            self._put(name, start, padded([r.shares[name] for r in records], width, 0))
         if drawn:
             random = [np.stack([p.random for p in r.passes if p.random is not None]) for r in records]
-            self._put("random", start, _padded(random, passes, 0))
+            self._put("random", start, padded(random, passes, 0))
         for dtype in records[0].buffers:
             self._put(f"buffers/{dtype}", start, np.stack([r.buffers[dtype] for r in records]))
         for key, value in (records[0].state or {}).items():
@@ -341,19 +341,3 @@ class Writer:
         done = vectors.put(self._store.sealing, array, start, rows)
         if done < len(rows):
             array[start + done :] = self._stacked(name, rows[done:])
-
-
-def _numbers(record: StepRecord, placed: Placed) -> np.ndarray:
-    """(M, fact), of its passes."""
-    places = zip(record.passes, placed.passes, strict=True)
-    return np.array([[each.size, at.kind, at.shared, each.scale, each.factor_scale] for each, at in places])
-
-
-def _padded(rows: list[np.ndarray], width: int, fill: int) -> np.ndarray:
-    """Arrays (b, ...) of different b -> (len, width, ...), filled up; not copied where there is nothing to do."""
-    if all(len(values) == width for values in rows):
-        return rows[0][None] if len(rows) == 1 else np.stack(rows)
-    out = np.full((len(rows), width, *rows[0].shape[1:]), fill, dtype=rows[0].dtype)
-    for n, values in enumerate(rows):
-        out[n, : len(values)] = values
-    return out

@@ -82,7 +82,7 @@ class Machine:
         elif operation.kind == "write":
             file = folder.now(name)
             assert isinstance(file, File)
-            file.contents.append(operation.content)
+            file.contents.append(file.contents[-1] + operation.content)
         elif operation.kind == "fsync":
             _last(self.folder if name == "." else folder.now(name))
         elif operation.kind == "remove":

@@ -18,7 +18,8 @@ Do = Callable[[], Any]
 
 
 class Operation(NamedTuple):
-    """kind: mkdir, create, write, fsync, replace, exchange or remove. paths: absolute. content: that is written."""
+    """kind: mkdir, create, write, fsync, replace, exchange or remove. paths: absolute. content: that is written, behind what
+    is there."""
 
     kind: str
     paths: tuple[str, ...]
@@ -104,6 +105,7 @@ class Counter:
             if self.count == self._fatal:
                 if operation.kind == "write":
                     part = operation.content[: round(self._share * len(operation.content))]
-                    Path(operation.paths[0]).write_bytes(part)
+                    with open(operation.paths[0], "ab") as file:
+                        file.write(part)
                 os.kill(os.getpid(), signal.SIGKILL)
             return do()
