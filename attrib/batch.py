@@ -105,6 +105,13 @@ class Batch:
         size = len(range(self.size)[examples]) if isinstance(examples, slice) else len(examples)
         return replace(self, size=size, leaves=taken)
 
+    def cut(self, most: int) -> "Iterator[tuple[Batch, int]]":
+        """In slices of one size, of `most` examples or fewer; so the last may begin with examples seen already: how many."""
+        length = -(-self.size // -(-self.size // max(1, most)))
+        for lo in range(0, self.size, length):
+            at = min(lo, self.size - length)
+            yield self.take(slice(at, at + length)), lo - at
+
 
 def leaves_of(args: Sequence[Any]) -> list[Any]:
     """Those of a tree, those that are said to be shared as they were."""

@@ -9,12 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -81,17 +80,27 @@ def ordinary(t: Any) -> Any:
     return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
 
 
-def mapped(function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | None = None) -> Callable[..., Any]:
-    """`torch.vmap`, without torch's warning where it goes through an operation row by row."""
-    over = torch.vmap(function, in_dims=in_dims, chunk_size=chunk_size)
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Within it without torch's warning where `torch.vmap` goes through an operation row by row."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+        yield
 
-    @wraps(function)
-    def called(*args: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
-            return over(*args)
 
-    return called
+def mapped(
+    function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | None = None, randomness: str = "error"
+) -> Callable[..., Any]:
+    """`torch.vmap`, without that warning."""
+    return unwarned()(torch.vmap(function, in_dims=in_dims, chunk_size=chunk_size, randomness=randomness))
+
+
+@cache
+def load_forward_mode() -> None:
+    """torch compiles its forward-mode rules at first use, with a deprecated compiler of its own that warns the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
 
 
 def differentiable(function: Callable[P, R]) -> Callable[P, R]:
@@ -200,6 +209,11 @@ class Functional:
             return self.run(*args)
 
     @property
+    def model(self) -> nn.Module:
+        """The one that it was made with."""
+        return self._model
+
+    @property
     def precision(self) -> torch.dtype:
         """What it rounds to on its way: the compute type, or that of a part in less than single precision, or of an
         autocast. One that the function enters by itself is known from its first call on."""
@@ -259,23 +273,6 @@ class Functional:
             return nullcontext()
         self._roundings.heard.add(kind)
         return self._roundings
-
-    def hessian(self, theta: Tensor, *args: Any) -> Callable[[Tensor], Tensor]:
-        """(P,) -> a function v (P,) -> H v (P,), H the Hessian of the sum of what the function returns; the graph of the
-        gradient is made once (Pearlmutter 1994). Attention by plain mathematics: other has no second derivative."""
-        point = theta.detach().clone().requires_grad_()
-        parameters = self.layout.unflatten(point)
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), self.bound(parameters):
-            (gradient,) = torch.autograd.grad(self.run(*args).sum(), point, create_graph=True)
-
-        def product(vector: Tensor) -> Tensor:
-            if not gradient.requires_grad:  # of a linear function
-                return torch.zeros_like(point)
-            with self.bound(parameters):
-                (pulled,) = torch.autograd.grad(gradient, point, vector.to(point), retain_graph=True)
-            return pulled
-
-        return product
 
     @contextmanager
     def bound(

@@ -18,6 +18,7 @@ from . import gradients
 from .batch import Batch
 from .checks import REDUCTIONS, SHARES, Reduction, Totals, fit_scale, split_bound, split_gaps, weights_of
 from .constants import is_low, wide
+from .curvature import Curvature
 from .errors import LossError
 from .functional import training_modes
 from .generators import random_state
@@ -92,6 +93,7 @@ class Shares:
         self._contract = {"gradients": self._stored, "factors": self._factored, "replay": self._replayed}[run.capture]
         self._said = False
         self._gradients: gradients.Gradients | None = None
+        self._slices, self._curvatures = slices, dict[str, Curvature]()
         if loss is not None:
             with training_modes(model, run.header["training"]):
                 kind = gradients.DEFINITIONS[definition or run.definition]
@@ -114,16 +116,26 @@ class Shares:
         """From U (Q, P), and <U, gradient> (Q, K) of the recorded gradient of the examples."""
         return self._contract(step, sensitivity, gradient)
 
-    def hvp(self, step: RecordedStep, sensitivity: Tensor) -> Tensor:
-        """H U (Q, P): the Hessian of the step's reduced loss, sum_i scale_i loss_i, times U (Q, P), in float64."""
+    def hvp(self, step: RecordedStep, sensitivity: Tensor, curvature: str = "exact") -> Tensor:
+        """H U (Q, P): the Hessian of the step's reduced loss, sum_i scale_i loss_i, times U (Q, P), in float64. curvature:
+        of that loss, or "gauss-newton": of what it makes of the model's outputs alone."""
         if self._gradients is None:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
         theta, scales = self._theta(step), self._known(step)
         product = torch.zeros_like(sensitivity, dtype=torch.float64)
         for n, scale in enumerate(scales):
             with self._pass(step, n) as (shares, batch, factor):
-                product += shares.hvp(theta, batch, sensitivity).double() * (scale / factor)
+                there = self._curvature(curvature).at(step.active, factor, self._buffers(step))
+                weights = torch.full((batch.size,), scale / factor, dtype=torch.float64)
+                product += there.products(theta, batch, weights, sensitivity, shares.coupled).hessian
         return product
+
+    def _curvature(self, kind: str) -> Curvature:
+        """Of the loss; what is learnt of its batches is kept."""
+        if kind not in self._curvatures:
+            assert self._gradients is not None
+            self._curvatures[kind] = Curvature(self._gradients.function, self._slices, kind)
+        return self._curvatures[kind]
 
     def split(
         self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray | float

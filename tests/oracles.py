@@ -4,6 +4,7 @@
 - `frozen`: an optimizer's updates as explicit matrices over (update step, gradient step)
 - `contributions`: the double sum over gradient steps and update steps
 - `path_integral`: the gradient of a measurement averaged over nodes, one autograd call each
+- `hessian_products`: by differences of gradients; `transposed_products`, `newton_products`: by whole matrices
 - `relu_secant`: the discrete chain rule of one hidden ReLU layer, written out by hand
 """
 
@@ -188,3 +189,34 @@ def losses_one_by_one(
         for p, value in zip(model.parameters(), before, strict=True):
             p.copy_(value)
     return np.array(rows)
+
+
+Value = Callable[[Tensor], Tensor]
+
+
+def hessian_products(value: Value, theta: Tensor, directions: Tensor, step: float = 1e-5) -> Tensor:
+    """(Q, P): differences of the gradients of a number at theta + step V and theta - step V. Wrong by step^2 of the third
+    derivative, and by the rounding of a gradient over step: 1e-10 and 1e-11 of numbers of order one."""
+
+    def gradient(at: Tensor) -> Tensor:
+        leaf = at.detach().requires_grad_()
+        return torch.autograd.grad(value(leaf), leaf)[0]
+
+    return torch.stack([(gradient(theta + step * v) - gradient(theta - step * v)) / (2 * step) for v in directions])
+
+
+def transposed_products(value: Value, theta: Tensor, directions: Tensor) -> Tensor:
+    """(Q, P): V times the matrix of derivatives of torch's gradient, which is no gradient where a backward pass is not the
+    derivative of its forward; entry by entry of the gradient."""
+    leaf = theta.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf, create_graph=True)
+    return directions @ torch.stack([torch.autograd.grad(g, leaf, retain_graph=True)[0] for g in gradient])
+
+
+def newton_products(outputs: Value, loss: Value, theta: Tensor, directions: Tensor) -> Tensor:
+    """(Q, P): V J^T A J with J (O, P) of theta -> outputs, and A (O, O) the Hessian of outputs -> number."""
+    leaf = theta.detach().requires_grad_()
+    out = outputs(leaf)
+    jacobian = torch.stack([torch.autograd.grad(o, leaf, retain_graph=True)[0] for o in out])
+    curved = torch.autograd.functional.hessian(loss, out.detach())
+    return directions @ jacobian.T @ curved @ jacobian

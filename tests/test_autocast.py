@@ -25,6 +25,7 @@ import attrib
 from attrib.autocast import Autocast, current, from_facts, under
 from attrib.batch import Batch
 from attrib.checks.intake import CAPTURES
+from attrib.curvature import Curvature
 from attrib.errors import BatchIdentityError, ChangedOutsideError
 from attrib.functional import Functional
 from attrib.gradients import ExampleGradients
@@ -543,9 +544,10 @@ def test_the_hessian_under_autocast_is_that_of_the_loss_to_its_roundings() -> No
     model, batch = case.build(), case.data(10)
     layout, theta = layout_of(model)
     directions = torch.randn(2, layout.size)
-    found = ExampleGradients(case.loss, model, layout, torch.float32, autocast=BF16).hvp(theta, batch, directions)
-    exact = ExampleGradients(case.loss, model.double(), layout, torch.float64)
-    want = exact.hvp(theta.double(), batch, directions.double())
+    function = Functional(model, case.loss, layout, torch.float32, BF16)
+    found = Curvature(function).products(theta, batch, torch.ones(10), directions).hessian
+    exact = Curvature(Functional(model.double(), case.loss, layout, torch.float64))
+    want = exact.products(theta.double(), batch, torch.ones(10), directions.double()).hessian
     # four passes of 7 products each: forward, backward, and both again along the direction
     assert float((found - want).norm() / want.norm()) <= 28**0.5 * U
 

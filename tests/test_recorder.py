@@ -18,7 +18,7 @@ from attrib import errors
 from attrib.batch import Batch
 from attrib.capture import Settled
 from attrib.checks.intake import CAPTURES
-from attrib.gradients.checks import check_losses
+from attrib.losses import check_losses
 from attrib.store import creation
 
 LOSS = MODELS["mlp"].loss

@@ -13,7 +13,11 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..batch import Batch
+from ..curvature import Curvature
 from ..functional import Functional, uncompiled
+from ..generators import generators, random_state
+from ..losses import check_shape
 from ..matching import check_model
 from ..run import Run
 
@@ -54,12 +58,14 @@ def curvature(
     if not 0 < count < size - 1:
         raise ValueError(f"too many eigenvalues: got {count}, expected 1 to {size - 2}, at curvature.")
     chosen = list(range(run.steps + 1)) if states is None else [int(s) for s in states]
-    function = Functional(model, lambda m, *b: loss(m, *b).mean(), run.layout, dtype or run.compute)
+    function = Functional(model, _one_each(loss), run.layout, dtype or run.compute)
+    hessian = Curvature(function)
     values, vectors = np.zeros((len(chosen), count)), np.zeros((len(chosen), count, size))
     before = np.random.default_rng(0).normal(size=(count, size))  # the first guess; then the state before
     for n, state in enumerate(tqdm(chosen, desc="curvature", unit="state", delay=2, disable=not progress)):
-        there = function.holding({name: t.to(device) for name, t in run.buffers(state).items()})
-        product = _product(there, run.vector(state).to(device, dtype or run.compute), batch)
+        buffers = {name: t.to(device) for name, t in run.buffers(state).items()}
+        there = hessian.at(hessian.active, buffers=buffers)
+        product = _product(there, run.vector(state).to(device, dtype or run.compute), Batch.of(batch))
         operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
         found, basis = eigsh(operator, k=count, which="LA", v0=before.sum(0), tol=TOLERANCE)
         order = np.argsort(-found)
@@ -72,7 +78,18 @@ def curvature(
     )
 
 
-def _product(function: Functional, theta: Tensor, batch: tuple[Tensor, ...]) -> Callable[[np.ndarray], np.ndarray]:
-    """v -> H v, of arrays."""
-    product = function.hessian(theta, *batch)
-    return lambda vector: product(torch.as_tensor(np.ravel(vector))).double().cpu().numpy()
+def _one_each(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The loss, which has to be one number per example."""
+    return lambda m, *b: check_shape(loss(m, *b), Batch.of(b))
+
+
+def _product(hessian: Curvature, theta: Tensor, batch: Batch) -> Callable[[np.ndarray], np.ndarray]:
+    """v -> H v, of arrays; whatever the loss draws is drawn alike each time."""
+    start, weights = generators(), torch.full((batch.size,), 1 / batch.size, dtype=theta.dtype)
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        with random_state(start):
+            direction = torch.as_tensor(np.ravel(vector)).to(theta)
+            return hessian.products(theta, batch, weights, direction[None]).hessian[0].cpu().numpy()
+
+    return product

@@ -10,7 +10,6 @@
 - `mapped`: gradients written out by vmap
 - `definition`: what a definition of a share answers: `Gradients.total`, `contract`, `rows`, `factors`; `examples`: the first
 - `through`, `owners`, `rows`: the second definition, by rows: its truth, whose rows are whose, `RowGradients`
-- `checks`: what a loss and a model must be
 - `watch`: the same from the user's own passes; `stored`: factors as named arrays
 """
 

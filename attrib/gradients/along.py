@@ -30,12 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..batch import Batch
 from ..constants import rounding
 from ..errors import LossError
-from ..functional import Functional
+from ..functional import Functional, load_forward_mode
 from ..generators import generators, set_generators
 from ..kernels.factors.base import flat_rows
 from ..layout import Layout
-from .checks import check_losses, first_line
-from .sites import load_forward_mode
+from ..losses import check_losses, first_line
 
 log = logging.getLogger("attrib")
 

@@ -64,6 +64,11 @@ class Gradients(ABC):
         return other
 
     @property
+    def function(self) -> Functional:
+        """The loss bound to the model."""
+        return self._loss
+
+    @property
     def coarse(self) -> bool:
         """Whether a pass rounds to less than single precision on its way, as a frozen part in bfloat16 does. Then a multiple
         of the loss has other gradients than the same multiple of its gradients: to be those of the training loop they have
@@ -94,10 +99,6 @@ class Gradients(ABC):
     @abstractmethod
     def gradient(self, theta: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(P,), batch, v (B,) -> losses (B,), the sum of the shares times v (P,): by no closed form."""
-
-    def hvp(self, theta: Tensor, batch: Batch, directions: Tensor) -> Tensor:
-        """(P,), batch, U (Q, P) -> H U (Q, P), H the Hessian of the sum of the losses, over all parameters."""
-        return torch.stack([*map(self._loss.hessian(theta, *Batch.of(batch).args), directions)])
 
     @abstractmethod
     def contract(

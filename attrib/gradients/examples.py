@@ -20,10 +20,10 @@ from ..budget import slice_bytes
 from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
 from ..layout import Layout
+from ..losses import check_losses
 from ..program import kind_of as kind_of_inputs
 from .along import LossVector, random_weights
 from .assignment import Assignment, Trace, calls_of, kind_of, ownership
-from .checks import check_losses
 from .definition import Gradients
 from .forms import Form, Forms
 from .mapped import agree, rows_by_vmap

@@ -21,9 +21,9 @@ from ..constants import rounding
 from ..errors import ChangedOutsideError, LossError
 from ..functional import Functional
 from ..generators import generators, random_state, set_generators
+from ..losses import check_losses, first_line
 from .along import LossVector
 from .assignment import Assignment, Trace, assigned, calls_of, few, followed, kind_of, unproven
-from .checks import check_losses, first_line
 
 log = logging.getLogger("attrib")
 
@@ -135,12 +135,7 @@ class Forms:
 
     def slices(self, form: Form, batch: Batch) -> Iterator[tuple[Batch, int]]:
         """The batch in slices of one size, so the last may begin with examples seen already: how many."""
-        size = batch.size
-        most = max(1, int(self._slice_bytes // form.bytes)) if form.bytes else size
-        length = -(-size // -(-size // most))
-        for lo in range(0, size, length):
-            at = min(lo, size - length)
-            yield batch.take(slice(at, at + length)), lo - at
+        yield from batch.cut(int(self._slice_bytes // form.bytes) if form.bytes else batch.size)
 
     def assignment(self, theta: Tensor, trace: Trace, batch: Batch, form: Form) -> Assignment:
         """Of the trace's kind; the model is bound to the leaves of `trace`, which is of `batch`."""

@@ -18,9 +18,9 @@ from ..batch import Batch
 from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
 from ..layout import Layout
+from ..losses import check_finite
 from ..program import kind_of as kind_of_inputs
 from .assignment import Trace, calls_of
-from .checks import check_finite
 from .definition import Gradients
 from .owners import Owners
 from .terms import Reached, Term, contract, factors_of, sites_of, terms_at

@@ -15,11 +15,10 @@ A call with data and weight among its arguments is a site: y = f(data, weight). 
 example i along a direction U of the parameters is sum over sites of <dl_i/dy, df/dweight U>.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..autocast import Autocast, current
+from ..functional import load_forward_mode
 from ..generators import random_state
 from .functions import FUNCTIONS, unwritten
 
@@ -289,14 +289,6 @@ def remade(weight: Weight, leaves: dict[str, Tensor], known: dict[int, Tensor] |
         with random_state(weight.maker.random):
             known[id(weight.tensor)] = weight.maker.run(again)
     return known[id(weight.tensor)]
-
-
-@cache
-def load_forward_mode() -> None:
-    """torch compiles its forward-mode rules at first use, with a deprecated compiler of its own that warns the user."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
 
 
 def jvp(call: Call, moving: dict[int, tuple[Tensor, Tensor]]) -> Tensor:

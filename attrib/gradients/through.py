@@ -21,9 +21,9 @@ from ..batch import Batch
 from ..functional import Functional
 from ..generators import generators, random_state
 from ..layout import Layout
+from ..losses import check_objective
 from .along import Named, random_weights
 from .assignment import Trace, contracted, followed, kind_of, sites_by_name
-from .checks import check_objective
 from .owners import FixedStatistics, Owners, owners_of
 from .sites import Site
 from .terms import Reached, names_of

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..errors import LossError
+from .batch import Batch
+from .errors import LossError
 
 
 def first_line(error: Exception) -> str:
@@ -17,6 +17,11 @@ def first_line(error: Exception) -> str:
 
 def check_losses(losses: Any, batch: Batch) -> Tensor:
     """Return the losses if they are (B,) and finite, else raise LossError."""
+    return check_finite(check_shape(losses, batch))
+
+
+def check_shape(losses: Any, batch: Batch) -> Tensor:
+    """Return the losses if they are (B,), else raise LossError."""
     size = batch.size
     if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) != size:
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
@@ -24,7 +29,7 @@ def check_losses(losses: Any, batch: Batch) -> Tensor:
             f"the loss is not one number per example: got {got}, expected shape ({size},). "
             f'Return per-example losses (reduction="none"); reduce them in the training loop.'
         )
-    return check_finite(losses)
+    return losses
 
 
 def check_finite(losses: Tensor) -> Tensor:
