@@ -92,14 +92,7 @@ def mapped(
     function: Callable[..., Any], in_dims: Any = 0, chunk_size: int | None = None, randomness: str = "error"
 ) -> Callable[..., Any]:
     """`torch.vmap`, without that warning."""
-    over = torch.vmap(function, in_dims=in_dims, chunk_size=chunk_size, randomness=randomness)
-
-    @wraps(function)
-    def called(*args: Any) -> Any:
-        with unwarned():
-            return over(*args)
-
-    return called
+    return unwarned()(torch.vmap(function, in_dims=in_dims, chunk_size=chunk_size, randomness=randomness))
 
 
 @cache

@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYERS, MODELS, OPTIMIZERS, Gpt
+from cases import LAYERS, MODELS, OPTIMIZERS, Gpt, crossed
 from test_along import CASES, SIZE, Between, Case, Reversal, cross_entropy, data, layout_of, normed, seeded
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -135,8 +135,7 @@ def check(found: Products, want: Products) -> None:
     )
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(("name", "queries"), crossed(SETTINGS, [1, 3]))
 def test_products_are_those_of_the_hessian_batch_after_batch(name: str, queries: int) -> None:
     """At parameters that the model does not hold; taped from the third call on, checked at the fourth."""
     there = SETTINGS[name]()
@@ -335,11 +334,12 @@ def losses_and_output(
         hook.remove()
 
 
-NEWTON = [name for name in CASES if name not in TWICE | {"loss in pieces", "loss that differentiates"}]
+NEWTON = ["mlp", "cnn", *(n for n in CASES if n not in TWICE | {"loss in pieces", "loss that differentiates"})]
 
 
-@pytest.mark.parametrize("queries", [1, 3])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "gpt", *NEWTON])
+@pytest.mark.parametrize(
+    ("name", "queries"), [*crossed(NEWTON, [3, 1]), pytest.param("gpt", 3, marks=pytest.mark.slow)]
+)
 def test_gauss_newton_is_that_of_the_whole_matrices(name: str, queries: int) -> None:
     there = SETTINGS[name]()
     curvature = there.curvature(kind="gauss-newton")
