@@ -196,7 +196,8 @@ def accounting(case: Case) -> Any:
 
 
 def influence(case: Case) -> Any:
-    return attrib.influence(case.run, case.model, case.measurement, loss=loss, progress=False).by("example")
+    found = attrib.influence(case.run, case.model, case.measurement, loss=loss, progress=False)
+    return -found.without()  # the mean is over those that remain
 
 
 def difference(case: Case, lighter: float = 0.2) -> Any:

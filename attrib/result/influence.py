@@ -39,30 +39,41 @@ class Influence(Labelled):
         norms = self.dataset["growth"]
         return norms.max("state") / norms.isel(state=-1)
 
+    def without(self, mean: str = "remaining") -> xr.DataArray:
+        """(query, example): to first order what leaving each example out would change. As scores, positive where an example
+        raised the measurement, they are the negative: `attrib.lds(-found.without(), subsets, outcomes)`.
+
+        Args:
+            mean: "remaining": where a loss is a mean over the batch, it is over those that remain, so that they weigh more;
+                "fixed": whatever divides the losses stays as it was.
+
+        Raises:
+            ValueError: another `mean`.
+        """
+        if mean not in ("remaining", "fixed"):
+            raise ValueError(f"mean is none: got {mean!r}, expected 'remaining' or 'fixed'.")
+        gained = self.dataset["rescaled"] if mean == "remaining" else 0.0
+        return (gained - self.by("example")).rename("without")
+
     def predict(self, subsets: Sequence[Collection[Any]], mean: str = "remaining") -> xr.DataArray:
         """(subset, query): the measurement, to first order, had the examples of each subset been left out.
 
         Args:
             subsets: ids of the examples that are left out, of each subset.
-            mean: "remaining": where a loss is a mean over the batch, it is over those that remain, so that they weigh more;
-                "fixed": whatever divides the losses stays as it was.
+            mean: as for `without`.
 
         Raises:
             ValueError: an id that is not among the examples, or another `mean`.
         """
-        if mean not in ("remaining", "fixed"):
-            raise ValueError(f"mean is none: got {mean!r}, expected 'remaining' or 'fixed'.")
-        known = {label: n for n, label in enumerate(self.dataset["example"].values.tolist())}
+        each = self.without(mean)
+        known = {label: n for n, label in enumerate(each["example"].values.tolist())}
         unknown = [i for subset in subsets for i in subset if _plain(i) not in known]
         if unknown:
             raise ValueError(
                 f"there are no such train examples: got {unknown[:5]}, expected some of the {len(known)} ids of the result."
             )
-        each = self.by("example").values - (self.dataset["rescaled"].values if mean == "remaining" else 0.0)
-        chosen = np.zeros((len(subsets), len(known)))
-        for row, subset in zip(chosen, subsets, strict=True):
-            row[[known[_plain(i)] for i in subset]] = -1.0
-        values, queries = self.final.values + chosen @ each.T, {"query": self.dataset["query"]}
+        changes = [each.values[:, [known[_plain(i)] for i in subset]].sum(1) for subset in subsets]
+        values, queries = self.final.values + np.reshape(changes, (len(subsets), -1)), {"query": self.dataset["query"]}
         return xr.DataArray(values, queries, ("subset", "query"), "predicted")
 
     def check(self, rtol: float = TANGENT) -> str:
