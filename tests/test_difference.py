@@ -1,6 +1,7 @@
 """Differences of two runs: complete, antisymmetric, right by hand; what cannot be compared is refused."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,16 @@ ROWS = [  # every model, then every optimizer
 ]
 
 
+def evaluated(folder: Path, optimizer: str, model: str = "mlp", name: str = "run", **options: Any) -> Trained:
+    """Trained, and put into eval mode."""
+    found = train(folder / name, OPTIMIZERS[optimizer], CASES[model], **{"steps": 5, **options})
+    found.model.eval()
+    return found
+
+
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
-    for name, case in CASES.items():
-        monkeypatch.setitem(MODELS, name, case)
-
-    def of(optimizer: str, model: str = "mlp", name: str = "run", **options: Any) -> Trained:
-        found = train(tmp_path / name, OPTIMIZERS[optimizer], model, **{"steps": 5, **options})
-        found.model.eval()
-        return found
-
-    return of
+def trained(tmp_path: Path) -> Callable[..., Trained]:
+    return partial(evaluated, tmp_path)
 
 
 def replayed(t: Trained, changes: list[Any], store: Path, start: int = 0, **options: Any) -> attrib.Run:

@@ -1,17 +1,17 @@
 """Derivatives by the weights of examples: against retraining, a tangent, and the limit of differences."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cases import MODELS, OPTIMIZERS
 from test_adjoint import DERIVED
-from test_difference import CASES, FEW, between
+from test_difference import CASES, FEW, between, evaluated
 from torch import Tensor, nn
-from training import Trained, train
+from training import Trained
 
 import attrib
 from attrib.errors import BatchIdentityError, InfluenceError, ReplayError
@@ -19,16 +19,8 @@ from attrib.intervention import Penalty, Reweight
 
 
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trained]:
-    for name, case in CASES.items():
-        monkeypatch.setitem(MODELS, name, case)
-
-    def of(optimizer: str, model: str = "mlp", name: str = "run", **options: Any) -> Trained:
-        found = train(tmp_path / name, OPTIMIZERS[optimizer], model, **{"steps": 5, **options})
-        found.model.eval()
-        return found
-
-    return of
+def trained(tmp_path: Path) -> Callable[..., Trained]:
+    return partial(evaluated, tmp_path)
 
 
 def influence(t: Trained, **options: Any) -> attrib.Influence:

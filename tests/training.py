@@ -45,7 +45,7 @@ def flat(model: nn.Module) -> np.ndarray:
 def train(
     store: Path | Any,
     optimizer: Callable[[list[nn.Parameter]], Optimizers],
-    model: str = "mlp",
+    model: str | ModelCase = "mlp",
     capture: str = "replay",
     dtype: torch.dtype = torch.float64,
     steps: int = 6,
@@ -59,7 +59,7 @@ def train(
     **options: Any,
 ) -> Trained:
     torch.manual_seed(0)
-    case = MODELS[model]
+    case = MODELS[model] if isinstance(model, str) else model
     net = case.build().to(dtype)
     x, y = case.data(examples)
     x = x.to(dtype) if x.is_floating_point() else x
