@@ -295,8 +295,8 @@ WHERE = ("loss", "model", "inside loss", "inside model")
 def check_run(bench: Bench, run: attrib.Run, rounding: float = U) -> None:
     # the shares are summed by the very pass that the loop made: nothing is rounded otherwise, but for the mean in float32
     assert np.nanmax(run.log("batch_identity")) <= 1e-6
-    # a processor without instructions for the type sums a convolution's gradient over the batch, of 10 at most, in that type:
-    # as many roundings, which go either way
+    # a processor without instructions for the type sums a convolution's gradient over the batch, of 10 at most, in that
+    # type: as many roundings, which go either way
     rounding *= 10**0.5 if any(isinstance(m, nn.Conv2d) for m in bench.model.modules()) else 1.0
     if run.capture != "replay":  # each entry of a gradient is rounded where autograd sums it, and not in the factors
         assert np.nanmax(run.log("split_identity")) <= rounding

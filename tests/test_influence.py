@@ -53,7 +53,7 @@ def test_it_is_the_slope_of_the_measurement_by_an_examples_weight(
     found = influence(t)
     assert "tangent" in found.check(1e-10)
     each = found.by("example")
-    for example in t.run.examples[:2].tolist():
+    for example in t.run.examples[: 2 if optimizer in FEW else 1].tolist():
         want = slope(t, example)
         # Adam's root is rough where a gradient is small beside its size: the slope itself varies over the difference
         np.testing.assert_allclose(each.sel(example=example), want, rtol=1e-6, atol=1e-6 * np.abs(each.values).max())
