@@ -25,7 +25,7 @@ from .functional import differentiable, uncompiled
 from .marginals import Slots
 from .matching import check_model
 from .optim import Carried
-from .pair import paired
+from .pair import Pair, paired
 from .parts import PREFIX
 from .path import Measured, Path, Secant
 from .result import Difference
@@ -88,15 +88,7 @@ def difference(
     ends = base.whole(pair.base.first + pair.steps), changed.whole(pair.changed.first + pair.steps)
     sweep = Sweep(Causes(pair, via), question, path or Secant(), ends)
     found = asked.answered(question, "difference", pair.steps, sweep.dataset).assign_coords(example=pair.labels)
-    facts = {
-        **described(base, measurement),
-        "changed": str(changed.reader.target),
-        "first": [pair.base.first, pair.changed.first],
-        "via": via,
-        "bound": share_bound(base.compute, base.compute),
-        "meaning": f"the ledger of a difference that was run: {SAYS[via]}",
-    }
-    result = Difference(found.assign_attrs(facts))
+    result = Difference(found.assign_attrs(_facts(pair, measurement, via)))
     if (times := float(result.cancellation.max())) > LARGE:
         log.warning(
             "the terms cancel: they are %.3g times what they sum to, so that little can be read from each. The runs have "
@@ -104,6 +96,18 @@ def difference(
             times,
         )
     return result
+
+
+def _facts(pair: Pair, measurement: Any, via: str) -> dict[str, Any]:
+    base, changed = pair.base.run, pair.changed.run
+    return {
+        **described(base, measurement),
+        "changed": str(changed.reader.target),
+        "first": [pair.base.first, pair.changed.first],
+        "via": via,
+        "bound": share_bound(base.compute, base.compute),
+        "meaning": f"the ledger of a difference that was run: {SAYS[via]}",
+    }
 
 
 @dataclass(frozen=True)

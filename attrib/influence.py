@@ -89,18 +89,22 @@ def influence(
     account = Account(*grouping, question.kept, False, share_bound(run.compute, run.compute))
     sweep = Sweep(Causes(pair, curvature=curvature), account, "split" in identities, "tangent" in identities)
     found = asked.answered(question, "influence", run.steps, sweep.dataset)
-    units = getattr(measurement, "units", "")
-    facts = {
-        **described(run, measurement),
-        "units": f"{units} per unit of weight" if units else "",
-        "curvature": curvature,
-        "bound": share_bound(run.compute, run.compute),
-        "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",
-    }
+    facts = _facts(run, measurement, curvature)
     result = Influence(found.assign_coords(example=run.examples).assign_attrs(facts))
     if float(result.growth.max()) >= CHAOTIC:
         log.warning("%s", result.said)
     return result
+
+
+def _facts(run: Run, measurement: Any, curvature: str) -> dict[str, Any]:
+    units = getattr(measurement, "units", "")
+    return {
+        **described(run, measurement),
+        "units": f"{units} per unit of weight" if units else "",
+        "bound": share_bound(run.compute, run.compute),
+        "curvature": curvature,
+        "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",
+    }
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,13 @@ def test_dropout_batches_and_schedules_are_drawn_again(kind: str, states_every: 
         again = attrib.replay(run, start, model=model, loss=loss, store=tmp_path / f"again{start}", progress=False)
         for step in range(start, 12):
             assert torch.equal(again.vector(step - start), run.vector(step)), (start, step)
-        assert again.header["replay"] == {"run": str(tmp_path / "run"), "start": start, "interventions": []}
+        assert again.header["replay"] == {
+            "run": str(tmp_path / "run"),
+            "start": start,
+            "origin": start,
+            "interventions": [],
+            "weighted": False,
+        }
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     part = attrib.replay(run, 2, model=model, loss=loss, store=tmp_path / "part", until=7)

@@ -211,9 +211,9 @@ def test_the_store_is_read_once_however_often_the_steps_are_looked_at(
     trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=9, block=3)
     read, seen = Reader.read, []
 
-    def noted(self: Reader, name: str, rows: Any = None) -> np.ndarray:
+    def noted(self: Reader, name: str, rows: Any = None, *more: Any) -> np.ndarray:
         seen.append((name, str(rows)))
-        return read(self, name, rows)
+        return read(self, name, rows, *more)
 
     monkeypatch.setattr(Reader, "read", noted)
     blocks = ("gradient", "hyper", "index", "row", "passes")
