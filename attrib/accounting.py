@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .buffers import owners, with_buffers
+from .buffers import at_owners, with_buffers
 from .layout import Layout
 from .optim import Segments, decay_rates, entrywise_decay, explained, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
@@ -151,10 +151,7 @@ class Accounting:
             return vectors, None
         moved = steps.buffers.double().diff(dim=0).to(vectors.device)
         each = over_tensors(buffers, vectors[..., layout.size :] * moved[:, None])
-        found = np.zeros((*each.shape[:2], len(layout.names)))
-        for n, owner in enumerate(owners(layout, buffers)):
-            found[..., owner] += each[..., n]
-        return vectors[..., : layout.size].contiguous(), found
+        return vectors[..., : layout.size].contiguous(), at_owners(layout, buffers, each)
 
     def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor) -> "Pulled":
         """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P)."""

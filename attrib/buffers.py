@@ -96,6 +96,14 @@ def with_buffers(theta: Tensor, buffers: Tensor) -> Tensor:
     return torch.cat([theta.to(dtype), buffers.to(theta.device, dtype)], -1)
 
 
+def at_owners(layout: Layout, buffers: Layout, each: np.ndarray) -> np.ndarray:
+    """What stands at each buffer, (..., E tensors), at the parameter tensors that they stand with, (..., K)."""
+    found = np.zeros((*each.shape[:-1], len(layout.names)))
+    for n, owner in enumerate(owners(layout, buffers)):
+        found[..., owner] += each[..., n]
+    return found
+
+
 def owners(layout: Layout, buffers: Layout) -> list[int]:
     """Of each buffer the number of the parameter tensor whose module is nearest: that shares most of its path, the first
     of several."""

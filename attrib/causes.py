@@ -172,7 +172,7 @@ class Causes:
         ends = ends if not torch.equal(*ends) else ends[:1]
         each = [side.shares.products(m.at(t), v, None if whole else chosen)[:, at] for t in ends]
         mean_each = np.stack(each).mean(0)
-        reduction = np.einsum("quk,u->qk", mean_each, factors.reduced * (touched if even else 1.0))
+        reduction = np.einsum("quk,u->qk", mean_each, factors.reduced * (1.0 if even is None else touched))
         if even is not None:
             reduction = reduction + self._rest(
                 v, made, aligned, (each[0] * touched[:, None], each[-1] * touched[:, None]), even
@@ -222,7 +222,8 @@ class Causes:
 
 def evenly(touched: np.ndarray, before: np.ndarray, after: np.ndarray) -> float | None:
     """The one ratio of the factors (U,) of all that nothing was done to; None where there are several."""
-    rest = after[~touched] / before[~touched]
+    counted = ~touched & (before != 0)  # what weighs nothing in both runs has none
+    rest = after[counted] / before[counted]
     if not len(rest):
         return 1.0
     ratio = float(rest[0])

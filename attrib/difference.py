@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .account import share_bound
 from .accounting import over_tensors
 from .asked import Asked, Question, described
-from .buffers import owners
+from .buffers import at_owners
 from .causes import VIA, Causes, Done
 from .functional import differentiable, uncompiled
 from .marginals import Slots
@@ -129,9 +129,7 @@ class Integrated:
         if query.buffers.names:
             moved = (last.double() - first.double())[size:]
             each = over_tensors(query.buffers, vectors[:, size:] * moved)
-            buffers = np.zeros((query.count, len(query.parameters.names)))
-            for n, owner in enumerate(owners(query.parameters, query.buffers)):
-                buffers[:, owner] += each[:, n]
+            buffers = at_owners(query.parameters, query.buffers, each)
         start, end = (t.double().cpu().numpy() for t in (found.start, found.end))
         return cls(vectors[:, :size].cpu().contiguous(), buffers, start, end)
 

@@ -145,7 +145,7 @@ class Sweep:
 
         summed = total(tallies(), range(run.steps), run.numbers)
         assert summed is not None
-        tangent = np.zeros(query.count) if weights is None else (last @ self._pushed(weights)).numpy()
+        tangent = np.full(query.count, np.nan) if weights is None else (last @ self._pushed(weights)).numpy()
         beside = {"final": final.end.double().cpu().numpy(), "tangent": tangent, "swept": swept}
         return self._labelled(summed, beside, rescaled)
 

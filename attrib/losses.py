@@ -15,6 +15,15 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
+def check_graph(error: RuntimeError) -> None:
+    """Raise LossError where it says that a checkpoint of the loss cannot be gone through again."""
+    if "checkpoint" in str(error):
+        raise LossError(
+            f"the loss cannot be differentiated again: got {first_line(error)} Pass use_reentrant=False to "
+            f"torch.utils.checkpoint.checkpoint."
+        ) from error
+
+
 def check_losses(losses: Any, batch: Batch) -> Tensor:
     """Return the losses if they are (B,) and finite, else raise LossError."""
     return check_finite(check_shape(losses, batch))

@@ -295,3 +295,29 @@ def test_the_model_comes_back_as_it_was(trained: Callable[..., Trained], tmp_pat
     assert all(torch.equal(value, before[name]) for name, value in t.model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert [m.training for m in t.model.modules()] == modes
+
+
+def test_ids_that_are_strings_name_the_same_examples(trained: Callable[..., Trained], tmp_path: Path) -> None:
+    """In the changed run they come in another order, since the first of them is dropped."""
+    found = []
+    for name, called in (("numbers", lambda i: i), ("strings", lambda i: [f"doc-{n}" for n in i.tolist()])):
+        t = trained("adamw", name=name, called=called)
+        changed = replayed(t, [Drop(t.run.index(0)[:1].tolist())], tmp_path / f"{name} changed")
+        by = between(t, t.run, changed, via="reaction").by("example")
+        found.append({str(e).removeprefix("doc-"): by.sel(example=e).values for e in by["example"].values.tolist()})
+    numbers, strings = found
+    assert numbers.keys() == strings.keys()
+    for example, values in numbers.items():
+        np.testing.assert_allclose(strings[example], values, rtol=1e-12, atol=1e-15)
+
+
+def test_what_weighs_nothing_in_both_runs_is_no_example_of_the_difference(
+    trained: Callable[..., Trained], tmp_path: Path
+) -> None:
+    t = trained("sgd momentum")
+    one, other = t.run.examples[:2].tolist()
+    base = replayed(t, [Reweight({one: 0.0})], tmp_path / "base")
+    changed = replayed(t, [Reweight({one: 0.0, other: 2.0})], tmp_path / "changed")
+    found = between(t, base, changed)
+    found.check(1e-10)
+    assert float(abs(found.by("example").sel(example=one)).max()) == 0.0

@@ -216,3 +216,9 @@ def test_gauss_newton_is_the_hessian_where_outputs_are_linear(tmp_path: Path) ->
         )
         gaps.append(np.abs(exact - other).max() / np.abs(exact).max())
     assert gaps[0] < 1e-12 < 1e-4 < gaps[1]
+
+
+def test_a_healthy_run_in_single_precision_passes_its_check(trained: Callable[..., Trained]) -> None:
+    t = trained("adamw", "batch norm", dtype=torch.float32)
+    influence(t).check()
+    assert influence(t, identities=("split",)).check().startswith("tangent against sensitivity: not checked")

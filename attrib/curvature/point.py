@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..batch import Batch
 from ..errors import LossError
 from ..functional import Functional, unwarned
-from ..losses import check_shape, first_line
+from ..losses import check_graph, check_shape, first_line
 
 log = logging.getLogger("attrib")
 
@@ -137,9 +137,5 @@ def _grad(
     try:
         return grad(values, inputs, cotangents, allow_unused=True, retain_graph=True, **options)
     except RuntimeError as error:
-        if "checkpoint" not in str(error):
-            raise
-        raise LossError(
-            f"the loss cannot be differentiated again: got {first_line(error)} Pass use_reentrant=False to "
-            f"torch.utils.checkpoint.checkpoint."
-        ) from error
+        check_graph(error)
+        raise

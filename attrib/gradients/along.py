@@ -34,7 +34,7 @@ from ..functional import Functional, load_forward_mode
 from ..generators import generators, set_generators
 from ..kernels.factors.base import flat_rows
 from ..layout import Layout
-from ..losses import check_losses, first_line
+from ..losses import check_graph, check_losses, first_line
 
 log = logging.getLogger("attrib")
 
@@ -239,11 +239,7 @@ class LossVector:
             try:
                 pulled = torch.autograd.grad(value, leaves, retain_graph=kept, create_graph=create, allow_unused=True)
             except RuntimeError as error:
-                if "checkpoint" not in str(error):
-                    raise
-                raise LossError(
-                    f"the loss cannot be differentiated again: got {first_line(error)} Pass use_reentrant=False to "
-                    f"torch.utils.checkpoint.checkpoint."
-                ) from error
+                check_graph(error)
+                raise
         found = dict(zip(moving, pulled, strict=True))
         return {n: torch.zeros_like(p) if (g := found.get(n)) is None else g for n, p in parameters.items()}
