@@ -11,6 +11,7 @@ import xarray as xr
 
 from .accounting import relative
 from .gradients import random_weights
+from .layout import grouped
 from .ledger import TERMS, share_said
 from .marginals import Axes, Slots
 from .parts import PREFIX
@@ -108,7 +109,7 @@ class Account:
 
     def grouped(self, values: np.ndarray) -> np.ndarray:
         """(..., K) -> (..., G)."""
-        return values @ self.member if len(self.labels) < len(self.member) else values
+        return grouped(values, self.member)
 
     def tallies(
         self,

@@ -89,6 +89,14 @@ def match_names(names: Sequence[str], patterns: str | Sequence[str], where: str)
     return [n for n in names if n in chosen]
 
 
+def grouped(values: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """(..., K) of tensors -> (..., G) of groups. member: (K, G). Of a single group the tensors may be summed already."""
+    if member.shape[1] == 1:
+        return values.sum(-1, keepdims=True)
+    itself = len(member) == member.shape[1] and bool(member.diagonal().all())
+    return values if itself else values @ member
+
+
 def group_tensors(
     names: Sequence[str], groups: Mapping[str, Sequence[str]] | None
 ) -> tuple[tuple[str, ...], np.ndarray]:

@@ -13,6 +13,7 @@ from .checks import fit_scale, split_bound, split_gaps
 from .constants import is_low, wide
 from .gradients import random_weights
 from .kernels.contraction import contract_rows
+from .layout import grouped
 from .recomputed import Recomputed
 from .steps import RecordedStep
 
@@ -66,7 +67,7 @@ class Shares(Recomputed):
         (Q,). Without a loss, None."""
         if self._gradients is None:
             return None
-        mine = found.values @ self._member
+        mine = grouped(found.values, self._member)
         weights = random_weights(mine.shape[1], step.number, self._theta(step), self._gradients.coarse)
         combined, truth, flow = (np.zeros((len(mine), mine.shape[2])) for _ in range(3))
         used = []

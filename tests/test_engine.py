@@ -95,6 +95,16 @@ def test_groups_are_sums_of_tensors(trained: Trained, result: attrib.Result) -> 
     grouped.check(1e-10)
 
 
+def test_a_group_of_each_tensor_has_its_own_whatever_their_order(trained: Trained, result: attrib.Result) -> None:
+    names = [*result.dataset["group"].values]
+    turned = trained.attribute(groups={f"only {name}": [name] for name in reversed(names)})
+    for term in (lambda r: r.by("step", "example", "group"), lambda r: r.decay, lambda r: r.timeline()):
+        for name in names:
+            np.testing.assert_allclose(
+                term(turned).sel(group=f"only {name}"), term(result).sel(group=name), rtol=1e-12, atol=1e-15
+            )
+
+
 @pytest.mark.parametrize(
     ("groups", "match"),
     [({"a": ["hiden.*"]}, "names no parameter.*'hiden"), ({"a": ["*"], "b": ["hidden.bias"]}, "two groups")],
