@@ -38,6 +38,12 @@ class Asked:
         """Raises ValueError where the groups are none."""
         return Grouping(*group_tensors(run.layout.names, self.groups))
 
+    @property
+    def by_group(self) -> bool:
+        """Whether an axis of groups is kept."""
+        kept = [self.keep] if isinstance(self.keep, str) else self.keep
+        return kept is None or any("group" in axes for axes in kept)
+
     def question(self, pair: Pair, model: nn.Module, measurement: Any, grouping: "Grouping") -> "Question":
         """Of the measurement at the last state of the base.
 

@@ -24,6 +24,7 @@ from .accounting import over_tensors
 from .kernels import clipping
 from .optim import Back, Carried, pulled_back
 from .pair import Aligned, Pair
+from .recomputed import Curved
 from .side import Made
 
 VIA = ("cause", "reaction")
@@ -32,22 +33,23 @@ ROUNDED = 1e-5  # differences of what two runs reduce with, relative to these, t
 
 class Done(NamedTuple):
     """A step. examples (U,), values (Q, U, K): what was done to each; rows (Q, K) by name: what was done beside; V (Q, P);
-    made: of either run."""
+    made: of either run. along (Q, B): <V, g_i> of the batch whose curvature was taken, where it came with that."""
 
     examples: np.ndarray
     values: np.ndarray
     rows: dict[str, np.ndarray]
     gradient: Tensor
     made: tuple[Made, Made]
+    along: np.ndarray | None = None
 
 
 class Injected(NamedTuple):
-    """values (Q, U, K), reduction and context (Q, K); propagates: V (Q, P) -> H V at the middle of the parameters."""
+    """values (Q, U, K), reduction and context (Q, K); propagates: H V at the middle of the parameters."""
 
     values: np.ndarray
     reduction: np.ndarray
     context: np.ndarray
-    propagates: Callable[[], Tensor]
+    propagates: Callable[[], Curved]
 
     @property
     def total(self) -> np.ndarray:
@@ -88,9 +90,9 @@ class Causes:
             values = self._reaction(v, (a, b), aligned)
             return Done(aligned.examples, values, rows, v, (a, b)), back.before
         injected = self._injected(v, (a, b), aligned)
-        before = self._handed_on(back, (a, b), injected)
+        before, along = self._handed_on(back, (a, b), injected)
         rows |= {"reduction": injected.reduction, "context": injected.context}
-        return Done(aligned.examples, injected.values, rows, v, (a, b)), before
+        return Done(aligned.examples, injected.values, rows, v, (a, b), along), before
 
     def start(self, before: Carried) -> np.ndarray:
         """(Q, K): what the runs began with otherwise, the parameters and the accumulators."""
@@ -101,16 +103,18 @@ class Causes:
             found = found + over_tensors(base.layout, sensitivity * (b.state[name].double() - a.state[name].double()))
         return found
 
-    def _handed_on(self, back: Back, made: tuple[Made, Made], injected: Injected) -> Carried:
-        """With K V."""
+    def _handed_on(
+        self, back: Back, made: tuple[Made, Made], injected: Injected
+    ) -> tuple[Carried, np.ndarray | None]:
+        """With K V; and what came with H V."""
         v, (a, b) = back.gradient, made
-        product = injected.propagates()
+        product, along = injected.propagates()
         moved = b.end.theta.double() - a.end.theta.double()
         size = float(moved @ moved)
         if size:
             left = v @ (b.examples - a.examples) - torch.from_numpy(injected.total)
             product = product + ((left - product @ moved) / size)[:, None] * moved
-        return Carried(back.before.theta + product, back.before.state)
+        return Carried(back.before.theta + product, back.before.state), along
 
     def _along(self, v: Tensor, vector: Tensor) -> np.ndarray:
         """<V, vector> over each tensor, (Q, K)."""
@@ -157,8 +161,8 @@ class Causes:
         weights = np.zeros(len(m.slots))
         weights[at] = mean
 
-        def propagates() -> Tensor:
-            return side.shares.hvp(m.at(middle), v, weights, self.curvature)
+        def propagates() -> Curved:
+            return side.shares.curved(m.at(middle), v, weights, self.curvature)
 
         nothing = np.zeros((len(v), len(self.pair.base.run.layout.names)))
         touched = factors.done != 0
@@ -209,12 +213,12 @@ class Causes:
         factor = (aligned.of(0, made[0].factors) + aligned.of(1, made[1].factors)) / 2
         context = np.einsum("quk,u->qk", each[1] - each[0], np.where(both, factor, 0.0))
 
-        def propagates() -> Tensor:
+        def propagates() -> Curved:
             products = (
-                side.shares.hvp(m.at(middle), v, m.factors, self.curvature)
+                side.shares.curved(m.at(middle), v, m.factors, self.curvature).hessian
                 for side, m in zip(self.pair.sides, made, strict=True)
             )
-            return torch.stack([*products]).mean(0)
+            return Curved(torch.stack([*products]).mean(0), None)
 
         reduction = np.einsum("quk,u->qk", mean, factors.reduced)
         return Injected(mean * factors.done[:, None], reduction, context, propagates)

@@ -17,7 +17,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from .account import Account, share_bound
-from .asked import Asked, described
+from .asked import Asked, Grouping, described
 from .causes import Causes, Done
 from .curvature import KINDS
 from .functional import differentiable, uncompiled
@@ -30,7 +30,7 @@ from .result import Influence
 from .result.influence import CHAOTIC
 from .run import Run
 from .sensitivity import Terms, along_tensors
-from .shares import drawn
+from .shares import Contributions, drawn
 from .side import Made
 from .tally import Tally, total
 
@@ -84,6 +84,8 @@ def influence(
     model, asked = uncompiled(model), Asked(keep, groups, dtype, progress, memory)
     check_model(run, model)
     grouping = asked.grouping(run)
+    if not asked.by_group:  # then nothing has to be known of single tensors
+        grouping = Grouping(("all",), np.ones((len(run.groups), 1)))
     pair = alone(run, model, loss, grouping.member)
     question = asked.question(pair, model, measurement, grouping)
     account = Account(*grouping, question.kept, False, share_bound(run.compute, run.compute))
@@ -152,9 +154,12 @@ class Sweep:
     def _tally(self, done: Done, ends: tuple[Carried, Carried], checked: bool) -> tuple[Tally, np.ndarray]:
         """And the influence of every slot, (Q, B)."""
         made, v, shares = done.made[0], done.gradient, self.causes.pair.base.shares
-        v, examples = v / made.clip, made.clip * made.examples[None]  # the shares of the record are clipped
-        gradient = along_tensors(self._run.layout, v[None], lambda part: [examples[:, part]])[0]
-        found = shares.contract(made.recorded, v, gradient[0])
+        gradient = along_tensors(self._run.layout, v[None], lambda part: [made.examples[None, part]])[0]
+        if done.along is not None and len(self.account.labels) == 1:
+            found = Contributions((done.along * made.factors)[..., None], made.pass_scales)
+        else:
+            v = v / made.clip  # the shares of the record are clipped
+            found = shares.contract(made.recorded, v, gradient[0])
         each = found.values.sum(2)
         terms = Terms(
             states={"growth": (ends[0].norms[None], ends[1].norms[None])},
@@ -173,7 +178,7 @@ class Sweep:
         state = {name: torch.zeros_like(theta) for name in begin.end.state}
         for number in range(weights.first, run.steps):
             made = side.made(number, side.active(number))
-            gradient = side.shares.hvp(made.recorded, theta[None], made.factors, self.causes.curvature)[0]
+            gradient = side.shares.curved(made.recorded, theta[None], made.factors, self.causes.curvature).hessian[0]
             gradient = gradient + side.shares.gradient(made.recorded, made.factors * weights.of(number))
             gradient = clipping.pushed_forward(gradient, made.unclipped, made.clip)
             theta, state = pushed_forward(run.rules, run.layout, made.hyper, made.end, End(state, gradient, theta))

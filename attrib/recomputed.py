@@ -6,7 +6,7 @@ Made of a run, a model and a loss, which is what a worker is sent: it makes its 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,14 @@ from .functional import training_modes
 from .generators import random_state
 from .run import Run
 from .steps import RecordedStep
+
+
+class Curved(NamedTuple):
+    """hessian: H U (Q, P); along: <U, g_i> (Q, B), of each loss by itself, whatever its factor; None where there are no such
+    losses, or a whole pass of them weighs nothing. Both float64."""
+
+    hessian: Tensor
+    along: np.ndarray | None
 
 
 class Recomputed:
@@ -89,22 +97,27 @@ class Recomputed:
         """Whether losses of a batch may depend on each other, as far as was seen here or when the run was recorded."""
         return self.coupled or bool(self.run.header["settled"]["coupled"])
 
-    def hvp(
+    def curved(
         self, step: RecordedStep, sensitivity: Tensor, weights: np.ndarray | None = None, curvature: str = "exact"
-    ) -> Tensor:
-        """H U (Q, P), U (Q, P), in float64: H the Hessian of sum_i w_i loss_i over the step's examples, by all parameters,
-        those that stood still among them. weights: w (B,); None for the factors of their losses in it. curvature: "exact",
-        or "gauss-newton": of what the loss makes of the model's outputs alone."""
+    ) -> Curved:
+        """H U, U (Q, P): H the Hessian of sum_i w_i loss_i over the step's examples, by all parameters, those that stood
+        still among them; with it comes <U, g_i>.
+        weights: w (B,); None for the factors of their losses in it. curvature: "exact", or "gauss-newton": of what the loss
+        makes of the model's outputs alone."""
         weights = self.weights(step) if weights is None else weights
         product, every = torch.zeros_like(sensitivity, dtype=torch.float64), frozenset(self.run.layout.names)
+        along: list[np.ndarray] = []
         for n, recorded in enumerate(step.passes):
             here = weights[recorded.slots]
             if here.any():
                 with self._pass(step, n) as (_, batch, factor):
                     there = self._curvature(curvature).at(every, factor, self._buffers(step))
                     scaled = torch.from_numpy(here / factor)
-                    product += there.products(self._theta(step), batch, scaled, sensitivity, self.couples).hessian
-        return product
+                    found = there.products(self._theta(step), batch, scaled, sensitivity, self.couples)
+                product += found.hessian
+                if found.along.shape[1] == recorded.size:
+                    along.append(found.along.cpu().numpy() / factor)
+        return Curved(product, np.concatenate(along, 1) if len(along) == len(step.passes) else None)
 
     def _curvature(self, kind: str) -> Curvature:
         """Of the loss; what is learnt of its batches is kept."""

@@ -55,6 +55,11 @@ class Made(NamedTuple):
         return self.scales * self.weights
 
     @property
+    def pass_scales(self) -> np.ndarray:
+        """Of each pass its s."""
+        return np.array([self.scales[p.slots.start] for p in self.recorded.passes])
+
+    @property
     def examples(self) -> Tensor:
         """(P,) float64: what of the gradient was the examples', before it was clipped."""
         return self.unclipped if self.penalty is None else self.unclipped - self.penalty

@@ -594,11 +594,11 @@ def test_a_step_of_a_run_has_the_products_of_its_reduced_loss(kind: str, tmp_pat
     shares = Shares(run, trained.model, case.loss, torch.float64, 1 << 26, np.eye(len(run.groups)))
     v = torch.randn(3, run.layout.size, dtype=torch.float64)
     ((step,),) = run.blocks(1, 2)
-    found = shares.hvp(step, v, curvature=kind)
+    found = shares.curved(step, v, curvature=kind).hessian
     batch = trained.batches[1][1:]
     direct = Curvature(Functional(trained.model, case.loss, run.layout, torch.float64), kind=kind)
     size = len(batch[0])
     want = direct.products(run.vector(1), batch, torch.full((size,), 1 / size), v).hessian
     torch.testing.assert_close(found, want)
     with pytest.raises(LossError, match="a loss is needed"):
-        Shares(run, trained.model, None, torch.float64, 1 << 26, np.eye(len(run.groups))).hvp(step, v)
+        Shares(run, trained.model, None, torch.float64, 1 << 26, np.eye(len(run.groups))).curved(step, v)

@@ -68,7 +68,7 @@ class Influence:
         (step,), ((parts, _),) = steps, steps.updates
         assert adjoint.theta is not None
         sensitivity, state = pullback(parts, adjoint.state, adjoint.theta)
-        theta = self.shares.hvp(step, sensitivity)
+        theta = self.shares.curved(step, sensitivity).hessian
         for part in parts:
             at, k = part.entries, part.coefficients
             theta[:, at] += (1 - k.decoupled) * adjoint.theta[:, at] + k.coupled * sensitivity[:, at]
