@@ -59,11 +59,13 @@ class Injected(NamedTuple):
 
 @dataclass(frozen=True)
 class Causes:
-    """pair: the runs. via: see above. curvature: "exact", or "gauss-newton"."""
+    """pair: the runs. via: see above. curvature: "exact", or "gauss-newton". checked: whether what comes with H V is held
+    against a gradient, where the caller does not hold it against the recorded one."""
 
     pair: Pair
     via: str = "cause"
     curvature: str = "exact"
+    checked: bool = True
 
     def gaps(self, done: Done) -> dict[str, float]:
         """Of a step the identities of the batch and the split, the larger of either run's."""
@@ -162,7 +164,7 @@ class Causes:
         weights[at] = mean
 
         def propagates() -> Curved:
-            return side.shares.curved(m.at(middle), v, weights, self.curvature)
+            return side.shares.curved(m.at(middle), v, weights, self.curvature, self.checked)
 
         nothing = np.zeros((len(v), len(self.pair.base.run.layout.names)))
         touched = factors.done != 0

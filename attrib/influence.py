@@ -89,7 +89,8 @@ def influence(
     pair = alone(run, model, loss, grouping.member)
     question = asked.question(pair, model, measurement, grouping)
     account = Account(*grouping, question.kept, False, share_bound(run.compute, run.compute))
-    sweep = Sweep(Causes(pair, curvature=curvature), account, "split" in identities, "tangent" in identities)
+    causes = Causes(pair, curvature=curvature, checked=asked.by_group)
+    sweep = Sweep(causes, account, "split" in identities, "tangent" in identities)
     found = asked.answered(question, "influence", run.steps, sweep.dataset)
     facts = _facts(run, measurement, curvature)
     result = Influence(found.assign_coords(example=run.examples).assign_attrs(facts))
@@ -178,7 +179,8 @@ class Sweep:
         state = {name: torch.zeros_like(theta) for name in begin.end.state}
         for number in range(weights.first, run.steps):
             made = side.made(number, side.active(number))
-            gradient = side.shares.curved(made.recorded, theta[None], made.factors, self.causes.curvature).hessian[0]
+            curvature, checked = self.causes.curvature, self.causes.checked
+            gradient = side.shares.curved(made.recorded, theta[None], made.factors, curvature, checked).hessian[0]
             gradient = gradient + side.shares.gradient(made.recorded, made.factors * weights.of(number))
             gradient = clipping.pushed_forward(gradient, made.unclipped, made.clip)
             theta, state = pushed_forward(run.rules, run.layout, made.hyper, made.end, End(state, gradient, theta))

@@ -98,12 +98,12 @@ class Recomputed:
         return self.coupled or bool(self.run.header["settled"]["coupled"])
 
     def curved(
-        self, step: RecordedStep, sensitivity: Tensor, weights: np.ndarray | None = None, curvature: str = "exact"
+        self, step: RecordedStep, sensitivity: Tensor, weights: np.ndarray | None = None, curvature: str = "exact", checked: bool = True
     ) -> Curved:
         """H U, U (Q, P): H the Hessian of sum_i w_i loss_i over the step's examples, by all parameters, those that stood
         still among them; with it comes <U, g_i>.
         weights: w (B,); None for the factors of their losses in it. curvature: "exact", or "gauss-newton": of what the loss
-        makes of the model's outputs alone."""
+        makes of the model's outputs alone. checked: whether <U, g_i> are held against the gradient of their losses here."""
         weights = self.weights(step) if weights is None else weights
         product, every = torch.zeros_like(sensitivity, dtype=torch.float64), frozenset(self.run.layout.names)
         along: list[np.ndarray] = []
@@ -113,7 +113,7 @@ class Recomputed:
                 with self._pass(step, n) as (_, batch, factor):
                     there = self._curvature(curvature).at(every, factor, self._buffers(step))
                     scaled = torch.from_numpy(here / factor)
-                    found = there.products(self._theta(step), batch, scaled, sensitivity, self.couples)
+                    found = there.products(self._theta(step), batch, scaled, sensitivity, self.couples, checked)
                 product += found.hessian
                 if found.along.shape[1] == recorded.size:
                     along.append(found.along.cpu().numpy() / factor)

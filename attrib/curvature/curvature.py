@@ -82,18 +82,21 @@ class Curvature:
         weights: Tensor,
         directions: Tensor,
         coupled: bool = False,
+        checked: bool = True,
     ) -> Products:
         """Every pass over the batch starts from the state of the generators at the call, and leaves them as one does.
 
         Args:
             theta: (P,). weights: (B,), of the losses; all the same of an objective. directions: (Q, P).
             coupled: whether the losses of the batch are known to depend on each other: then it is worked through whole.
+            checked: whether the sum of `along`, weighted, is held against the gradient at every call; else at the first of a
+                kind, and the caller has a gradient to hold it against.
 
         Raises:
             LossError: the loss has no second derivative that torch knows, or takes nothing that the model returns.
         """
         batch, weights = Batch.of(batch), weights.to(theta)
-        point = self._point(theta, batch, weights)
+        point = replace(self._point(theta, batch, weights), checked=checked)
         plan = self._slices.of(point, len(directions), coupled)
         once = plan.length == batch.size and plan.together == len(directions)
         start = None if once and not plan.draws else generators()
@@ -166,6 +169,7 @@ class Curvature:
                 point.batch.with_tensors(parts[4]),
                 parts[2][0],
                 dict(zip(buffers, parts[3], strict=True)),
+                point.checked,
             )
             return self._ways.run(way, there, dict(zip(directions, parts[1], strict=True)))
 
@@ -174,7 +178,7 @@ class Curvature:
         if point.batch.numbers:  # they may anneal
             return function(inputs)
         found: Found = self._programs(
-            (kind_of(inputs), way, point.moving, point.batch.kind, self._factor), function, inputs
+            (kind_of(inputs), way, point.moving, point.batch.kind, self._factor, point.checked), function, inputs
         )
         return found
 

@@ -50,7 +50,8 @@ class Found(NamedTuple):
 @dataclass(frozen=True)
 class Point:
     """parameters, moving: all of them by name, and the names of those that move. weights: (B,), of the losses. buffers: in
-    the place of those that `loss` holds."""
+    the place of those that `loss` holds. checked: whether a gap is asked for; without, the gradient of the parameters need
+    not be made."""
 
     loss: Functional
     parameters: Named
@@ -58,6 +59,7 @@ class Point:
     batch: Batch
     weights: Tensor
     buffers: Named
+    checked: bool = True
 
     @contextmanager
     def bound(self, moving: Named) -> Iterator[None]:
@@ -82,7 +84,9 @@ class Point:
         return (losses * weights[: len(losses)].to(losses.dtype)).sum()
 
     def gap(self, along: Tensor, gradient: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-        """That of `Found`, from the gradient of the weighted losses."""
+        """That of `Found`, from the gradient of the weighted losses; zeros where it is not asked for."""
+        if not self.checked:
+            return along.new_zeros(len(along))
         terms = along * self.weights[: along.shape[1]].to(along.dtype)
         gap, size = terms.sum(1), terms.abs().sum(1)
         for g, v in zip(gradient, directions, strict=True):

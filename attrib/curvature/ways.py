@@ -52,7 +52,8 @@ class Ways:
             if self._newton:
                 restart(start)
                 check_outputs(point)
-            self._works[kind] = self._tried(point, {n: v[:1] for n, v in directions.items()}, start)
+            one = {n: v[:1] for n, v in directions.items()}
+            self._works[kind] = self._tried(replace(point, checked=True), one, start)
             log.debug("products with the Hessian go by %s", " or ".join(self._works[kind]))
         works, several = self._works[kind], any(len(v) > 1 for v in directions.values())
         return "forward" if "forward" in works and (several or "double" not in works) else "double"
