@@ -23,7 +23,7 @@ from torch import Tensor
 from ..kernels.discrete import winner_share
 from ..kernels.recurrence import Coefficients
 from .numbers import choice, flag, number, several
-from .rule import MOMENTUM, Adjoint, End, Options, Rule, State, always, realised, taken_off, where
+from .rule import MOMENTUM, Adjoint, End, Options, Rule, State, always, mean, realised, taken_off, where
 
 
 def _freeze(o: Options, state: State, gradient: Tensor, theta: Tensor) -> tuple[Coefficients, State]:
@@ -59,33 +59,29 @@ def _decoupled(product: Any, fused: bool, dtype: torch.dtype) -> float:
 
 
 def _adjoint(o: Options, a: End, b: End, theta: Tensor, state: State) -> Adjoint:
-    frozen, rest = zip(*(_freeze(o, *end) for end in (a, b)), strict=True)
+    ends = (a,) if a is b else (a, b)
+    frozen, rest = zip(*(_freeze(o, *end) for end in ends), strict=True)
     keep, feed, coupled = frozen[0].keep, frozen[0].feed, frozen[0].coupled
-    correction = 1 - o["betas"][1] ** (o["age"] + 1)
+    correction, eps = 1 - o["betas"][1] ** (o["age"] + 1), float(o["eps"])
     rate = float(o["lr"] / (1 - o["betas"][0] ** (o["age"] + 1)))
-    seconds = [after["max_exp_avg_sq" if o["amsgrad"] else "exp_avg_sq"].double() for after in rest]
-    gradients = [end.gradient.double() + coupled * end.theta.double() for end in (a, b)]
-    roots = [(v / correction).sqrt() for v in seconds]
-    denominators = [root + float(o["eps"]) for root in roots]
+    gradients = [torch.add(end.gradient.double(), end.theta.double(), alpha=coupled) for end in ends]
+    roots = [(after["max_exp_avg_sq" if o["amsgrad"] else "exp_avg_sq"].double() / correction).sqrt_() for after in rest]
     moved = [
-        (keep * end.state[MOMENTUM].double() + feed * g) / d
-        for end, g, d in zip((a, b), gradients, denominators, strict=True)
+        (keep * end.state[MOMENTUM].double()).add_(g, alpha=feed).div_(root + eps)
+        for end, g, root in zip(ends, gradients, roots, strict=True)
     ]
-    denominator, ratio, root = (sum(pair) / 2 for pair in (denominators, moved, roots))
-    inverse = torch.where(
-        root > 0, 1 / torch.where(root > 0, root, 1.0), 0.0
-    )  # where v is 0 at both ends, it does not move
-    second = theta * (rate * ratio / denominator * inverse / (2 * correction))
-    before = {}
+    ratio, root, gradient = mean(moved), mean(roots), mean(gradients)
+    rates = rate / (root + eps)
+    second = theta * (rates * ratio).div_(root).mul_(1 / (2 * correction)).masked_fill_(root == 0, 0.0)
+    before = {}  # where v is 0 at both ends, it does not move
     if o["amsgrad"]:
         second = second + state["max_exp_avg_sq"]
-        share = _share_of_second([end.state["max_exp_avg_sq"] for end in (a, b)], [r["exp_avg_sq"] for r in rest])
+        share = _share_of_second([end.state["max_exp_avg_sq"] for end in (a, b)], [rest[n]["exp_avg_sq"] for n in (0, -1)])
         before["max_exp_avg_sq"], second = (1 - share) * second, share * second
     second = second + state["exp_avg_sq"]
     before["exp_avg_sq"] = float(o["betas"][1]) * second
-    rates = rate / denominator
     coefficients = replace(frozen[0], apply_old=rates * keep, apply_new=rates * feed)
-    return Adjoint(coefficients, float(1 - o["betas"][1]) * sum(gradients) * second, before)
+    return Adjoint(coefficients, 2 * float(1 - o["betas"][1]) * gradient * second, before)
 
 
 def _share_of_second(maxima: list[Tensor], seconds: list[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from ..functional import load_forward_mode
 from ..kernels.recurrence import IDLE
 from ..layout import Layout
 from .replay import pieces_of
-from .rule import MOMENTUM, Adjoint, End, Rule, State
+from .rule import MOMENTUM, Adjoint, End, Rule, State, mean
 from .rules import Rules
 
 
@@ -70,19 +70,19 @@ def pulled_back(
     rules: Rules, layout: Layout, hyper: tuple[np.ndarray, np.ndarray], ends: tuple[End, End], after: Carried
 ) -> Back:
     """hyper: (K, H + 1) of each end; after: the sensitivities to what the step leaves."""
-    gradient, theta = torch.zeros_like(after.theta), after.theta.clone()
-    state = {name: t.clone() for name, t in after.state.items()}
+    gradient, theta = torch.empty_like(after.theta), torch.empty_like(after.theta)
+    state = {name: torch.empty_like(t) for name, t in after.state.items()}
     options: Tensor | None = None
     for piece, tensor, rows in _pieces(rules, layout, hyper):
         here = (slice(None), piece)
-        rule, cut = rules[tensor], tuple(_cut(end, piece) for end in ends)
+        rule, cut = rules[tensor], _cuts(ends, piece)
         carried = Carried(after.theta[here], {name: t[here] for name, t in after.state.items()})
         distinct = rows if rows[0] != rows[1] else rows[:1]
         found = [_one(rule, row, cut, carried) for row in distinct]
-        gradient[here] = sum(v for v, _ in found) / len(found)
-        theta[here] = sum(c.theta for _, c in found) / len(found)
+        gradient[here] = mean([v for v, _ in found])
+        theta[here] = mean([c.theta for _, c in found])
         for name in state:
-            state[name][here] = sum(c.state[name] for _, c in found) / len(found)
+            state[name][here] = mean([c.state[name] for _, c in found])
         if len(distinct) == 2:
             options = torch.zeros_like(after.theta) if options is None else options
             options[here] = _by_options(rule, rows, cut, carried)
@@ -98,6 +98,12 @@ def _pieces(
         yield piece, tensors.start, (row[:width], row[width:])
 
 
+def _cuts(ends: tuple[End, End], piece: slice) -> tuple[End, End]:
+    """The same one twice where the ends are."""
+    first = _cut(ends[0], piece)
+    return first, first if ends[0] is ends[1] else _cut(ends[1], piece)
+
+
 def _cut(end: End, piece: slice) -> End:
     return End({name: t[piece] for name, t in end.state.items()}, end.gradient[piece], end.theta[piece])
 
@@ -110,8 +116,10 @@ def _one(rule: Rule, row: tuple[float, ...], ends: tuple[End, ...], after: Carri
         adjoint = rule.adjoint(_situation(rule, row), ends[0], ends[1], after.theta, after.state)
     c = adjoint.coefficients.doubled()
     gradient, before = c.transpose(momentum, after.theta)
-    gradient = gradient + adjoint.gradient
-    theta = after.theta + c.coupled * gradient - c.decoupled * after.theta
+    gradient += adjoint.gradient
+    theta = (1 - c.decoupled) * after.theta
+    if isinstance(c.coupled, Tensor) or c.coupled:
+        theta += c.coupled * gradient
     return gradient, Carried(theta, {**after.state, **adjoint.state, MOMENTUM: before})
 
 

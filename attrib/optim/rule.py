@@ -110,6 +110,11 @@ def where(option: str) -> Accumulator:
     return lambda options, shape: shape if options[option] else None
 
 
+def mean(values: list[Tensor]) -> Tensor:
+    """Over one end or two."""
+    return values[0] if len(values) == 1 else (values[0] + values[1]) / 2
+
+
 class End(NamedTuple):
     """A step of one run: the accumulators before it by name, the gradient, the parameters before it; (P,) each."""
 
