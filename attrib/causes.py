@@ -105,15 +105,12 @@ class Causes:
             found = found + over_tensors(base.layout, sensitivity * (b.state[name].double() - a.state[name].double()))
         return found
 
-    def _handed_on(
-        self, back: Back, made: tuple[Made, Made], injected: Injected
-    ) -> tuple[Carried, np.ndarray | None]:
+    def _handed_on(self, back: Back, made: tuple[Made, Made], injected: Injected) -> tuple[Carried, np.ndarray | None]:
         """With K V; and what came with H V."""
         v, (a, b) = back.gradient, made
         product, along = injected.propagates()
-        moved = b.end.theta.double() - a.end.theta.double()
-        size = float(moved @ moved)
-        if size:
+        moved = torch.zeros(0) if a is b else b.end.theta.double() - a.end.theta.double()
+        if size := float(moved @ moved):
             left = v @ (b.examples - a.examples) - torch.from_numpy(injected.total)
             product = product + ((left - product @ moved) / size)[:, None] * moved
         return Carried(back.before.theta + product, back.before.state), along
@@ -125,8 +122,10 @@ class Causes:
     def _penalty(self, v: Tensor, made: tuple[Made, Made]) -> np.ndarray:
         """What the penalties of the runs asked otherwise."""
         a, b = (m.penalty for m in made)
+        if a is b:
+            return np.zeros((len(v), len(self.pair.base.run.layout.names)))
         zero = torch.zeros(v.shape[1], dtype=torch.float64)
-        return self._along(v, (zero if b is None else b).double() - (zero if a is None else a).double())
+        return self._along(v, (zero if b is None else b) - (zero if a is None else a))
 
     def _reaction(self, v: Tensor, made: tuple[Made, Made], aligned: Aligned) -> np.ndarray:
         """(Q, U, K): c' g' - c g of all."""
@@ -158,7 +157,7 @@ class Causes:
         n = aligned.wider
         assert n is not None
         side, m, at = self.pair.sides[n], made[n], aligned.at[n]
-        middle = (made[0].end.theta + made[1].end.theta) / 2
+        middle = middle_of(made)
         mean = (aligned.of(0, made[0].factors) + aligned.of(1, made[1].factors)) / 2
         weights = np.zeros(len(m.slots))
         weights[at] = mean
@@ -200,7 +199,7 @@ class Causes:
 
     def _of_two_batches(self, v: Tensor, made: tuple[Made, Made], aligned: Aligned, factors: "Factors") -> Injected:
         """Each run's losses, at the parameters of both."""
-        middle = (made[0].end.theta + made[1].end.theta) / 2
+        middle = middle_of(made)
         ends = [made[0].end.theta, made[1].end.theta]
         ends = ends if not torch.equal(*ends) else ends[:1]
         each = []
@@ -224,6 +223,12 @@ class Causes:
 
         reduction = np.einsum("quk,u->qk", mean, factors.reduced)
         return Injected(mean * factors.done[:, None], reduction, context, propagates)
+
+
+def middle_of(made: tuple[Made, Made]) -> Tensor:
+    """(P,): of the parameters of both."""
+    a, b = (m.end.theta for m in made)
+    return a if a is b else (a + b) / 2
 
 
 def evenly(touched: np.ndarray, before: np.ndarray, after: np.ndarray) -> float | None:

@@ -35,7 +35,7 @@ from .side import Made
 from .tally import Tally, total
 
 log = logging.getLogger("attrib")
-TANGENT_STEPS = 8  # that a tangent is carried through at least, a tenth of all where that is more
+TANGENT_STEPS = 5  # that a tangent is carried through, the last
 IDENTITIES = ("split", "tangent")
 
 
@@ -155,7 +155,8 @@ class Sweep:
     def _tally(self, done: Done, ends: tuple[Carried, Carried], checked: bool) -> tuple[Tally, np.ndarray]:
         """And the influence of every slot, (Q, B)."""
         made, v, shares = done.made[0], done.gradient, self.causes.pair.base.shares
-        gradient = along_tensors(self._run.layout, v[None], lambda part: [made.examples[None, part]])[0]
+        examples = made.examples[None]
+        gradient = along_tensors(self._run.layout, v[None], lambda part: [examples[:, part]])[0]
         if done.along is not None and len(self.account.labels) == 1:
             found = Contributions((done.along * made.factors)[..., None], made.pass_scales)
         else:
@@ -219,7 +220,7 @@ class Weights:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.first = max(0, run.steps - max(TANGENT_STEPS, run.steps // 10))
+        self.first = max(0, run.steps - TANGENT_STEPS)
 
     def of(self, number: int) -> np.ndarray:
         """(B,): of a step."""

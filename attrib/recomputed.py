@@ -98,7 +98,12 @@ class Recomputed:
         return self.coupled or bool(self.run.header["settled"]["coupled"])
 
     def curved(
-        self, step: RecordedStep, sensitivity: Tensor, weights: np.ndarray | None = None, curvature: str = "exact", checked: bool = True
+        self,
+        step: RecordedStep,
+        sensitivity: Tensor,
+        weights: np.ndarray | None = None,
+        curvature: str = "exact",
+        checked: bool = True,
     ) -> Curved:
         """H U, U (Q, P): H the Hessian of sum_i w_i loss_i over the step's examples, by all parameters, those that stood
         still among them; with it comes <U, g_i>.

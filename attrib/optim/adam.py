@@ -65,7 +65,9 @@ def _adjoint(o: Options, a: End, b: End, theta: Tensor, state: State) -> Adjoint
     correction, eps = 1 - o["betas"][1] ** (o["age"] + 1), float(o["eps"])
     rate = float(o["lr"] / (1 - o["betas"][0] ** (o["age"] + 1)))
     gradients = [torch.add(end.gradient.double(), end.theta.double(), alpha=coupled) for end in ends]
-    roots = [(after["max_exp_avg_sq" if o["amsgrad"] else "exp_avg_sq"].double() / correction).sqrt_() for after in rest]
+    roots = [
+        (after["max_exp_avg_sq" if o["amsgrad"] else "exp_avg_sq"].double() / correction).sqrt_() for after in rest
+    ]
     moved = [
         (keep * end.state[MOMENTUM].double()).add_(g, alpha=feed).div_(root + eps)
         for end, g, root in zip(ends, gradients, roots, strict=True)
@@ -76,7 +78,9 @@ def _adjoint(o: Options, a: End, b: End, theta: Tensor, state: State) -> Adjoint
     before = {}  # where v is 0 at both ends, it does not move
     if o["amsgrad"]:
         second = second + state["max_exp_avg_sq"]
-        share = _share_of_second([end.state["max_exp_avg_sq"] for end in (a, b)], [rest[n]["exp_avg_sq"] for n in (0, -1)])
+        share = _share_of_second(
+            [end.state["max_exp_avg_sq"] for end in (a, b)], [rest[n]["exp_avg_sq"] for n in (0, -1)]
+        )
         before["max_exp_avg_sq"], second = (1 - share) * second, share * second
     second = second + state["exp_avg_sq"]
     before["exp_avg_sq"] = float(o["betas"][1]) * second
