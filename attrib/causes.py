@@ -105,6 +105,8 @@ class Causes:
         """With K V."""
         v, (a, b) = back.gradient, made
         product = injected.propagates()
+        if (bent := self.pair.base.penalised(a, v)) is not None:
+            product = product + bent
         moved = b.end.theta.double() - a.end.theta.double()
         size = float(moved @ moved)
         if size:
