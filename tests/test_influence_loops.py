@@ -75,24 +75,25 @@ def test_scales_that_were_not_recorded_are_fitted_to_the_weighted_losses(
 ) -> None:
     """A factor beside the mean leaves all but the checked steps to be fitted."""
     t = trained("sgd momentum")
-    changes, weights = Reweight({int(t.run.examples[0]): 3.0}), {int(t.run.examples[0]): 3.0}
+    weights = dict(zip(t.run.examples.tolist(), np.linspace(0.2, 1.7, len(t.run.examples)), strict=True))
     options: dict[str, Any] = {"model": t.model, "loss": t.case.loss, "store": tmp_path / "w", "progress": False}
 
     def backward(losses: Tensor, model: nn.Module) -> None:
         (0.3 * losses.mean()).backward()
 
-    run = attrib.replay(t.run, 0, changes, backward=backward, **options)
+    run = attrib.replay(t.run, 0, Reweight(weights), backward=backward, **options)
     assert np.isnan(run.scales(4)).all()
+    example = int(t.run.examples[3])
     found = influence(t._replace(run=run))
     found.check(1e-10)
 
     def end(e: float) -> np.ndarray:
-        change = Reweight({**weights, int(t.run.examples[3]): 1 + e})
+        change = Reweight({**weights, example: weights[example] + e})
         for _, model in attrib.retrain(t.run, 0, change, model=t.model, loss=t.case.loss, backward=backward):
             last = model
         return t.measurement()(last.eval()).detach().numpy()
 
-    assert_slope(found, int(t.run.examples[3]), order_four(end))
+    assert_slope(found, example, order_four(end))
 
 
 def test_it_is_taken_at_a_uniform_weight(
