@@ -132,10 +132,11 @@ class Account:
             whole = self.grouped(self._examples(gradient[n]))
             remainder = self.grouped(gradient[n]) - (whole if self.remainder is None else shares)
             sums = {"examples": shares.sum(1), "gross": (np.abs(shares) + np.abs(remainder)).sum(1)}
+            sizes = sums["sizes"] = np.array([np.abs(c).sum() for c in contributions])
             sums |= {name: values[n] + sums.get(name, 0.0) for name, values in terms.sums.items()}
             accounted = self.remainder is not None or self.aside is not None
             left = {"remainder": remainder[:, None]} if accounted else {}
-            gap = np.nan if self.remainder == np.inf else self._gap(contributions, shares, whole, terms.seen_at(n))
+            gap = np.nan if self.remainder == np.inf else self._gap(sizes, shares, whole, terms.seen_at(n))
             split = splits.get(step.number)
             gaps = dict.fromkeys(IDENTITIES, np.array([np.nan])) | {
                 name: g[n : n + 1] for name, g in terms.gaps.items()
@@ -159,12 +160,9 @@ class Account:
         """(..., K): what of them is the examples'."""
         return values if self.aside is None else np.where(self.aside, 0.0, values)
 
-    def _gap(
-        self, contributions: np.ndarray, shares: np.ndarray, gradient: np.ndarray, seen: np.ndarray | float
-    ) -> float:
+    def _gap(self, sizes: np.ndarray, shares: np.ndarray, gradient: np.ndarray, seen: np.ndarray | float) -> float:
         """Of the batch identity. Of what is smaller than rounding of the measurement, `seen` (Q,), as it is where nothing is
         left to learn, the gap is that of rounding."""
-        sizes = np.array([np.abs(c).sum() for c in contributions])
         return float(relative(np.abs(shares - gradient).max(1), np.maximum(sizes, self.bound * seen)))
 
     def _failures(
@@ -200,6 +198,7 @@ class Account:
             "residual": (("query",), final - initial - explained),
             "rounding": (("query",), tally.sums["rounding"]),
             "spacing": (("query",), tally.sums["spacing"]),
+            "sizes": (("query",), tally.sums["sizes"]),
             "gross": (("query",), tally.sums["gross"] + np.abs(inherited).sum(1)),
             **{name: (("query", "update_step" if name in UPDATES else "step", "group"), a) for name, a in rows.items()},
             "inherited": (("query", "group"), inherited),

@@ -1,8 +1,10 @@
 """What a counterfactual question asks of a run: of which queries, summed into which groups, along which axes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from math import ceil
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .budget import divide
+from .errors import WorkerError
+from .executor import Tasks
 from .layout import group_tensors
 from .marginals import Axes, bytes_of, choose
 from .measure import Measurement
@@ -18,10 +22,24 @@ from .pair import Pair
 from .path import Measured
 from .plan import sizes_of
 from .query import query_of
-from .result import join
+from .result import Labelled, join
 from .run import Run
 
+Answer = TypeVar("Answer", bound=Labelled)
 VECTORS = 4  # times as many per query as accounting holds
+PARTS = 8  # that workers are given the queries in, where memory asks for no more: each goes through all steps by itself
+
+
+class Backwards(Protocol):
+    """What goes through the steps; pickles."""
+
+    def dataset(self, part: int, heard: Callable[[], Any] = ...) -> xr.Dataset:
+        """Of a part of the queries. heard: called when a step is done."""
+        ...
+
+
+def nothing() -> None:
+    """Hears of a step on a worker."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,7 @@ class Asked:
     dtype: torch.dtype | None
     progress: bool
     memory: int | None
+    executor: Executor | None = None
 
     def grouping(self, run: Run) -> "Grouping":
         """Raises ValueError where the groups are none."""
@@ -57,15 +76,36 @@ class Asked:
         kept = tuple(choose(self.keep, query.count, sizes))
         budget = divide(sizes_of(run, bytes_of(kept, query.count, sizes)), query.count, self.memory)
         names = measurement.names if isinstance(measurement, Measurement) else ()
-        return Question(query.parts(max(1, budget.at_once // VECTORS)), *grouping, kept, names)
+        at_once = max(1, budget.at_once // VECTORS)
+        if self.executor is not None:
+            at_once = min(at_once, ceil(query.count / PARTS))
+        return Question(query.parts(at_once), *grouping, kept, names)
 
     def answered(
-        self, question: "Question", name: str, steps: int, sweep: Callable[[Measured, Callable[[], Any]], xr.Dataset]
-    ) -> xr.Dataset:
-        """One dataset of all queries. sweep: of some of them, which says when a step is done."""
-        count = steps * len(question.parts)
-        with tqdm(total=count, desc=name, unit="step", delay=2, disable=not self.progress) as bar:
-            return join([sweep(part, bar.update) for part in question.parts], question.names)
+        self, question: "Question", name: str, steps: int, sweep: Backwards, labelled: Callable[[xr.Dataset], Answer]
+    ) -> Answer:
+        """Of all queries, part by part. labelled: makes a result of what a sweep gives.
+
+        Raises:
+            WorkerError: a worker died. What the work itself raises, as it is.
+        """
+        parts = range(len(question.parts))
+        with tqdm(total=steps * len(parts), desc=name, unit="step", delay=2, disable=not self.progress) as bar:
+            if self.executor is None:
+                return labelled(join([sweep.dataset(part, bar.update) for part in parts], question.names))
+            tasks, done = Tasks(self.executor, sweep, PARTS), list[xr.Dataset]()
+            sent = [tasks.task(question.said(part), "dataset", part) for part in parts]
+            try:
+                for later in sent:
+                    done.append(later.result())
+                    bar.update(steps)
+            except WorkerError as error:
+                error.result = labelled(join(done, question.names)) if done else None
+                raise
+            finally:
+                for later in sent:
+                    later.cancel()
+            return labelled(join(done, question.names))
 
 
 class Grouping(NamedTuple):
@@ -85,6 +125,11 @@ class Question:
     member: np.ndarray
     kept: tuple[Axes, ...]
     names: tuple[str, ...]
+
+    def said(self, part: int) -> str:
+        """Which queries those of a part are."""
+        first = sum(p.count for p in self.parts[:part])
+        return f"the queries {first} to {first + self.parts[part].count}"
 
 
 def described(run: Run, measurement: Any) -> dict[str, Any]:

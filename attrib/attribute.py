@@ -335,6 +335,7 @@ def _facts(run: Run, window: range, measurement: Any, options: AttributeOptions)
         "path": repr(options.path),
         "identities": [*(() if run.declares_remainder else ("batch",)), "step", "measurement", *options.identities],
         "dtype": str(options.dtype or run.dtype).removeprefix("torch."),
+        "eps": share_bound(wide(run.precision), wide(options.dtype or run.dtype)) ** 2,
         **{key: h[key] for key in ("model", "optimizer", "capture", "versions", "recorded")},
         "shares": options.shares or run.definition,
         "parameters": run.layout.size,

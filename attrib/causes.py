@@ -109,6 +109,8 @@ class Causes:
         """With K V; and what came with H V."""
         v, (a, b) = back.gradient, made
         product, along = injected.propagates()
+        if (bent := self.pair.base.penalised(a, v)) is not None:
+            product = product + bent
         moved = torch.zeros(0) if a is b else b.end.theta.double() - a.end.theta.double()
         if size := float(moved @ moved):
             left = v @ (b.examples - a.examples) - torch.from_numpy(injected.total)

@@ -7,8 +7,10 @@ changed start, or a training of the user's own. What each term is stands in `cau
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,13 @@ from torch import Tensor, nn
 
 from .account import share_bound
 from .accounting import over_tensors
-from .asked import Asked, Question, described
+from .asked import Asked, Question, described, nothing
+from .backwards import backwards
 from .buffers import at_owners
 from .causes import VIA, Causes, Done
 from .functional import differentiable, uncompiled
 from .marginals import Slots
 from .matching import check_model
-from .optim import Carried
 from .pair import Pair, paired
 from .parts import PREFIX
 from .path import Measured, Path, Secant
@@ -32,7 +34,7 @@ from .result import Difference
 from .result.difference import CHECKED, LARGE, SAYS
 from .run import Run
 from .shares import drawn
-from .tally import Tally, total
+from .tally import Tally
 
 log = logging.getLogger("attrib")
 ROWS = ("reduction", "options", "penalty", "context")  # of every step
@@ -53,6 +55,7 @@ def difference(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     memory: int | None = None,
+    executor: Executor | None = None,
 ) -> Difference:
     """Write m(changed) - m(base) of two recorded runs as a sum over what was done otherwise.
 
@@ -68,10 +71,12 @@ def difference(
             every example did otherwise, without a Hessian.
         path: of the measurement between the two ends; None for `Secant()`.
         keep, groups, dtype, progress, memory: see `attrib.attribute`.
+        executor: whose workers do it, each some of the queries, see `attrib.attribute`; None: this process.
 
     Raises:
         ReplayError: the runs cannot be compared; says why, and at which step. ModelMismatchError, MeasurementError,
-        LossError, StoreError, KeptAxesError, ValueError. Nothing is written.
+        LossError, StoreError, KeptAxesError, ValueError. Nothing is written. WorkerError: a worker died; its `result` has
+        the queries before.
 
     Example:
         >>> changed = attrib.replay(run, 0, Drop(ids), model=model, loss=loss, store="without.zarr")  # doctest: +SKIP
@@ -79,23 +84,30 @@ def difference(
     """
     if via not in VIA:
         raise ValueError(f"via is none: got {via!r}, expected one of {', '.join(map(repr, VIA))}.")
-    model, asked = uncompiled(model), Asked(keep, groups, dtype, progress, memory)
+    model, asked = uncompiled(model), Asked(keep, groups, dtype, progress, memory, executor)
     for run in (base, changed):
         check_model(run, model)
     grouping = asked.grouping(base)
     pair = paired((base, changed), model, loss, grouping.member)
     question = asked.question(pair, model, measurement, grouping)
     ends = base.whole(pair.base.first + pair.steps), changed.whole(pair.changed.first + pair.steps)
-    sweep = Sweep(Causes(pair, via), question, path or Secant(), ends)
-    found = asked.answered(question, "difference", pair.steps, sweep.dataset).assign_coords(example=pair.labels)
-    result = Difference(found.assign_attrs(_facts(pair, measurement, via)))
+    sweep, facts = Sweep(Causes(pair, via), question, path or Secant(), ends), _facts(pair, measurement, via)
+    result = asked.answered(question, "difference", pair.steps, sweep, partial(_result, facts, pair.labels))
+    _warn(result)
+    return result
+
+
+def _result(facts: Mapping[str, Any], labels: np.ndarray, found: xr.Dataset) -> Difference:
+    return Difference(found.assign_coords(example=labels).assign_attrs(facts))
+
+
+def _warn(result: Difference) -> None:
     if (times := float(result.cancellation.max())) > LARGE:
         log.warning(
             "the terms cancel: they are %.3g times what they sum to, so that little can be read from each. The runs have "
             'come apart; compare fewer steps, a smaller change, or ask for via="reaction"',
             times,
         )
-    return result
 
 
 def _facts(pair: Pair, measurement: Any, via: str) -> dict[str, Any]:
@@ -143,28 +155,17 @@ class Sweep:
     path: Path
     ends: tuple[Tensor, Tensor]
 
-    def dataset(self, part: Measured, heard: Callable[[], Any]) -> xr.Dataset:
-        """Of some of the queries."""
-        pair, integrated = self.causes.pair, Integrated.of(part, self.path, self.ends)
-        carried, checked = Carried.of(pair.base.run.rules, integrated.vectors), drawn(range(pair.steps))
-
-        def tallies() -> Iterator[Tally]:
-            nonlocal carried
-            for number in reversed(range(pair.steps)):
-                after = carried
-                done, carried = self.causes.step(number, after)
-                gaps = self.causes.gaps(done) if number in checked else {}
-                yield self._tally(number, done, [c.norms for c in (carried, after)], gaps)
-                heard()
-
-        whole = total(tallies(), range(pair.steps), np.arange(len(pair.labels)))
-        assert whole is not None
-        beside = {"start": self.causes.start(carried) @ self.question.member}
+    def dataset(self, part: int, heard: Callable[[], Any] = nothing) -> xr.Dataset:
+        """Of a part of the queries."""
+        pair, integrated = self.causes.pair, Integrated.of(self.question.parts[part], self.path, self.ends)
+        whole, begun = backwards(self.causes, integrated.vectors, np.arange(len(pair.labels)), self._tally, heard)
+        beside = {"start": self.causes.start(begun) @ self.question.member}
         if integrated.buffers is not None:
             beside["buffers"] = integrated.buffers @ self.question.member
         return _dataset(whole, beside, integrated, self.question.labels)
 
-    def _tally(self, number: int, done: Done, growth: list[np.ndarray], gaps: Mapping[str, float]) -> Tally:
+    def _tally(self, number: int, done: Done, growth: tuple[np.ndarray, np.ndarray]) -> Tally:
+        gaps = self.causes.gaps(done) if number in drawn(range(self.causes.pair.steps)) else {}
         values = done.values @ self.question.member
         nothing = np.zeros((len(values), values.shape[2]))
         rows = {name: done.rows[name] @ self.question.member if name in done.rows else nothing for name in ROWS}

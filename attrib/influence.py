@@ -3,13 +3,20 @@
     d m(theta_T) / d w_i = sum_s <V_s, c_i g_i>          w_i in front of loss i, c_i what the loop reduces it with
 
 V_s, the sensitivity to the gradient of step s, is carried backwards through the optimizer and the curvature of every batch:
-`causes`, of a run and itself. (Maclaurin, Duvenaud, Adams 2015; Hara, Nitanda, Maehara 2019, for SGD.)
+`causes`, of a run and itself. (Maclaurin, Duvenaud, Adams 2015; Hara, Nitanda, Maehara 2019, for SGD.) Of a run that was
+trained again with all weights at w, the derivative is that at w.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,25 +25,24 @@ from torch import Tensor, nn
 
 from .account import Account, share_bound
 from .asked import Asked, Grouping, described
-from .causes import Causes, Done
+from .causes import Causes
+from .counterfactual import lds, random_subsets, retrain_subsets
 from .curvature import KINDS
+from .derivatives import Sweep
+from .errors import ReplayError
 from .functional import differentiable, uncompiled
-from .kernels import clipping
+from .intervention import Penalty, Reweight, replay
 from .matching import check_model
-from .optim import Carried, End, pushed_forward
 from .pair import alone
-from .path import Measured, Midpoint
 from .result import Influence
 from .result.influence import CHAOTIC
 from .run import Run
-from .sensitivity import Terms, along_tensors
-from .shares import Contributions, drawn
-from .side import Made
-from .tally import Tally, total
+from .side import Beside, weighted
 
 log = logging.getLogger("attrib")
-TANGENT_STEPS = 5  # that a tangent is carried through, the last
 IDENTITIES = ("split", "tangent")
+LDS = {"lds": "lds", "lds_low": "low", "lds_high": "high"}  # what it is called in the result
+LEFT_OUT = 0.05  # of the examples, in each retraining
 
 
 @differentiable
@@ -47,181 +53,190 @@ def influence(
     *,
     loss: Callable[..., Tensor],
     curvature: str = "exact",
+    weights: float | None = None,
+    retrainings: int = 0,
+    clip: float | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    backward: Callable[[Tensor, nn.Module], Any] | None = None,
+    store: Any = None,
     keep: Sequence[str] | Sequence[Sequence[str]] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
     memory: int | None = None,
     identities: Sequence[str] = IDENTITIES,
+    executor: Executor | None = None,
 ) -> Influence:
     """Differentiate the final measurement by the weight of each example's loss, at every step, through every group.
 
     A derivative, for a counterfactual: `attrib.attribute` says what happened, `attrib.difference` why two runs differ.
 
     Args:
-        run: from `attrib.open_run`, of SGD, Adam or AdamW.
-        model: of the recorded architecture; given back as it was.
+        run: from `attrib.open_run`, of SGD, Adam or AdamW; of a replay that gave losses weights, the derivative at these.
+        model: of the recorded architecture; given back as it was. loss: as given to `attrib.record`.
         measurement: `model -> (Q,)`, or one of `attrib.measure`.
-        loss: as given to `attrib.record`.
         curvature: of the loss, "exact"; or "gauss-newton", of what it makes of the model's outputs alone: stabler where
             training is chaotic, and then no longer the derivative.
-        keep, groups, dtype, progress, memory: see `attrib.attribute`.
-        identities: those that are checked: "split", at a few steps, each influence against the derivative of its own loss;
-            "tangent", over the last steps, the sensitivities against a tangent that is carried forwards.
+        weights: of all losses, that it is taken at: the run is trained again with it, in `store`, or a place that is removed
+            behind. 1 - f is near trainings without a part f, where what divides the losses stays (`mean="fixed"`).
+        retrainings: so many times the run is trained again without random examples, 5 % or a part 1 - weights, and the
+            result says how well that was foretold (`attrib.lds`).
+        clip: the max_norm that gradients were clipped to, math.inf for none; None: as the record tells, where it does.
+        penalty: as given to `attrib.record`, where the run has one.
+        backward: of a loop that did more than the mean or the sum, to train it again: see `attrib.replay`.
+        keep, groups, dtype, progress, memory, executor: see `attrib.attribute`; a worker does some of the queries.
+        identities: "split", at a few steps each influence against the derivative of its own loss; "tangent", over the last
+            steps the sensitivities against a tangent that is carried forwards.
 
     Raises:
-        ReplayError: an optimizer whose derivative was not derived, or a loop that did what the record does not hold.
-        ModelMismatchError, MeasurementError, LossError, StoreError, KeptAxesError, ValueError.
+        ReplayError: an optimizer whose derivative was not derived, or a loop that did what is not known.
+        ModelMismatchError, MeasurementError, LossError, StoreError, StoreExistsError, KeptAxesError, ValueError.
+        WorkerError: a worker died; its `result` has the queries before.
 
     Example:
         >>> found = attrib.influence(run, model, measurement, loss=loss)  # doctest: +SKIP
         >>> found.predict([[3, 14], [15]])  # without examples 3 and 14, without example 15  # doctest: +SKIP
     """
-    if isinstance(identities, str) or not set(identities) <= set(IDENTITIES):
-        raise ValueError(f"identities are none: got {identities!r}, expected some of {IDENTITIES}, such as ('split',).")
-    if curvature not in KINDS:
-        raise ValueError(f"unknown curvature: got {curvature!r}, expected one of {', '.join(map(repr, KINDS))}.")
-    model, asked = uncompiled(model), Asked(keep, groups, dtype, progress, memory)
-    check_model(run, model)
-    grouping = asked.grouping(run)
-    if not asked.by_group:  # then nothing has to be known of single tensors
-        grouping = Grouping(("all",), np.ones((len(run.groups), 1)))
-    pair = alone(run, model, loss, grouping.member)
-    question = asked.question(pair, model, measurement, grouping)
-    account = Account(*grouping, question.kept, False, share_bound(run.compute, run.compute))
-    causes = Causes(pair, curvature=curvature, checked=asked.by_group)
-    sweep = Sweep(causes, account, "split" in identities, "tangent" in identities)
-    found = asked.answered(question, "influence", run.steps, sweep.dataset)
-    facts = _facts(run, measurement, curvature)
-    result = Influence(found.assign_coords(example=run.examples).assign_attrs(facts))
+    asked = Asked(keep, groups, dtype, progress, memory, executor)
+    loop = Loop(run, uncompiled(model), loss, Beside(clip, penalty), backward)
+    return _influence(Derived(loop, measurement, curvature, weights, identities), asked, store, retrainings)
+
+
+def _influence(derived: "Derived", asked: Asked, store: Any, retrainings: int) -> Influence:
+    derived.check(store, retrainings)
+    with derived.at_weights(store, asked.progress) as there:
+        result = derived.found(there, asked)
+    result = derived.tried(result, retrainings, asked) if retrainings else result
     if float(result.growth.max()) >= CHAOTIC:
         log.warning("%s", result.said)
     return result
 
 
-def _facts(run: Run, measurement: Any, curvature: str) -> dict[str, Any]:
-    units = getattr(measurement, "units", "")
-    return {
-        **described(run, measurement),
-        "units": f"{units} per unit of weight" if units else "",
-        "bound": share_bound(run.compute, run.compute),
-        "curvature": curvature,
-        "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",
-    }
+class Loop(NamedTuple):
+    """A run, and what its record does not hold of its loop."""
+
+    run: Run
+    model: nn.Module
+    loss: Callable[..., Tensor]
+    beside: Beside
+    backward: Callable[[Tensor, nn.Module], Any] | None
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Backwards through a run."""
+class Derived:
+    """Which derivative it is."""
 
-    causes: Causes
-    account: Account
-    split: bool
-    tangent: bool
+    loop: Loop
+    measurement: Any
+    curvature: str
+    weights: float | None
+    identities: Sequence[str]
 
-    @property
-    def _run(self) -> Run:
-        return self.causes.pair.base.run
+    def check(self, store: Any, retrainings: Any) -> None:
+        """Raise ValueError, ReplayError or ModelMismatchError where options are not what they should be."""
+        if isinstance(self.identities, str) or not set(self.identities) <= set(IDENTITIES):
+            raise ValueError(
+                f"identities are none: got {self.identities!r}, expected some of {IDENTITIES}, such as ('split',)."
+            )
+        if self.curvature not in KINDS:
+            raise ValueError(
+                f"unknown curvature: got {self.curvature!r}, expected one of {', '.join(map(repr, KINDS))}."
+            )
+        for name, value, hint in (
+            ("weights", self.weights, "0.8"),
+            ("clip", self.loop.beside.clip, "the max_norm of clip_grad_norm_, or math.inf"),
+        ):
+            if value is not None and not (isinstance(value, Real) and float(value) > 0):
+                raise ValueError(f"{name} is no number above 0: got {value!r}, expected one, such as {hint}.")
+        if self.weights is None and store is not None:
+            raise ValueError(
+                f"there is nothing to be stored: got store={store!r} without weights. Leave it out, or pass weights=."
+            )
+        if self.weights is not None and (not math.isfinite(self.weights) or weighted(self.loop.run)):
+            raise ReplayError(
+                f"the run cannot be trained again so: got weights={self.weights}"
+                f"{' of a replay that gave losses weights' if weighted(self.loop.run) else ''}, expected a finite number "
+                f"and a run without, at {self.loop.run.reader.target}. Leave weights= out, or ask of the run that it was "
+                f"replayed from."
+            )
+        if not isinstance(retrainings, int) or retrainings < 0 or 0 < retrainings < 3:
+            raise ValueError(f"retrainings are none: got {retrainings!r}, expected 0, or 3 or more.")
+        check_model(self.loop.run, self.loop.model)
 
-    def dataset(self, query: Measured, heard: Callable[[], Any]) -> xr.Dataset:
-        """Of some of the queries."""
-        run, size = self._run, query.parameters.size
-        whole = query.example
-        final = Midpoint(1).bind(query)(whole, whole)
-        carried = Carried.of(run.rules, final.gradient.double()[:, :size].cpu().contiguous())
-        last = carried.theta
-        checked = drawn(range(run.steps)) if self.split else frozenset()
-        weights = Weights(run) if self.tangent else None
-        swept, rescaled = np.zeros(query.count), np.zeros((query.count, len(run.numbers)))
+    @contextmanager
+    def at_weights(self, store: Any, progress: bool) -> Iterator[Run]:
+        """The run at the weights that were asked for; one that was trained for it is removed behind, but for a `store`."""
+        run, model, loss, beside, backward = self.loop
+        if self.weights is None:
+            yield run
+            return
+        changes = [Reweight(dict.fromkeys(run.examples.tolist(), float(self.weights)))]
+        added = [] if beside.penalty is None else [Penalty(beside.penalty)]
+        with nullcontext() if store is not None else TemporaryDirectory(prefix="attrib-") as folder:
+            place = Path(str(folder)) / "run.zarr" if store is None else store
+            yield replay(
+                run,
+                0,
+                [*changes, *added],
+                model=model,
+                loss=loss,
+                store=place,
+                backward=backward,
+                progress=progress,
+            )
 
-        def tallies() -> Iterator[Tally]:
-            nonlocal carried, swept
-            for number in reversed(range(run.steps)):
-                after = carried
-                done, carried = self.causes.step(number, after)
-                tally, each = self._tally(done, (carried, after), number in checked)
-                self._rescale(rescaled, done.made[0], each)
-                if weights is not None and number >= weights.first:
-                    swept = swept + each @ weights.of(number)
-                yield tally
-                heard()
+    def found(self, there: Run, asked: Asked) -> Influence:
+        """there: the run at its weights."""
+        _, model, loss, beside, _ = self.loop
+        grouping = asked.grouping(there)
+        if not asked.by_group:  # then nothing has to be known of single tensors
+            grouping = Grouping(("all",), np.ones((len(there.groups), 1)))
+        pair = alone(there, model, loss, grouping.member, beside)
+        question = asked.question(pair, model, self.measurement, grouping)
+        account = Account(*grouping, question.kept, False, share_bound(there.compute, there.compute))
+        checked = ("split" in self.identities, "tangent" in self.identities)
+        uniform = 1.0 if self.weights is None else float(self.weights)
+        causes = Causes(pair, curvature=self.curvature, checked=asked.by_group)
+        sweep = Sweep(causes, question, account, *checked, uniform)
+        facts = self._facts()
 
-        summed = total(tallies(), range(run.steps), run.numbers)
-        assert summed is not None
-        tangent = np.full(query.count, np.nan) if weights is None else (last @ self._pushed(weights)).numpy()
-        beside = {"final": final.end.double().cpu().numpy(), "tangent": tangent, "swept": swept}
-        return self._labelled(summed, beside, rescaled)
+        def labelled(dataset: xr.Dataset) -> Influence:
+            return Influence(dataset.assign_coords(example=there.examples).assign_attrs(facts))
 
-    def _tally(self, done: Done, ends: tuple[Carried, Carried], checked: bool) -> tuple[Tally, np.ndarray]:
-        """And the influence of every slot, (Q, B)."""
-        made, v, shares = done.made[0], done.gradient, self.causes.pair.base.shares
-        examples = made.examples[None]
-        gradient = along_tensors(self._run.layout, v[None], lambda part: [examples[:, part]])[0]
-        if done.along is not None and len(self.account.labels) == 1:
-            found = Contributions((done.along * made.factors)[..., None], made.pass_scales)
-        else:
-            v = v / made.clip  # the shares of the record are clipped
-            found = shares.contract(made.recorded, v, gradient[0])
-        each = found.values.sum(2)
-        terms = Terms(
-            states={"growth": (ends[0].norms[None], ends[1].norms[None])},
+        return asked.answered(question, "influence", there.steps, sweep, labelled)
+
+    def _facts(self) -> dict[str, Any]:
+        run, units = self.loop.run, getattr(self.measurement, "units", "")
+        return {
+            **described(run, self.measurement),
+            "units": f"{units} per unit of weight" if units else "",
+            "bound": share_bound(run.compute, run.compute),
+            "curvature": self.curvature,
+            **({} if self.weights is None else {"weights": float(self.weights)}),
+            "meaning": "derivatives of the final measurement by the weight of each example's loss; they do not add up",
+        }
+
+    def tried(self, result: Influence, count: int, asked: Asked) -> Influence:
+        """The result, with how well it foretells so many retrainings."""
+        run, model, loss, beside, backward = self.loop
+        fixed, part = self.weights is not None, LEFT_OUT
+        if self.weights is not None and self.weights < 1:
+            part = 1 - float(self.weights)
+        subsets = random_subsets(run, part, count)
+        outcomes = retrain_subsets(
+            run,
+            subsets,
+            self.measurement,
+            model=model,
+            loss=loss,
+            weight=0.0 if fixed else None,
+            executor=asked.executor,
+            backward=backward,
+            penalty=beside.penalty,
+            dtype=asked.dtype,
+            progress=asked.progress,
         )
-        splits = {}
-        if checked and (split := shares.split(made.recorded, v, found, 0.0)) is not None:
-            splits[made.recorded.number] = split
-        (tally,) = self.account.tallies([made.recorded], [found], gradient, terms, splits)
-        return tally, each
-
-    def _pushed(self, weights: "Weights") -> Tensor:
-        """(P,): how the last parameters move where the examples of the last steps weigh more by `weights`."""
-        run, side = self._run, self.causes.pair.base
-        begin = side.made(weights.first, side.active(weights.first))
-        theta = torch.zeros(run.layout.size, dtype=torch.float64)
-        state = {name: torch.zeros_like(theta) for name in begin.end.state}
-        for number in range(weights.first, run.steps):
-            made = side.made(number, side.active(number))
-            curvature, checked = self.causes.curvature, self.causes.checked
-            gradient = side.shares.curved(made.recorded, theta[None], made.factors, curvature, checked).hessian[0]
-            gradient = gradient + side.shares.gradient(made.recorded, made.factors * weights.of(number))
-            gradient = clipping.pushed_forward(gradient, made.unclipped, made.clip)
-            theta, state = pushed_forward(run.rules, run.layout, made.hyper, made.end, End(state, gradient, theta))
-        return theta
-
-    def _rescale(self, into: np.ndarray, made: Made, each: np.ndarray) -> None:
-        """Add what those that remain gain where an example goes: of the mean over a batch, its mean influence."""
-        kinds = self._run.header["settled"]["reduction"][0]
-        passes = [p.slots for p in made.recorded.passes] if "mean" in kinds else [slice(0, len(made.slots))]
-        for slots in passes if kinds != ["sum"] else ():
-            mean = each[:, slots].mean(1, keepdims=True)
-            for row, value in zip(into, mean[:, 0], strict=True):
-                np.add.at(row, made.slots[slots], value)
-
-    def _labelled(self, whole: Tally, beside: Mapping[str, np.ndarray], rescaled: np.ndarray) -> xr.Dataset:
-        variables: dict[str, Any] = {
-            **{name: (("query",), values) for name, values in beside.items()},
-            "rescaled": (("query", "example"), rescaled),
-            "growth": (("query", "state"), whole.states["growth"]),
-            **{f"{name}_identity": (("step",), whole.gaps[name]) for name in ("batch", "split")},
-            **{"_".join((Influence.word, *axes)): (("query", *axes), a) for axes, a in whole.marginals.items()},
-        }
-        coordinates = {
-            "query": np.arange(len(rescaled)),
-            "step": np.arange(self._run.steps),
-            "state": np.arange(self._run.steps + 1),
-            "example": whole.examples,
-            "group": list(self.account.labels),
-        }
-        failures = {f"{name}_failure": sentence for name, sentence in whole.failures.items()}
-        return xr.Dataset(variables, coordinates, failures)
-
-
-class Weights:
-    """Random changes of the weights of the examples of the last steps, from step `first` on."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self.first = max(0, run.steps - TANGENT_STEPS)
-
-    def of(self, number: int) -> np.ndarray:
-        """(B,): of a step."""
-        return np.random.default_rng(number).standard_normal(len(self._run.index(number)))
+        score = lds(-result.without("fixed" if fixed else "remaining"), subsets, outcomes)
+        each = {name: ("query", score[old].values) for name, old in LDS.items()}
+        means = [float(score[name]) for name in ("mean", "mean_low", "mean_high")]
+        return Influence(result.dataset.assign(each).assign_attrs(foretold=[count, part, *means]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import ReplayError
 from .optim import check_adjoints
 from .run import Run
-from .side import Made, Side, shares_of, weighted
+from .side import NOTHING, Beside, Made, Side, shares_of
 
 
 class Aligned(NamedTuple):
@@ -180,36 +180,54 @@ def paired(runs: tuple[Run, Run], model: nn.Module, loss: Callable[..., Tensor],
     return Pair(sides[0], sides[1], labels, steps)
 
 
-def alone(run: Run, model: nn.Module, loss: Callable[..., Tensor], member: np.ndarray) -> Pair:
-    """A run and itself.
+def alone(
+    run: Run, model: nn.Module, loss: Callable[..., Tensor], member: np.ndarray, beside: Beside = NOTHING
+) -> Pair:
+    """A run and itself. beside: what the record does not have of its loop.
 
     Raises:
-        ReplayError: an optimizer without an adjoint, or what the record does not hold. LossError: there is no loss.
+        ReplayError: an optimizer without an adjoint, or what neither the record nor `beside` holds. LossError: there is no
+            loss.
     """
     check_adjoints(run.rules)
     check_known(run)
-    if weighted(run) or "penalty" in run.reader:
-        what = (
-            "weights that a replay gave to its losses"
-            if weighted(run)
-            else "a penalty, whose curvature is not recorded"
-        )
-        raise ReplayError(
-            f"the derivative of this training is not known: got {what}, at {run.reader.target}, expected a run without. Ask "
-            f"for it of a run without, or for the exact difference of two runs: attrib.difference."
-        )
+    check_penalty(run, beside.penalty)
     places = {int(number): n for n, number in enumerate(run.numbers)}
-    side = Side(run, shares_of(run, model, loss, member), 0, places)
+    side = Side(run, shares_of(run, model, loss, member), 0, places, beside)
+    if (ambiguity := side.clipping.ambiguity) is not None:
+        raise ReplayError(
+            f"it cannot be told whether gradients were clipped: got {ambiguity}, expected to be told, at "
+            f"{run.reader.target}. Pass clip=, the max_norm that clip_grad_norm_ was given, or clip=math.inf where nothing "
+            f"was clipped."
+        )
     return Pair(side, side, run.examples, run.steps)
+
+
+def check_penalty(run: Run, penalty: Any) -> None:
+    """Raise ReplayError where a run has a penalty and none is passed, or the other way round."""
+    recorded = "penalty" in run.reader
+    if recorded and penalty is None:
+        raise ReplayError(
+            f"the derivative of this training is not known: got a run with a penalty, of which the record has the gradient "
+            f"and not the curvature, expected to be told, at {run.reader.target}. Pass penalty=, the function that "
+            f"attrib.record was given."
+        )
+    if penalty is not None and not (recorded and callable(penalty)):
+        what = "a run that was recorded without one" if not recorded else f"{penalty!r}"
+        raise ReplayError(
+            f"there is no such penalty: got penalty= and {what}, expected a function of the model, as given to "
+            f"attrib.record, at {run.reader.target}. Leave it out, or declare it when recording."
+        )
 
 
 def check_known(run: Run) -> None:
     """Raise ReplayError where the loop did to gradients what the record does not explain."""
     if run.declares_remainder:
         raise ReplayError(
-            f'what the loop did to gradients is not known: got a run that was recorded with remainder="account", at '
-            f"{run.reader.target}, expected gradients that are the examples'. Train without what is declared there, or ask "
-            f"what happened: attrib.attribute."
+            f"what the loop did to gradients cannot be differentiated: got a run that was recorded with "
+            f'remainder="account", at {run.reader.target}, expected gradients that are the examples\'. What is declared '
+            f"there may be clipping by value or a mask, which depend on the gradients in a way that is not recorded, "
+            f"as well as noise, which does not. Train without it, or ask what happened: attrib.attribute."
         )
 
 

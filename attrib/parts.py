@@ -24,11 +24,16 @@ def kept_axes(dataset: xr.Dataset, word: str = PREFIX) -> list[tuple[str, ...]]:
 
 
 def rounding_allowed(dataset: xr.Dataset) -> np.ndarray:
-    """(Q,): the part of the residual that was measured to come from rounding the stored parameters, as far as their spacing
-    explains it; in float64 nothing, nor where it was not measured."""
-    if "rounding" not in dataset:
-        return np.zeros(dataset.sizes["query"])
-    return np.minimum(np.abs(dataset["rounding"].values), dataset["spacing"].values)
+    """(Q,): what rounding makes of the residual: the part that was measured to come from rounding the stored parameters, as
+    far as their spacing explains it, in float64 nothing; and one rounding of each contribution in the type that gradients
+    were computed in, eps sum |c_i|, which where contributions cancel is much of what they sum to. A share that is wrong is
+    off by its own size, not by eps of it. Of what was not measured nothing."""
+    found = np.zeros(dataset.sizes["query"])
+    if "rounding" in dataset:
+        found = np.minimum(np.abs(dataset["rounding"].values), dataset["spacing"].values)
+    if "sizes" in dataset:
+        found = found + float(dataset.attrs.get("eps", 0.0)) * dataset["sizes"].values
+    return found
 
 
 def size_of(dataset: xr.Dataset) -> np.ndarray:

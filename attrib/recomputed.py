@@ -76,6 +76,10 @@ class Recomputed:
         return type(self), self._made_of
 
     @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    @property
     def has_loss(self) -> bool:
         """Whether there is a truth to hold the shares against."""
         return self._gradients is not None
@@ -131,11 +135,12 @@ class Recomputed:
             self._curvatures[kind] = Curvature(self._gradients.function, self._slices, kind)
         return self._curvatures[kind]
 
-    def weights(self, step: RecordedStep) -> np.ndarray:
-        """(B,): the factor of each example's loss in what the step trained on."""
+    def weights(self, step: RecordedStep, beside: np.ndarray | None = None) -> np.ndarray:
+        """(B,): the factor of each example's loss in what the step trained on, but for those that the losses had before
+        they were reduced, `beside` (B,)."""
         if self._gradients is None:
             raise LossError("a loss is needed: got loss=None, expected the loss given to attrib.record. Pass loss=.")
-        return np.repeat(self._known(step), [p.size for p in step.passes])
+        return np.repeat(self._known(step, beside=beside), [p.size for p in step.passes])
 
     def gradient(self, step: RecordedStep, weights: np.ndarray) -> Tensor:
         """sum_i w_i g_i (P,) float64, of the step's examples; weights: w (B,)."""
@@ -192,21 +197,26 @@ class Recomputed:
         kinds, common = self.run.header["settled"]["reduction"]
         return Reduction(tuple(kinds), common)
 
-    def _refitted(self, step: RecordedStep) -> np.ndarray | None:
+    def _refitted(self, step: RecordedStep, beside: np.ndarray | None = None) -> np.ndarray | None:
         """From p.grad and the sums of the gradients, over all parameters."""
 
         def each() -> Iterator[Tensor]:
             for n in range(len(step.passes)):
                 with self._pass(step, n) as (shares, batch, factor):
-                    yield shares.total(self._theta(step), batch)[1] / factor
+                    theta = self._theta(step)
+                    if beside is None:
+                        yield shares.total(theta, batch)[1] / factor
+                    else:
+                        weights = torch.from_numpy(beside[step.passes[n].slots] / factor).to(theta)
+                        yield shares.gradient(theta, batch, weights)[1]
 
         totals = Totals.of([p.size for p in step.passes], each)
         return self._reduction.refit(step.examples.to(totals.summed), totals)
 
-    def _known(self, step: RecordedStep, fresh: bool = False) -> np.ndarray:
+    def _known(self, step: RecordedStep, fresh: bool = False, beside: np.ndarray | None = None) -> np.ndarray:
         """The recorded scales, or those that are fitted. fresh: fitted in any case."""
         recorded = np.array([p.scale for p in step.passes])
-        fitted = self._refitted(step) if fresh or np.isnan(recorded).any() else recorded
+        fitted = self._refitted(step, beside) if fresh or np.isnan(recorded).any() else recorded
         return np.ones(len(recorded)) if fitted is None else fitted
 
     def _theta(self, step: RecordedStep) -> Tensor:

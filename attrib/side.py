@@ -14,16 +14,12 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .budget import slice_bytes
-from .checks import weights_of
-from .errors import ReplayError
-from .kernels.clipping import EPS
+from .clipped import Clipping
 from .optim import End
+from .penalised import Penalised, Penalising
 from .run import Run
 from .shares import Shares
 from .steps import Blocks, RecordedStep, Steps
-
-CLIPPED = 1e-5  # how much less than 1 a factor is that clips
-THRESHOLD = 1e-3  # how far, relatively, the norms that clipping leaves may be apart
 
 
 class Unweighted:
@@ -34,6 +30,17 @@ class Unweighted:
 
     def __call__(self, model: nn.Module, *batch: Any) -> Tensor:
         return self.loss(model, *batch[:-1])
+
+
+class Beside(NamedTuple):
+    """What the record does not have of a loop, as its author says. clip: the norm that gradients were clipped to, inf for
+    none; None where it is to be found. penalty: the function, model -> scalar; None where it is not asked for."""
+
+    clip: float | None = None
+    penalty: Penalising | None = None
+
+
+NOTHING = Beside()
 
 
 class Made(NamedTuple):
@@ -77,15 +84,16 @@ class Made(NamedTuple):
 @dataclass(frozen=True)
 class Side:
     """One of the two runs. first: its step that the pair begins with. shares: of its losses, without the weights that
-    a replay gave them. places: the number of an example in the run -> among the pair's."""
+    a replay gave them. places: the number of an example in the run -> among the pair's. beside: what else the loop did."""
 
     run: Run
     shares: Shares
     first: int
     places: dict[int, int]
+    beside: Beside = NOTHING
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Side, (self.run, self.shares, self.first, self.places)
+        return Side, (self.run, self.shares, self.first, self.places, self.beside)
 
     @cached_property
     def _blocks(self) -> Blocks:
@@ -105,8 +113,8 @@ class Side:
         the gradient is what it would have been."""
         steps = self._step(number)
         step, gradient = steps[0]._replace(active=active), steps.gradient[0]
-        scales = self.shares.weights(steps[0])
-        clip = self._clip(steps[0], scales, gradient)
+        scales = self._scales(steps[0])
+        clip = self.clipping.factor(steps[0], scales, gradient)
         if stood := active - steps[0].active:
             gradient = self._completed(step, gradient, scales * self._weights(step), stood)
         return Made(
@@ -132,57 +140,25 @@ class Side:
                 found[part] = whole[part]
         return found
 
-    def _clip(self, step: RecordedStep, scales: np.ndarray, gradient: Tensor) -> float:
-        """How much less clipping by norm made the gradient.
+    @cached_property
+    def clipping(self) -> Clipping:
+        return Clipping(self.run, self._blocks, self._scales, self.beside.clip)
 
-        Raises:
-            ReplayError: another factor changes from step to step.
-        """
-        clip = _factor(self._kind, [p.size for p in step.passes], scales) / self._usual
-        if clip > 1 - CLIPPED:
-            return 1.0
-        norm = float(gradient.double().norm())
-        whole = len(step.active) == len(self.run.groups)  # what stood still was clipped with the others
-        if whole and abs(norm + clip * EPS - self._threshold) > THRESHOLD * self._threshold:
-            raise ReplayError(
-                f"the gradients are multiplied by a factor that changes, and is not that of clipping by norm: got "
-                f"{clip:.4g} at step {step.number}, which leaves a norm of {norm:.4g}, expected {self._threshold:.4g} "
-                f"as at other steps that were clipped. Its derivative is not known: clip with "
-                f"torch.nn.utils.clip_grad_norm_ over all parameters, or let weights of the losses do what the factor does."
-            )
-        return clip
+    def _scales(self, step: RecordedStep) -> np.ndarray:
+        """(B,): s, times the clipping."""
+        return self.shares.weights(step, self._weights(step) if weighted(self.run) else None)
+
+    def penalised(self, made: Made, directions: Tensor) -> Tensor | None:
+        """H V (Q, P) of the penalty that was in a step's gradient, directions V (Q, P); None for none."""
+        if made.penalty is None or self._penalised is None:
+            return None
+        bound = float(torch.finfo(self.run.compute).eps ** 0.5)
+        return self._penalised.hvp(made.recorded.number, made.recorded.theta, made.penalty, directions, bound)
 
     @cached_property
-    def _kind(self) -> str | None:
-        """Of the reduction; None where passes have weights of their own."""
-        return next(iter(self.run.header["settled"]["reduction"][0]), None)
-
-    @cached_property
-    def _usual(self) -> float:
-        """The factor that gradients have beside the reduction where they are not clipped."""
-        return max(self._factors.values(), default=1.0) if self.run.header["settled"]["reduction"][1] else 1.0
-
-    @cached_property
-    def _factors(self) -> dict[int, float]:
-        """By step, those that were recorded."""
-        passes = self.run.reader.passes(slice(0, self.run.steps))
-        found = {}
-        for step in range(self.run.steps):
-            each = list(passes.of_step(step))
-            sizes = [p.slots.stop - p.slots.start for p in each]
-            factor = _factor(self._kind, sizes, np.repeat([p.scale for p in each], sizes))
-            if not np.isnan(factor):
-                found[step] = factor
-        return found
-
-    @cached_property
-    def _threshold(self) -> float:
-        """The norm that clipping leaves, at the first step that was clipped and moved most of the tensors."""
-        moved = self.run.reader.read("hyper", slice(0, self.run.steps))[..., -1].sum(1)
-        clipped = [step for step, factor in self._factors.items() if factor / self._usual <= 1 - CLIPPED]
-        step = max(clipped, key=lambda step: (moved[step], -step))
-        gradient = self._blocks.at(range(step, step + 1)).gradient[0]
-        return float(gradient.double().norm()) + self._factors[step] / self._usual * EPS
+    def _penalised(self) -> Penalised | None:
+        penalty = self.beside.penalty
+        return None if penalty is None else Penalised(self.run, self.shares.model, penalty)
 
     def _weights(self, step: RecordedStep) -> np.ndarray:
         if not weighted(self.run):
@@ -210,11 +186,6 @@ class Side:
         """Of each pass, without the weights."""
         found = [self.run.inputs(p) for p in step.passes]
         return [Batch.of(b.said[:-1], b.size) for b in found] if weighted(self.run) else found
-
-
-def _factor(kind: str | None, sizes: list[int], scales: np.ndarray) -> float:
-    """What the examples' gradients were multiplied with beside the reduction. scales: (B,)."""
-    return 1.0 if kind is None else float((scales / np.repeat(weights_of(kind, sizes), sizes)).mean())
 
 
 def shares_of(run: Run, model: nn.Module, loss: Callable[..., Tensor], member: np.ndarray) -> Shares:

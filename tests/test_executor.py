@@ -452,3 +452,31 @@ def test_workers_use_the_device_of_the_model(trained: Trained, pool: Executor) -
     found = attrib.attribute(trained.run, deepcopy(trained.model).cuda(), trained.measurement(), **options)
     found.check(1e-9)
     np.testing.assert_allclose(found.by("example"), serial.by("example"), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("question", ["influence", "difference"])
+def test_queries_are_shared_out_among_workers(question: str, trained: Trained, pool: Executor, tmp_path: Path) -> None:
+    asked = {"loss": trained.case.loss, "progress": False}
+    runs = [trained.run]
+    if question == "difference":
+        change = attrib.intervention.Reweight({int(trained.run.examples[0]): 2.0})
+        runs.append(attrib.replay(trained.run, 0, change, model=trained.model, store=tmp_path / "changed", **asked))
+    ask = partial(getattr(attrib, question), *runs, trained.model, trained.measurement(9), **asked)
+    found, serial = ask(executor=pool).dataset, ask().dataset
+    assert set(found.data_vars) == set(serial.data_vars)
+    for name, values in serial.items():
+        size = float(np.nanmax(np.abs(values.fillna(0.0))))
+        bound = 1e-6 if str(name).endswith("_identity") or name == "residual" else 1e-12 * size
+        np.testing.assert_allclose(found[name], values, rtol=0, atol=bound, err_msg=str(name))
+    assert found.attrs == serial.attrs
+
+
+def test_what_a_worker_of_influence_raises_comes_through_and_what_was_done_stays(trained: Trained) -> None:
+    ask = partial(attrib.influence, trained.run, trained.model, trained.measurement(9), progress=False)
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ZeroDivisionError, match="as users do"):
+        ask(loss=failing_loss, executor=pool)
+    with pytest.raises(errors.WorkerError, match="at the queries 2 to 4") as caught:
+        ask(loss=trained.case.loss, executor=Dying(1))
+    assert isinstance(caught.value.result, attrib.Influence)
+    whole = ask(loss=trained.case.loss)
+    np.testing.assert_allclose(caught.value.result.by("example"), whole.by("example")[:2], rtol=1e-10, atol=1e-12)

@@ -22,6 +22,7 @@ from attrib import errors
 from attrib.checks.intake import CAPTURES, SHARES
 from attrib.functional import Functional
 from attrib.gradients import examples
+from attrib.shares import Shares
 
 SIZE = 7  # no power of two, by which means and sums round alike
 Loss = Callable[[Any, Tensor, Tensor], Tensor]
@@ -212,3 +213,50 @@ def test_a_llama_of_transformers_in_float64_is_accounted_for(capture: str, caplo
     identities = result.check().identities
     assert max(identities["batch"], identities["split"]) <= 1e-5
     assert "slow" not in caplog.text
+
+
+def opposed(model: nn.Module, x: Tensor, sign: Tensor) -> Tensor:
+    return 100 * sign * model(x).tanh()[:, 0]
+
+
+def test_contributions_that_cancel_are_allowed_their_rounding_and_no_wrong_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In single precision a sum is as exact as the largest of what cancels in it: at Adam's first steps, of examples that
+    pull against one another, that is more than 1e-6 of the sum."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(32, 6)
+    x, sign = torch.cat([x, x + 1e-2 * torch.randn(32, 6)]), torch.tensor([1.0, -1.0]).repeat_interleave(32)
+    recorder = attrib.record(torch.optim.Adam(model.parameters(), lr=1e-3), model, opposed, tmp_path / "run")
+    for _ in range(6):
+        recorder.zero_grad()
+        opposed(model, x, sign).mean().backward()
+        recorder.step(torch.arange(64), x, sign)
+    recorder.close()
+    run = attrib.open_run(tmp_path / "run")
+
+    def ask(**options: Any) -> attrib.Result:
+        measurement = lambda m: m(x[:3])[:, 0]  # noqa: E731
+        return attrib.attribute(run, model, measurement, loss=opposed, progress=False, **options)
+
+    found = ask()
+    found.check()
+    sizes = abs(found.by("step", "example", "group")).sum(["step", "example", "group"])
+    np.testing.assert_allclose(found.dataset["sizes"], sizes, rtol=1e-12)
+    gross = found.dataset["gross"]
+    assert float((abs(found.residual) / gross).max()) > 1e-6  # it took more than the usual bound
+    assert float((sizes / gross).min()) > 100
+    without = attrib.Result(found.dataset.drop_vars("sizes"))
+    with pytest.raises(errors.CompletenessError, match="the terms do not add up"):
+        without.check()
+
+    contract = Shares.contract
+
+    def wrong(self: Shares, *asked: Any) -> Any:
+        contributions = contract(self, *asked)
+        contributions.values[:, 5] *= 1.001  # one of 64
+        return contributions
+
+    monkeypatch.setattr(Shares, "contract", wrong)
+    with pytest.raises(errors.CompletenessError, match="the terms do not add up"):
+        ask(identities=()).check()

@@ -16,6 +16,9 @@ from .options import AXES, add_setup, axes, command, numbers, size
 def add(commands: Any) -> None:
     made = command(commands, "influence", _influence, "what would change if an example weighed less", "RUN")
     _add_question(made, "influence.zarr")
+    made.add_argument("--weights", type=float, metavar="W", help="of all losses, that it is taken at, such as 0.8 (1)")
+    made.add_argument("--retrainings", type=int, default=0, metavar="K", help="to hold what was foretold against (0)")
+    made.add_argument("--clip", type=float, metavar="NORM", help="that gradients were clipped to, inf for none")
     made = command(commands, "difference", _difference, "why two runs over the same batches differ", "BASE", "CHANGED")
     _add_question(made, "difference.zarr")
     made.add_argument("--via", choices=VIA, default=VIA[0], help="what was done, or how all examples reacted (cause)")
@@ -35,7 +38,8 @@ def _influence(options: argparse.Namespace) -> int:
     check_place(options.out, options.overwrite)
     run = open_run(options.run)
     model, measurement, asked = _asked(run, options)
-    found = _saved(influence(run, model, measurement, **asked), options)
+    how = {"weights": options.weights, "retrainings": options.retrainings, "clip": options.clip}
+    found = _saved(influence(run, model, measurement, **how, **asked), options)
     _say(found, found.check(), options)
     return 0
 

@@ -20,8 +20,9 @@ CHAOTIC = 1e3  # growth of the sensitivity from which on no derivative predicts 
 class Influence(Labelled):
     """Made by `attrib.influence` or `attrib.open_result`.
 
-    dataset: xarray.Dataset with final, tangent, swept (query); rescaled (query, example); growth (query, state), the norm
-        of the sensitivity to the parameters; one array of influences per set of axes that was kept.
+    dataset: xarray.Dataset with final, tangent, swept, restored (query); lost, rescaled (query, example); growth (query,
+        state), the norm of the sensitivity to the parameters; one array of influences per set of axes that was kept; where
+        it was asked for, lds, lds_low, lds_high (query), how well they foretold retrainings.
     """
 
     word = "influence"
@@ -52,7 +53,7 @@ class Influence(Labelled):
         if mean not in ("remaining", "fixed"):
             raise ValueError(f"mean is none: got {mean!r}, expected 'remaining' or 'fixed'.")
         gained = self.dataset["rescaled"] if mean == "remaining" else 0.0
-        return (gained - self.by("example")).rename("without")
+        return (gained - self.dataset["lost"]).rename("without")
 
     def predict(self, subsets: Sequence[Collection[Any]], mean: str = "remaining") -> xr.DataArray:
         """(subset, query): the measurement, to first order, had the examples of each subset been left out.
@@ -72,7 +73,8 @@ class Influence(Labelled):
                 f"there are no such train examples: got {unknown[:5]}, expected some of the {len(known)} ids of the result."
             )
         changes = [each.values[:, [known[_plain(i)] for i in subset]].sum(1) for subset in subsets]
-        values, queries = self.final.values + np.reshape(changes, (len(subsets), -1)), {"query": self.dataset["query"]}
+        whole = (self.final + self.dataset["restored"]).values  # with all of them, at the weights that they had
+        values, queries = whole + np.reshape(changes, (len(subsets), -1)), {"query": self.dataset["query"]}
         return xr.DataArray(values, queries, ("subset", "query"), "predicted")
 
     def check(self, rtol: float | None = None) -> str:
@@ -109,13 +111,20 @@ class Influence(Labelled):
 
     @property
     def said(self) -> str:
-        """Whether a derivative will predict, in a sentence."""
+        """Whether a derivative will predict, in a sentence; and whether it did, where that was tried."""
         growth = float(self.growth.max())
-        if growth < CHAOTIC:
-            return f"the sensitivity to the parameters grew to {growth:.3g} times that at the end"
+        grew = f"the sensitivity to the parameters grew to {growth:.3g} times that at the end"
+        if growth >= CHAOTIC:
+            grew += (
+                ": the training is chaotic, and no derivative predicts what leaving examples out does; compare runs by "
+                "attrib.difference"
+            )
+        if "foretold" not in self.dataset.attrs:
+            return grew
+        count, part, mean, low, high = self.dataset.attrs["foretold"]
         return (
-            f"the sensitivity to the parameters grew to {growth:.3g} times that at the end: the training is chaotic, and no "
-            f"derivative predicts what leaving examples out does; compare runs by attrib.difference"
+            f"{grew}\nof {count} retrainings without {part:.3g} of the examples, outcomes and predictions have a rank "
+            f"correlation of {mean:.2f} ({low:.2f} to {high:.2f})"
         )
 
     def __repr__(self) -> str:

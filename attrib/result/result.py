@@ -35,7 +35,7 @@ _ROUNDING = (
 class Result(Labelled):
     """The decomposition of one or more measurements. Made by `attrib.attribute` or `attrib.open_result`.
 
-    dataset: xarray.Dataset with initial, final, residual, rounding, spacing, gross (query);
+    dataset: xarray.Dataset with initial, final, residual, rounding, spacing, gross, sizes (query);
         decay (query, step, group); inherited (query, group); where there is one, remainder (query, step, group) and
         update_remainder and buffers (query, update_step, group);
         timeline (query, update_step, group); curve (query, state); one array per kept marginal; the identities by step.
@@ -132,9 +132,10 @@ class Result(Labelled):
 
         Args:
             rtol: bound on |residual|, relative to the gross size of what is summed: the largest of |initial|, |final| and
-                the sum over steps and tensors of |contributions|, |decay|, |remainder| and |buffers|. On top of it, the part
-                of the residual that was measured to come from rounding the stored parameters (`dataset["rounding"]`) is
-                allowed for, as far as their spacing explains it; in float64 that is nothing.
+                the sum over steps and tensors of |contributions|, |decay|, |remainder| and |buffers|. On top of it is
+                allowed what rounding makes of the residual: the part that was measured to come from rounding the stored
+                parameters (`dataset["rounding"]`), as far as their spacing explains it, in float64 nothing; and eps of the
+                run's type times the sizes of the single contributions (`dataset["sizes"]`), from which they cancel.
 
         Raises:
             CompletenessError: with the worst query, its residual and the identity that is furthest off; also where a number
