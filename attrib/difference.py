@@ -29,7 +29,7 @@ from .pair import Pair, paired
 from .parts import PREFIX
 from .path import Measured, Path, Secant
 from .result import Difference
-from .result.difference import CHECKED, LARGE, SAYS
+from .result.difference import CHECKED, SAYS
 from .run import Run
 from .shares import drawn
 from .tally import Tally, total
@@ -89,12 +89,8 @@ def difference(
     sweep = Sweep(Causes(pair, via), question, path or Secant(), ends)
     found = asked.answered(question, "difference", pair.steps, sweep.dataset).assign_coords(example=pair.labels)
     result = Difference(found.assign_attrs(_facts(pair, measurement, via)))
-    if (times := float(result.cancellation.max())) > LARGE:
-        log.warning(
-            "the terms cancel: they are %.3g times what they sum to, so that little can be read from each. The runs have "
-            'come apart; compare fewer steps, a smaller change, or ask for via="reaction"',
-            times,
-        )
+    if result.warning:
+        log.warning("%s", result.warning)
     return result
 
 
@@ -103,6 +99,7 @@ def _facts(pair: Pair, measurement: Any, via: str) -> dict[str, Any]:
     return {
         **described(base, measurement),
         "changed": str(changed.reader.target),
+        "interventions": changed.replayed.get("interventions", []),
         "first": [pair.base.first, pair.changed.first],
         "via": via,
         "bound": share_bound(base.compute, base.compute),
