@@ -21,8 +21,6 @@ from .query import query_of
 from .result import join
 from .run import Run
 
-VECTORS = 4  # times as many per query as accounting holds
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -49,9 +47,10 @@ class Asked:
         query = query_of(run, model, measurement, self.dtype, whole, range(run.steps))
         sizes = {"step": pair.steps, "example": len(pair.labels), "group": len(grouping.labels)}
         kept = tuple(choose(self.keep, query.count, sizes))
-        budget = divide(sizes_of(run, bytes_of(kept, query.count, sizes)), query.count, self.memory)
+        kind = "influence" if pair.itself else "difference"
+        budget = divide(sizes_of(run, bytes_of(kept, query.count, sizes), kind), query.count, self.memory)
         names = measurement.names if isinstance(measurement, Measurement) else ()
-        return Question(query.parts(max(1, budget.at_once // VECTORS)), *grouping, kept, names)
+        return Question(query.parts(budget.at_once), *grouping, kept, names, budget.slices)
 
     def answered(
         self, question: "Question", name: str, steps: int, sweep: Callable[[Measured, Callable[[], Any]], xr.Dataset]
@@ -72,13 +71,14 @@ class Grouping(NamedTuple):
 @dataclass(frozen=True)
 class Question:
     """parts: the queries, as many at once as fit the memory. labels, member (K, G): the groups. kept: the axes of what is
-    kept. names: of the queries, or nothing."""
+    kept. names: of the queries, or nothing. slices: bytes of a slice of the passes over the examples."""
 
     parts: list[Measured]
     labels: tuple[str, ...]
     member: np.ndarray
     kept: tuple[Axes, ...]
     names: tuple[str, ...]
+    slices: int
 
 
 def described(run: Run, measurement: Any) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def difference(
     pair = paired((base, changed), model, loss, grouping.member)
     question = asked.question(pair, model, measurement, grouping)
     ends = base.whole(pair.base.first + pair.steps), changed.whole(pair.changed.first + pair.steps)
-    sweep = Sweep(Causes(pair, via), question, path or Secant(), ends)
+    sweep = Sweep(Causes(pair.within(question.slices), via), question, path or Secant(), ends)
     found = asked.answered(question, "difference", pair.steps, sweep.dataset).assign_coords(example=pair.labels)
     result = Difference(found.assign_attrs(_facts(pair, measurement, via)))
     if result.warning:

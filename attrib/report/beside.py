@@ -17,12 +17,12 @@ SAME = ("measurement", "model", "parameters", "optimizer", "recorded")  # attrib
 
 
 class Beside(NamedTuple):
-    """Of a query. count: of the examples that something was done to. ids, terms (n,): of the largest terms among them.
+    """Of a query. number: of the examples that something was done to. ids, terms (n,): of the largest terms among them.
     contributions: what the result says of each, None where it does not know it. totals: name, of the result, of the
     difference; the last is the net change. title, sentences: what to read from it."""
 
     title: str
-    count: int
+    number: int
     ids: list[Any]
     terms: np.ndarray
     contributions: list[float | None]
@@ -139,7 +139,9 @@ def _sentences(
     units = f" {difference.units}" if difference.units else ""
     found = [f"In the changed run: {changes_of(difference)}."] if changes_of(difference) else []
     if isinstance(one, Result):
-        found.append(f"{these.capitalize()} contributed {_signed(mine)}{units} to what happened in the base run.")
+        found.append(
+            f"{these.capitalize()} contributed {_signed(mine or 0.0)}{units} to what happened in the base run."
+        )
     elif isinstance(one, Influence) and _dropped(difference):
         foretold = float(one.predict([ids])[0, 0] - one.final[0])
         found.append(f"To first order, leaving out {these} was to change {measured} by {_signed(foretold)}{units}.")

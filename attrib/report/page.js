@@ -269,7 +269,7 @@ function showReally() {
   $("really-section").hidden = !page.really.length;
   document.querySelectorAll("th.really").forEach((th) => { th.hidden = !page.really.length; });
   if (!page.really.length) return;
-  const { title, count, ids, terms, contributions, totals, sentences } = page.really[now.query];
+  const { title, number: count, ids, terms, contributions, totals, sentences } = page.really[now.query];
   const largest = Math.max(1e-30, ...terms.map(Math.abs)), listed = ids.slice(0, 2 * page.ranks);
   const cell = (value) => (value === null ? element("td", "", "number") : numberCell(value));
   const total = (name, said, done) => row(element("td"), head(name), cell(said), cell(done), element("td", "", "bar"));

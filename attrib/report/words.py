@@ -124,8 +124,8 @@ def words_of(result: Labelled) -> Words:
         "via": str(result.dataset.attrs.get("via", "")),
         "meaning": str(result.dataset.attrs.get("meaning", "")).partition(": ")[2],
     }
-    fill = [_filled(v, known) if isinstance(v, str) else tuple(v) for v in _OF[result.question]]
-    return Words(*fill)
+    words = _OF[result.question]
+    return words._replace(**{n: _filled(v, known) for n, v in words._asdict().items() if isinstance(v, str)})
 
 
 def _filled(text: str, known: dict[str, str]) -> str:
