@@ -59,8 +59,7 @@ def write(
     """
     if not isinstance(result, Labelled):
         raise TypeError(
-            f"a page shows a result: got {type(result).__name__}, expected one of attrib.attribute, attrib.influence or "
-            f"attrib.difference."
+            f"a page shows a result: got {type(result).__name__}, expected one of attrib.attribute or the like."
         )
     path = Path(path)
     check_file(path, overwrite=is_report(path))
@@ -75,11 +74,8 @@ def write(
         "library": _packed(library),
         "page": _packed(to_json(page)),
     }
-    text = _part("page.html")
-    for name, value in parts.items():
-        text = text.replace(f"<!--{name}-->", value, 1)
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(_filled("page.html", parts), encoding="utf-8")
     return path
 
 
@@ -92,6 +88,14 @@ def is_report(path: Path) -> bool:
 
 def _part(name: str) -> str:
     return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def _filled(name: str, parts: dict[str, str]) -> str:
+    """A file with what stands in the place of its comments."""
+    text = _part(name)
+    for mark, value in parts.items():
+        text = text.replace(f"<!--{mark}-->", value, 1)
+    return text
 
 
 def _packed(text: str) -> str:
