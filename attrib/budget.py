@@ -26,7 +26,8 @@ class Sizes:
     """Of a run: P parameters in K tensors of `itemsize` bytes, at most B examples a step, `block` steps read together,
     `accumulators` of the optimizer. kept: bytes of the result's marginals. ahead: pieces under way at workers. averages:
     states of an average that are held beside those of the run, and then one vector more per query for each piece. vectors:
-    float64, per query. sides: runs that are read."""
+    float64, per query. sides: runs that are read. spread: how many times of what is held the allocator holds, where pieces
+    of many sizes come and go."""
 
     parameters: int
     tensors: int
@@ -39,19 +40,20 @@ class Sizes:
     averages: int = 0
     vectors: int = 4
     sides: int = 1
+    spread: int = 1
 
     @property
     def per_query(self) -> int:
         more = 1 if self.averages else 0
         return (
-            self.parameters * 8 * (self.vectors + 2 * more + (3 + more) * self.ahead)
+            self.parameters * 8 * (self.spread * self.vectors + 2 * more + (3 + more) * self.ahead)
             + 3 * 8 * self.batch * self.tensors
         )
 
     @property
     def block_bytes(self) -> int:
         run = self.itemsize * (6 * self.block + 2 * self.accumulators)
-        return self.parameters * (self.sides * run + 8 * self.averages)
+        return self.parameters * (self.spread * self.sides * run + 8 * self.averages)
 
 
 @dataclass(frozen=True)
