@@ -26,7 +26,6 @@ from .result import Labelled, join
 from .run import Run
 
 Answer = TypeVar("Answer", bound=Labelled)
-VECTORS = 4  # times as many per query as accounting holds
 PARTS = 8  # that workers are given the queries in, where memory asks for no more: each goes through all steps by itself
 
 
@@ -74,12 +73,13 @@ class Asked:
         query = query_of(run, model, measurement, self.dtype, whole, range(run.steps))
         sizes = {"step": pair.steps, "example": len(pair.labels), "group": len(grouping.labels)}
         kept = tuple(choose(self.keep, query.count, sizes))
-        budget = divide(sizes_of(run, bytes_of(kept, query.count, sizes)), query.count, self.memory)
+        kind = "influence" if pair.itself else "difference"
+        budget = divide(sizes_of(run, bytes_of(kept, query.count, sizes), kind), query.count, self.memory)
         names = measurement.names if isinstance(measurement, Measurement) else ()
-        at_once = max(1, budget.at_once // VECTORS)
+        at_once = budget.at_once
         if self.executor is not None:
             at_once = min(at_once, ceil(query.count / PARTS))
-        return Question(query.parts(at_once), *grouping, kept, names)
+        return Question(query.parts(at_once), *grouping, kept, names, budget.slices)
 
     def answered(
         self, question: "Question", name: str, steps: int, sweep: Backwards, labelled: Callable[[xr.Dataset], Answer]
@@ -118,13 +118,14 @@ class Grouping(NamedTuple):
 @dataclass(frozen=True)
 class Question:
     """parts: the queries, as many at once as fit the memory. labels, member (K, G): the groups. kept: the axes of what is
-    kept. names: of the queries, or nothing."""
+    kept. names: of the queries, or nothing. slices: bytes of a slice of the passes over the examples."""
 
     parts: list[Measured]
     labels: tuple[str, ...]
     member: np.ndarray
     kept: tuple[Axes, ...]
     names: tuple[str, ...]
+    slices: int
 
     def said(self, part: int) -> str:
         """Which queries those of a part are."""

@@ -1,9 +1,10 @@
 """What an attribution holds in memory, counted beforehand, and how many queries that leaves room for at once.
 
     vectors         per query and parameter: the carry, Gbar, U, and the carry before the step; where workers do the work, of
-                    every piece that is under way Gbar, U and the carry
+                    every piece that is under way Gbar, U and the carry. Of a counterfactual question the sensitivities to
+                    the parameters and the accumulators after the step and before it, V, H V, and what makes these
     contributions   per query, example of a batch and parameter tensor, float64: of a step, and twice while they are summed
-    block           steps read together: state, gradient, the update and its coefficients, and the accumulators
+    block           steps read together: state, gradient, the update and its coefficients, and the accumulators; of each run
     slices          what the passes over the examples of a slice keep, forwards and backwards
     kept            the marginals of the result, for all queries
 
@@ -24,7 +25,9 @@ PASSES = 5  # of slices: activations, their gradients, what is at work, what the
 class Sizes:
     """Of a run: P parameters in K tensors of `itemsize` bytes, at most B examples a step, `block` steps read together,
     `accumulators` of the optimizer. kept: bytes of the result's marginals. ahead: pieces under way at workers. averages:
-    states of an average that are held beside those of the run, and then one vector more per query for each piece."""
+    states of an average that are held beside those of the run, and then one vector more per query for each piece. vectors:
+    float64, per query. sides: runs that are read. spread: how many times of what is held the allocator holds, where pieces
+    of many sizes come and go."""
 
     parameters: int
     tensors: int
@@ -35,15 +38,22 @@ class Sizes:
     kept: int
     ahead: int = 0
     averages: int = 0
+    vectors: int = 4
+    sides: int = 1
+    spread: int = 1
 
     @property
     def per_query(self) -> int:
         more = 1 if self.averages else 0
-        return self.parameters * 8 * (4 + 2 * more + (3 + more) * self.ahead) + 3 * 8 * self.batch * self.tensors
+        return (
+            self.parameters * 8 * (self.spread * self.vectors + 2 * more + (3 + more) * self.ahead)
+            + 3 * 8 * self.batch * self.tensors
+        )
 
     @property
     def block_bytes(self) -> int:
-        return self.parameters * (self.itemsize * (6 * self.block + 2 * self.accumulators) + 8 * self.averages)
+        run = self.itemsize * (6 * self.block + 2 * self.accumulators)
+        return self.parameters * (self.spread * self.sides * run + 8 * self.averages)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from .pair import Pair, paired
 from .parts import PREFIX
 from .path import Measured, Path, Secant
 from .result import Difference
-from .result.difference import CHECKED, LARGE, SAYS
+from .result.difference import CHECKED, SAYS
 from .run import Run
 from .shares import drawn
 from .tally import Tally
@@ -91,9 +91,11 @@ def difference(
     pair = paired((base, changed), model, loss, grouping.member)
     question = asked.question(pair, model, measurement, grouping)
     ends = base.whole(pair.base.first + pair.steps), changed.whole(pair.changed.first + pair.steps)
-    sweep, facts = Sweep(Causes(pair, via), question, path or Secant(), ends), _facts(pair, measurement, via)
+    causes = Causes(pair.within(question.slices), via)
+    sweep, facts = Sweep(causes, question, path or Secant(), ends), _facts(pair, measurement, via)
     result = asked.answered(question, "difference", pair.steps, sweep, partial(_result, facts, pair.labels))
-    _warn(result)
+    if result.warning:
+        log.warning("%s", result.warning)
     return result
 
 
@@ -101,20 +103,12 @@ def _result(facts: Mapping[str, Any], labels: np.ndarray, found: xr.Dataset) -> 
     return Difference(found.assign_coords(example=labels).assign_attrs(facts))
 
 
-def _warn(result: Difference) -> None:
-    if (times := float(result.cancellation.max())) > LARGE:
-        log.warning(
-            "the terms cancel: they are %.3g times what they sum to, so that little can be read from each. The runs have "
-            'come apart; compare fewer steps, a smaller change, or ask for via="reaction"',
-            times,
-        )
-
-
 def _facts(pair: Pair, measurement: Any, via: str) -> dict[str, Any]:
     base, changed = pair.base.run, pair.changed.run
     return {
         **described(base, measurement),
         "changed": str(changed.reader.target),
+        "interventions": changed.replayed.get("interventions", []),
         "first": [pair.base.first, pair.changed.first],
         "via": via,
         "bound": share_bound(base.compute, base.compute),

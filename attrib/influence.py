@@ -196,7 +196,7 @@ class Derived:
         account = Account(*grouping, question.kept, False, share_bound(there.compute, there.compute))
         checked = ("split" in self.identities, "tangent" in self.identities)
         uniform = 1.0 if self.weights is None else float(self.weights)
-        causes = Causes(pair, curvature=self.curvature, checked=asked.by_group)
+        causes = Causes(pair.within(question.slices), curvature=self.curvature, checked=asked.by_group)
         sweep = Sweep(causes, question, account, *checked, uniform)
         facts = self._facts()
 

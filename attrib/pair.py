@@ -4,7 +4,7 @@ A run and itself is a pair, too. What cannot be compared is refused by its first
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +59,11 @@ class Pair:
     def itself(self) -> bool:
         """Whether it is one run."""
         return self.base is self.changed
+
+    def within(self, slices: int) -> "Pair":
+        """The same by passes over slices of so many bytes."""
+        base = self.base.within(slices)
+        return replace(self, base=base, changed=base if self.itself else self.changed.within(slices))
 
     def aligned(self, made: tuple[Made, Made]) -> Aligned:
         """Raises ReplayError where the batches are not those of the same training."""

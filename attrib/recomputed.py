@@ -6,7 +6,7 @@ Made of a run, a model and a loss, which is what a worker is sent: it makes its 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -74,6 +74,11 @@ class Recomputed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._made_of
+
+    def within(self, slices: int) -> Self:
+        """The same by passes over slices of so many bytes."""
+        run, model, loss, dtype, _, member, definition = self._made_of
+        return type(self)(run, model, loss, dtype, slices, member, definition)
 
     @property
     def model(self) -> nn.Module:

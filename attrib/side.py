@@ -4,7 +4,7 @@ G_s = clip_s (sum_i c_i d loss_i / d theta + penalty)          c_i = s_i w_i: th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -98,6 +98,10 @@ class Side:
     @cached_property
     def _blocks(self) -> Blocks:
         return Blocks(self.run.trajectory, self.run.steps)
+
+    def within(self, slices: int) -> "Side":
+        """The same by passes over slices of so many bytes."""
+        return replace(self, shares=self.shares.within(slices))
 
     def begin(self) -> End:
         """The state that the pair begins with."""

@@ -388,5 +388,5 @@ def test_a_difference_and_an_influence_are_asked_for_and_looked_at(
     assert {row["query"] for row in found["top"]} == {1, 4}
     for name, word in (("influence", "influence"), ("difference", "contribution")):
         assert word in said(capsys, "top", places[name], "-n", "2")[0]
-        assert "this is about accounts: got " in refused(capsys, "report", places[name])
+        assert "this is about accounts: got " in refused(capsys, "compare", places[name], places[name])
     assert "already" in refused(capsys, *command, "-o", places["difference"])

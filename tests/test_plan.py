@@ -1,12 +1,16 @@
 """The memory budget, and what `attrib.plan` says beforehand."""
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from cases import OPTIMIZERS, crossed
 from hypothesis import given
@@ -14,8 +18,10 @@ from hypothesis import strategies as st
 from training import train
 
 import attrib
+from attrib import errors
 from attrib.budget import MEMORY, Sizes, divide
 from attrib.cli import main
+from attrib.recomputed import Recomputed
 from attrib.result import join
 
 
@@ -168,3 +174,123 @@ def test_bad_plans_are_one_line(arguments: list[str], tmp_path: Path, capsys: py
         status = int(str(stopped.code))
     assert status != 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+COUNTERFACTUAL = ("influence", "difference")
+
+
+def asked_of(trained: Any, question: str, other: Any, **options: Any) -> Any:
+    """An influence, or the difference of a run and another."""
+    options = {"loss": trained.case.loss, "progress": False, **options}
+    if question == "influence":
+        return attrib.influence(trained.run, trained.model, trained.measurement(5), **options)
+    return attrib.difference(trained.run, other, trained.model, trained.measurement(5), **options)
+
+
+@pytest.mark.parametrize("question", COUNTERFACTUAL)
+def test_a_counterfactual_question_keeps_to_the_memory_that_was_planned(question: str, tmp_path: Path) -> None:
+    """What is said to be the least is enough, in several sweeps, which give what one does; the passes are cut to it."""
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=5, dtype=torch.float64)
+    drop = attrib.intervention.Drop(trained.run.examples[:2].tolist())
+    options = {"model": trained.model, "loss": trained.case.loss, "store": tmp_path / "changed", "progress": False}
+    other = attrib.replay(trained.run, 0, drop, **options)
+    whole = asked_of(trained, question, other)
+    for refused in (
+        lambda: attrib.plan(trained.run, 5, 1, question=question),
+        lambda: asked_of(trained, question, other, memory=1),
+    ):
+        with pytest.raises(ValueError, match="does not hold one query") as error:
+            refused()
+    least = int(str(error.value).split("at least ")[1].split(",")[0])
+    assert attrib.plan(trained.run, 5, least, question=question).peak <= least
+    seen = []
+    within, divided = Recomputed.within, divide
+
+    def noted(self: Any, slices: int) -> Any:
+        seen.append(slices)
+        return within(self, slices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recomputed, "within", noted)
+        patch.setattr("attrib.asked.divide", lambda *args: replace(divided(*args), at_once=2))
+        found = asked_of(trained, question, other, memory=least)
+    assert 0 < max(seen) < least // 4
+    size = float(abs(whole.by("example")).max())
+    np.testing.assert_allclose(found.by("example"), whole.by("example"), rtol=0, atol=1e-9 * size)
+    found.check(1e-9)
+
+
+def test_every_question_has_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], steps=9)
+    plans = {name: attrib.plan(trained.run, 3, question=name) for name in ("accounting", *COUNTERFACTUAL)}
+    assert plans["accounting"].peak < plans["influence"].peak < plans["difference"].peak
+    assert all(found.seconds > found.training > 0 for found in plans.values())
+    assert attrib.plan(trained.run, 30, question="influence").seconds > plans["influence"].seconds
+    assert main(["plan", str(tmp_path / "run"), "--question", "difference", "--queries", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak"] == plans["difference"].peak
+    assert "question         difference" in str(plans["difference"])
+    with pytest.raises(ValueError, match="unknown question: got 'cause', expected one of 'accounting', 'influence'"):
+        attrib.plan(trained.run, question="cause")
+    other = train(tmp_path / "other", OPTIMIZERS["rmsprop"])
+    with pytest.raises(errors.ReplayError, match="was not derived: got RMSprop"):
+        attrib.plan(other.run, question="influence")
+
+
+PEAK = """
+import gc, sys
+sys.path.insert(0, {tests!r})
+import torch, attrib
+from test_plan import wide, wide_loss
+
+def status(name):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
+
+def ask(run, model, x, y, **options):
+    run.load(model, run.steps)
+    query, options = attrib.measure.log_prob(x[:4], y[:4]), dict(loss=wide_loss, progress=False, **options)
+    if {question!r} == "influence":
+        attrib.influence(run, model, query, **options)
+    else:
+        attrib.difference(run, run, model, query, **options)
+
+torch.set_num_threads(1)
+x, y = torch.load({data!r})
+ask(attrib.open_run({small!r}), wide(8), x, y)  # torch and numba bring along what they need
+run, model = attrib.open_run({run!r}), wide()
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+ask(run, model, x, y, memory={memory})
+print(status("VmHWM") - before)
+"""
+
+
+def wide(width: int = 1024) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.GELU(), torch.nn.Linear(width, 512))
+
+
+def wide_loss(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+
+
+@pytest.mark.slow  # processes of their own
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
+@pytest.mark.parametrize("question", COUNTERFACTUAL)
+def test_the_measured_peak_is_below_the_planned_one(question: str, tmp_path: Path) -> None:
+    """590 000 parameters, 4 queries."""
+    torch.manual_seed(0)
+    data = torch.randn(96, 64), torch.randint(0, 512, (96,))
+    torch.save(data, tmp_path / "data")
+    for name, width in (("run", 1024), ("small", 8)):
+        model = wide(width)
+        with attrib.record(torch.optim.AdamW(model.parameters()), model, wide_loss, tmp_path / name) as recorder:
+            for _ in range(6):
+                recorder.zero_grad()
+                wide_loss(model, *data).mean().backward()
+                recorder.step(torch.arange(96), *data)
+    places = {name: str(tmp_path / name) for name in ("run", "small", "data")}
+    places["tests"], memory = str(Path(__file__).parent), 1 << 30
+    code = PEAK.format(**places, question=question, memory=memory)
+    peak = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    planned = attrib.plan(attrib.open_run(tmp_path / "run"), 4, memory, question=question)
+    assert peak <= planned.peak <= memory

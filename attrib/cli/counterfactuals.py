@@ -74,4 +74,4 @@ def _say(found: Labelled, checked: str, options: argparse.Namespace) -> None:
     if options.json:
         print(to_json({"result": options.out, "checked": checked.splitlines(), "top": found.top(5).to_dict("records")}))
     else:
-        print(f"{found!r}\n\n{checked}\n\nsaved to {options.out}; see it with: attrib top {options.out}")
+        print(f"{found!r}\n\n{checked}\n\nsaved to {options.out}; see it with: attrib report {options.out}")

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..result import Result
+from ..result import Labelled
 
 AXES = "axes, such as step,example"
 
@@ -28,7 +28,7 @@ def add_query(made: argparse.ArgumentParser) -> None:
     made.add_argument("--query", metavar="Q", help="number or name of a query; by default the first, with --json all")
 
 
-def chosen_queries(result: Result, query: str | None, every: bool) -> list[int]:
+def chosen_queries(result: Labelled, query: str | None, every: bool) -> list[int]:
     """Positions of the queries that were asked for.
 
     Raises:

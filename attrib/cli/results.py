@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report import compare, export, figures, text, to_json, write
 from ..report.shown import Describe, said
-from ..result import accounting, open_result
+from ..result import accounting, difference_of, open_result
 from ..setup import load_setup
 from .options import AXES, add_query, add_setup, axes, chosen_queries, command, positive
 
@@ -15,6 +15,9 @@ def add(commands: Any) -> None:
     made = command(commands, "report", _report, "write a result as one HTML page", "RESULT")
     made.add_argument("-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
     made.add_argument("--title")
+    made.add_argument(
+        "--difference", metavar="RESULT", help="of the same run: what was really done to examples, beside"
+    )
     add_setup(made, required=False)
     made = command(commands, "timeline", _timeline, "what each group's updates changed, over the steps", "RESULT")
     made.add_argument("--bins", type=positive, default=12, metavar="N", help="rows of the table (12)")
@@ -36,9 +39,11 @@ def add(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    result = accounting(options.result)
+    result = open_result(options.result)
     setup = load_setup(options.setup) if options.setup else None
     known = {key: getattr(setup, key) for key in ("describe", "describe_query", "tag")} if setup else {}
+    if options.difference is not None:
+        known["difference"] = difference_of(options.difference)
     path = write(result, options.out, title=options.title, progress=not options.json, **known)
     size = path.stat().st_size
     print(to_json({"report": str(path), "bytes": size}) if options.json else f"{path}: {size / 1e6:.1f} MB")
@@ -46,7 +51,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _timeline(options: argparse.Namespace) -> int:
-    result = accounting(options.result)
+    result = open_result(options.result)
     chosen = chosen_queries(result, options.query, every=options.json)
     if options.out is not None:
         figures.save(options.out, lambda ax: figures.timeline(result, chosen[0], ax), options.overwrite)

@@ -14,7 +14,7 @@ import torch
 from ..attribute import attribute
 from ..checks import SHARES
 from ..errors import Interrupted
-from ..plan import plan
+from ..plan import QUESTIONS, plan
 from ..report import to_json
 from ..result import Result, check_place
 from ..run import open_run
@@ -34,7 +34,8 @@ def add(commands: Any) -> None:
     made = command(commands, "verify", _verify, "read a stored run whole and check its identities again", "RUN")
     add_setup(made, required=False)
     command(commands, "compact", _compact, "store a finished run in less room, nothing of it lost", "RUN")
-    made = command(commands, "plan", _plan, "what attributing a stored run will take: memory, time, disk", "RUN")
+    made = command(commands, "plan", _plan, "what a question about a stored run will take: memory, time, disk", "RUN")
+    made.add_argument("--question", choices=QUESTIONS, default=QUESTIONS[0], help="which is asked (accounting)")
     made.add_argument("--queries", type=int, default=1, metavar="Q")
     made.add_argument("--memory", type=size, metavar="BYTES", help="to hold at most, such as 2G or 500M")
     made = command(
@@ -66,7 +67,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    found = plan(open_run(options.run), options.queries, options.memory)
+    found = plan(open_run(options.run), options.queries, options.memory, question=options.question)
     print(to_json(asdict(found)) if options.json else found)
     return 0
 

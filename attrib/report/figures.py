@@ -13,7 +13,7 @@ import xarray as xr
 
 from ..ledger import said as said_term
 from ..ledger import terms_of
-from ..result import Result
+from ..result import Influence, Labelled, Result
 from .extras import need
 from .files import check_file, replacing
 from .shown import Describe, said, tagged
@@ -27,15 +27,24 @@ BARS = 24  # groups in a bar chart
 LETTERS = 40  # of a label
 
 
-def timeline(result: Result, query: int = 0, ax: Any = None) -> Any:
-    """What each group's updates changed, stacked and signed, in bins of update steps; the measurement itself over it.
+def timeline(result: Labelled, query: int = 0, ax: Any = None) -> Any:
+    """What each group's updates changed, stacked and signed, in bins of update steps; the measurement itself over it. Of a
+    difference or an influence what stands at each step, and the sensitivity to the parameters.
 
     Groups beyond eight are folded into one.
+
+    Raises:
+        KeptAxesError: it was not kept along steps and groups.
     """
     ax = _axes(ax)
-    other = stacked(ax, result.timeline().isel(query=query), result.curve.isel(query=query).rename("measurement"))
-    ax.set_ylabel(f"{ax.get_ylabel()}{_units(result)}")
-    other.set_ylabel(f"{_measured(result)}{_units(result)}")
+    other = stacked(ax, result.timeline().isel(query=query), result.trace.isel(query=query))
+    what = "influence" if isinstance(result, Influence) else "change"
+    ax.set_ylabel(f"{ax.get_ylabel().replace('change', what)}{_units(result)}")
+    if isinstance(result, Result):
+        other.set_ylabel(f"{_measured(result)}{_units(result)}")
+    else:
+        other.set_ylabel("sensitivity, times that at the end")
+        other.set_yscale("log")
     handles = [*ax.get_legend_handles_labels()[0], *other.get_legend_handles_labels()[0]]
     ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False, fontsize=8)
     return ax
@@ -246,9 +255,9 @@ def shortened(text: object) -> str:
     return ("\u200b" if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
-def _units(result: Result) -> str:
+def _units(result: Labelled) -> str:
     return f" ({result.units})" if result.units else ""
 
 
-def _measured(result: Result) -> str:
+def _measured(result: Labelled) -> str:
     return str(result.dataset.attrs.get("measurement", "measurement"))

@@ -44,7 +44,7 @@ function number(value, signed = true) {
   return minus((signed && value > 0 ? "+" : "") + digits);
 }
 
-const value = (v, signed = false) => `${number(v, signed)}${page.units ? ` ${page.units}` : ""}`;
+const value = (v, signed = false, units = page.units) => `${number(v, signed)}${units ? ` ${units}` : ""}`;
 
 function element(name, text = "", kind = "") {
   const made = document.createElement(name);
@@ -129,18 +129,17 @@ function grow(id, rows) {
 
 // from the smallest to the largest place that is reached, and room for numbers beside them
 function padded(values) {
-  const low = Math.min(0, ...values), high = Math.max(0, ...values), room = 0.12 * (high - low || 1);
+  const low = Math.min(0, ...values), high = Math.max(0, ...values), room = 0.18 * (high - low || 1);
   return [low - room, high + room];
 }
 
 function drawWaterfall() {
-  const { terms, tags } = page.queries[now.query];
-  const examples = tags.length ? tags : [["examples", terms.examples]];
-  const others = Object.entries(terms).filter(([name]) => !["initial", "examples", "final"].includes(name));
-  const moves = [...examples, ...others];
-  const names = ["initial", ...moves.map(([name]) => name), "final"];
-  const values = [terms.initial, ...moves.map(([, value]) => value), terms.final];
-  const levels = moves.reduce((all, [, value]) => [...all, all[all.length - 1] + value], [terms.initial]);
+  const { terms, tags } = page.queries[now.query], [first, ...rest] = Object.entries(terms), last = rest.pop();
+  $("waterfall").hidden = !last;  // one number is no ledger
+  if (!last) return;
+  const moves = rest.flatMap(([name, value]) => (name === "examples" && tags.length ? tags : [[name, value]]));
+  const names = [first, ...moves, last].map(([name]) => name), values = [first, ...moves, last].map(([, value]) => value);
+  const levels = moves.reduce((all, [, value]) => [...all, all[all.length - 1] + value], [first[1]]);
   grow("waterfall", names.length);
   draw("waterfall", [{
     type: "waterfall", orientation: "h", y: range(names.length), x: values, text: values.map((v) => number(v)),
@@ -162,15 +161,15 @@ function drawTimeline() {
     width: range(bins).map((b) => edges[b + 1] - edges[b]), marker: { color: COLOURS[g % COLOURS.length], line: { width: 0 } },
     text: steps, textposition: "none", hovertemplate: "%{text}: %{y:+.4g}", unselected: { marker: { opacity: 1 } },
   }));
-  const curve = range(bins + 1).map((b) => page.curve.data[q * (bins + 1) + b]);
+  const { values, logarithmic } = page.trace, trace = range(bins + 1).map((b) => values.data[q * (bins + 1) + b]);
   draw("timeline", [...bars, {
-    type: "scatter", mode: "lines", name: plain(page.measurement), x: edges, y: curve, yaxis: "y2",
+    type: "scatter", mode: "lines", name: plain(page.words.trace), x: edges, y: trace, yaxis: "y2",
     line: { color: "#000", width: 2 }, hovertemplate: "step %{x}: %{y:.5g}", unselected: { marker: { opacity: 1 } },
   }], {
     barmode: "relative", bargap: 0, dragmode: "select", selectdirection: "h", legend: LEGEND,
-    xaxis: axis("step", { range: [edges[0], edges[bins]] }), yaxis: axis(inUnits(binWidth() === 1 ? "change per step" : `change per ${binWidth()} steps`)),
-    yaxis2: axis(inUnits(page.measurement), {
-      overlaying: "y", side: "right", showgrid: false, zeroline: false, tickmode: "auto",
+    xaxis: axis("step", { range: [edges[0], edges[bins]] }), yaxis: axis(inUnits(`${page.words.change} per ${binWidth() === 1 ? "step" : `${binWidth()} steps`}`)),
+    yaxis2: axis(logarithmic ? page.words.trace : inUnits(page.measurement), {
+      overlaying: "y", side: "right", showgrid: false, zeroline: false, tickmode: "auto", type: logarithmic ? "log" : "linear",
     }),
     shapes: shading(), selections: [],
   }, ZOOMED);
@@ -217,13 +216,13 @@ function drawLayers() {
     hovertemplate: "%{x:+.5g}",
   });
   grow("layers", 1.5 * places.length);
-  const colours = [UP, "#999999", "#E69F00"];
+  const colours = [UP, "#999999", "#E69F00", "#009E73", "#CC79A7"];
   const bars = layers.rows.map(({ name, values }, k) => bar(name, values, colours[k]));
   $("layers-table").tHead.replaceChildren(row(column("group"), ...bars.map((bar) => column(bar.name, "number"))));
   fill("layers-table", layers.groups.map((name, g) => row(head(name), ...bars.map((bar) => numberCell(bar.x[g])))));
   draw("layers", bars, {
     margin: { l: 20, r: 20, t: 30, b: 45 }, dragmode: false, barmode: "group", legend: LEGEND,
-    xaxis: axis(inUnits("contribution in the window"), { range: padded(bars.flatMap((bar) => bar.x)) }),
+    xaxis: axis(inUnits(`${page.words.term} in the window`), { range: padded(bars.flatMap((bar) => bar.x)) }),
     yaxis: rows(layers.groups.map((n) => cut(n))),
   });
 }
@@ -235,25 +234,69 @@ const bounds = () => [now.from, now.to].map((b) => page.edges[page.windows[b]]);
 const tableEdges = () => (page.by_steps ? page.windows.map((b) => page.edges[b]) : [page.edges[0], page.edges[page.edges.length - 1]]);
 
 function showQuestion() {
-  const query = page.queries[now.query], terms = query.terms;
-  $("title").textContent = page.title || `Why is ${page.measurement} ${value(terms.final)}?`;
+  const query = page.queries[now.query], ends = Object.values(query.terms), initial = ends[0], final = ends[ends.length - 1];
+  const change = initial === null || final === null ? null : final - initial, units = page.measured_units;
+  const known = { initial: number(initial, false), final: value(final, false, units), change: value(change, true, units) };
+  const filled = (text) => text.replace(/{(initial|final|change)}/g, (_, name) => known[name]);
+  $("title").textContent = page.title || filled(page.words.title);
   $("query-shown").replaceChildren(shown(query.shown, `query ${query.name}`));
-  const steps = page.edges[page.edges.length - 1] - page.edges[0];
-  $("answer").textContent =
-    `In ${many(steps, "step")}, ${page.measurement} went from ${number(terms.initial, false)} to ${value(terms.final)}.`;
+  $("answer").textContent = filled(page.words.answer);
+  $("warning").textContent = query.warning ? `Warning: ${query.warning}.` : "";
 }
 
 function showLedger() {
-  const { terms, tags } = page.queries[now.query];
+  const { terms, tags, sizes } = page.queries[now.query], names = Object.keys(terms), last = names[names.length - 1];
   const line = (name, value, kind) => {
-    const made = row(head(name), numberCell(value, !["initial", "final"].includes(name)));
+    const made = row(head(name), numberCell(value, ![names[0], last].includes(name)));
     made.className = kind;
     return made;
   };
+  const tagged = tags.map(([tag, sum]) => line(tag, sum, "tag"));
+  const shared = row(head("examples, by the weight that all of a tag share"), element("td"));
+  shared.className = "tag head";
   fill("ledger", Object.entries(terms).flatMap(([name, value]) => [
-    line(name, value, name === "final" ? "total" : "term"),
-    ...(name === "examples" ? tags.map(([tag, sum]) => line(tag, sum, "tag")) : []),
-  ]));
+    line(name, value, name === last ? "total" : "term"), ...(name === "examples" ? tagged : []),
+  ]).concat("examples" in terms || !tags.length ? [] : [shared, ...tagged]));
+  fill("identities", Object.entries(page.identities).map(([name, gap]) => row(head(name),
+    gap === null ? element("td", "not checked", "number") : numberCell(gap, false))).concat(
+    Object.entries(sizes).map(([name, size]) => row(head(name), element("td", size)))));
+}
+
+// a difference that was run: id -> what was done to it did
+const really = () => new Map(page.really.length ? page.really[now.query].ids.map((id, n) => [id, page.really[now.query].terms[n]]) : []);
+
+function showReally() {
+  $("really-section").hidden = !page.really.length;
+  document.querySelectorAll("th.really").forEach((th) => { th.hidden = !page.really.length; });
+  if (!page.really.length) return;
+  const { title, number: count, ids, terms, contributions, totals, sentences } = page.really[now.query];
+  const largest = Math.max(1e-30, ...terms.map(Math.abs)), listed = ids.slice(0, 2 * page.ranks);
+  const cell = (value) => (value === null ? element("td", "", "number") : numberCell(value));
+  const total = (name, said, done) => row(element("td"), head(name), cell(said), cell(done), element("td", "", "bar"));
+  const lines = listed.map((id, n) => row(
+    element("td", id || '""', "id"), described(id), cell(contributions[n]), cell(terms[n]), barCell(terms[n], largest)));
+  const sums = totals.map((line) => total(...line)), left = count - listed.length;
+  if (left > 0) {
+    const rest = (values, whole) => whole - sum(values.slice(0, listed.length));
+    lines.push(total(`${many(left, "other example")} of these`, rest(contributions, totals[0][1]), rest(terms, totals[0][2])));
+  }
+  sums[sums.length - 1].className = "total";
+  fill("really", [...lines, ...sums]);
+  $("really-title").textContent = title;
+  $("really-said").textContent = sentences.join(" ");
+}
+
+function barCell(value, largest) {
+  const bar = element("td", "", "bar"), mark = element("span", "", value < 0 ? "down" : "up");
+  mark.style.width = `${(100 * Math.abs(value)) / largest}%`;
+  bar.append(mark);
+  return bar;
+}
+
+function described(id) {
+  const what = element("td");
+  what.append(shown(page.shown.get(id), `example ${called(id)}`));
+  return what;
 }
 
 function showExamples() {
@@ -265,25 +308,25 @@ function showExamples() {
   const top = order.slice(0, page.ranks).filter((k) => sums[k] > 0);
   const bottom = order.slice(-page.ranks).reverse().filter((k) => sums[k] < 0);
   const largest = Math.max(1e-30, ...[...top, ...bottom].map((k) => Math.abs(sums[k])));
+  const done = really();
   const made = (k) => {
-    const bar = element("td", "", "bar"), mark = element("span", "", sums[k] < 0 ? "down" : "up");
-    mark.style.width = `${(100 * Math.abs(sums[k])) / largest}%`;
-    bar.append(mark);
-    const what = element("td");
     const id = element("td", table.ids[k] || '""', "id");
     id.style.minWidth = `calc(${Math.min(table.ids[k].length, 20)}ch + .7rem)`;  // 19 digits stand in one line
-    what.append(shown(page.shown.get(table.ids[k]), `example ${called(table.ids[k])}`));
-    return row(id, what, numberCell(sums[k]), bar);
+    const cells = [id, described(table.ids[k]), numberCell(sums[k]), barCell(sums[k], largest)];
+    if (page.really.length) cells.push(done.has(table.ids[k]) ? numberCell(done.get(table.ids[k])) : element("td"));
+    return row(...cells);
   };
   fill("top", top.map(made));
   fill("bottom", bottom.map(made));
   const listed = new Set([...top, ...bottom]);
   const others = sum(bins.map((b) => table.others.data[b])) + sum(range(n).filter((k) => !listed.has(k)).map((k) => sums[k]));
   const left = n + table.left - listed.size;
-  $("rest").textContent = left ? `${many(left, "other example")} together: ${value(others, true)}.` : "";
+  $("rest").textContent = left ? `${many(left, "other example")} ${page.words.rest}: ${value(others, true)}.` : "";
   $("rest").dataset.value = others;
   drawHeat([...top, ...bottom.slice().reverse()]);
 }
+
+const terms = () => `${page.words.term[0].toUpperCase()}${page.words.term.slice(1)}s`;
 
 function showWindow() {
   const [low, high] = bounds();
@@ -294,8 +337,8 @@ function showWindow() {
   $("from").setAttribute("aria-valuetext", `step ${low}`);
   $("to").setAttribute("aria-valuetext", `step ${high}`);
   $("window-said").textContent = page.by_steps
-    ? `Contributions of the batches of ${high - low === 1 ? `step ${low}` : `steps ${low} to ${high - 1}`}.`
-    : "Contributions over all steps: they were not kept along the steps.";
+    ? `${terms()} of the batches of ${high - low === 1 ? `step ${low}` : `steps ${low} to ${high - 1}`}.`
+    : `${terms()} over all steps: they were not kept along the steps.`;
   showExamples();
   drawLayers();
 }
@@ -304,6 +347,7 @@ function showQuery() {
   showQuestion();
   showLedger();
   drawWaterfall();
+  showReally();
   drawTimeline();
   showWindow();
 }
@@ -353,11 +397,9 @@ async function main() {
   $("to").max = page.windows.length - 1;
   $("query").append(...page.queries.map((q, k) => { const o = element("option", q.name); o.value = k; return o; }));
   $("query-choice").hidden = page.queries.length < 2;
-  fill("identities", Object.entries(page.identities).map(([name, gap]) => row(head(name),
-    gap === null ? element("td", "not checked", "number") : numberCell(gap, false))).concat(
-    Object.entries(page.sizes).map(([name, size]) => row(head(name), element("td", size)))));
+  document.querySelectorAll("[data-word]").forEach((e) => { e.textContent = page.words[e.dataset.word]; });
   fill("facts", page.facts.map(([name, value]) => row(head(name), element("td", value))));
-  $("notices").append(...page.notices.map((text) => element("li", text)));
+  $("notices").append(...[...page.words.signs, ...page.notices].map((text) => element("li", text)));
   showQuery();
   listen();
   document.body.dataset.ready = "yes";

@@ -1,8 +1,8 @@
 """The numbers of the report page, small enough to open at once.
 
-    timeline  (Q, F, groups)   change per fine bin of update steps       curve (Q, F + 1)
-    layers    (Q, B, groups)   contributions of examples, of weight decay, of a remainder and of buffers per bin of steps
-                               that windows are made of
+    timeline  (Q, F, groups)   change per fine bin of steps              trace (Q, F + 1)
+    layers    (Q, B, groups)   what is said of examples, and of what is no example's, per bin of the steps that
+                               windows are made of
     examples  (b, n) a query   contributions of the examples that stand in the page; b = B, or 1 where they were not kept
                                along the steps
 
@@ -18,11 +18,14 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from ..ledger import said
+from ..errors import KeptAxesError
+from ..ledger import said, terms_of
 from ..optim import describe_options
-from ..result import Result
+from ..result import Difference, Labelled
+from .beside import Beside, beside, changes_of, matched
 from .shown import Describe, Shown, show, tagged
 from .thin import Bins, bin_steps, by_tag, fold_groups
+from .words import words_of
 
 RANKS = 10  # rows of the tables of largest and of smallest contributions
 FINE = 512  # bins of the timeline, at most
@@ -43,33 +46,40 @@ class Chosen(NamedTuple):
 
 
 def payload(
-    result: Result, describe: Describe | None, describe_query: Describe | None, tag: Describe | None, progress: bool
+    result: Labelled,
+    describe: Describe | None,
+    describe_query: Describe | None,
+    tag: Describe | None,
+    progress: bool,
+    difference: Difference | None = None,
 ) -> dict[str, Any]:
     """Everything the page shows, as JSON; arrays are float32 in base64, ids are strings, for JavaScript rounds numbers."""
-    dataset, ledger = result.dataset, result.ledger()
-    first = int(dataset["step"].values[0])
-    changes = fold_groups(result.timeline(), SERIES)
-    fine = bin_steps(dataset.sizes["step"], min(FINE, SUMS // (changes.sizes["query"] * changes.sizes["group"])))
+    dataset, first = result.dataset, int(result.dataset["step"].values[0])
+    really = [] if difference is None else beside(result, matched(result, difference))
+    changes = _timeline(result)
+    series = changes.sizes["query"] * max(1, changes.sizes["group"])
+    fine = bin_steps(dataset.sizes["step"], min(FINE, SUMS // series))
     table = _table(result, fine, progress)
     by_steps = result.has("step", "example")
     bins = table.bins if by_steps else fine.merged(_windows(result))
     notices = _notices(result, fine, bins, table)
-    shown, omitted = _descriptions(dataset["example"].values, table, describe)
+    shown, omitted = _descriptions(_sizes(dataset["example"].values, table, really), describe)
     if omitted:
         notices.append(f"{omitted} examples are shown without their picture or text, for the size of this file.")
     return {
         "measurement": dataset.attrs.get("measurement", "measurement"),
         "units": result.units,
+        "measured_units": result.measured_units,
+        "words": words_of(result)._asdict(),
         "facts": _facts(result),
         "notices": notices,
-        "identities": ledger.identities,
-        "sizes": {said(name): size for name, size in ledger.sizes.items()},
+        "identities": result.ledger().identities,
         "queries": _queries(result, describe_query, tag),
         "edges": (fine.edges + first).tolist(),
         "windows": np.searchsorted(fine.edges, bins.edges).tolist(),  # where among the edges
         "timeline": _floats(fine.sum(changes.values, 1)),
         "timeline_groups": [str(g) for g in changes["group"].values],
-        "curve": _floats(result.curve.values[:, fine.edges]),
+        "trace": {"values": _floats(result.trace.values[:, fine.edges]), "logarithmic": result.trace.name == "sensitivity"},
         "layers": _layers(result, bins),
         "ranks": RANKS,
         "by_steps": by_steps,
@@ -78,13 +88,14 @@ def payload(
              "others": _floats(others), "left": dataset.sizes["example"] - len(at)} for at, values, others in table.queries
         ],
         "shown": shown,
+        "really": [{**each._asdict(), "ids": [str(e) for e in each.ids], "terms": each.terms.tolist()} for each in really],
     }  # fmt: skip
 
 
 # examples
 
 
-def _table(result: Result, fine: Bins, progress: bool) -> Chosen:
+def _table(result: Labelled, fine: Bins, progress: bool) -> Chosen:
     """The finest bins for which the examples fit."""
     queries, count = result.dataset.sizes["query"], result.dataset.sizes["example"]
     if not result.has("step", "example"):
@@ -131,46 +142,65 @@ def _in_some_window(values: np.ndarray, most: int) -> np.ndarray | None:
     return np.flatnonzero(member)
 
 
-def _descriptions(ids: np.ndarray, table: Chosen, describe: Describe | None) -> tuple[dict[str, Shown], int]:
+def _sizes(ids: np.ndarray, table: Chosen, really: list[Beside]) -> dict[Any, float]:
+    """Id -> how much it counts, of those that stand in the page."""
+    size: dict[Any, float] = {}
+    seen = [(ids[at].tolist(), np.abs(values).sum(0)) for at, values, _ in table.queries]
+    seen += [(each.ids[: 2 * RANKS], np.abs(each.terms[: 2 * RANKS])) for each in really]
+    for examples, sums in seen:
+        for e, v in zip(examples, sums.tolist(), strict=True):
+            size[e] = max(size.get(e, 0.0), v)
+    return size
+
+
+def _descriptions(size: dict[Any, float], describe: Describe | None) -> tuple[dict[str, Shown], int]:
     """id -> what is shown, the most important examples first, and how many are left out or lack their picture."""
-    size: dict[int, float] = {}
-    for at, values, _ in table.queries:
-        for e, v in zip(at, np.abs(values).sum(0), strict=True):
-            size[int(e)] = max(size.get(int(e), 0.0), float(v))
     shown: dict[str, Shown] = {}
     images, letters, omitted = IMAGES, TEXTS, 0
     order = sorted(size, key=lambda e: -size[e]) if describe is not None else []
     for n, e in enumerate(order):
-        (example,) = ids[[e]].tolist()
-        found = show(describe, example)
+        found = show(describe, e)
         images, letters = images - len(found.image), letters - len(found.text)
         if letters < 0:
             return shown, omitted + len(order) - n
         if found.image and images < 0:
             found, omitted = found._replace(image=""), omitted + 1
-        shown[str(example)] = found
+        shown[str(e)] = found
     return shown, omitted
 
 
 # steps and groups
 
 
-def _windows(result: Result) -> int:
+def _timeline(result: Labelled) -> xr.DataArray:
+    """(Q, T, groups): no groups where it was not kept along steps and groups."""
+    try:
+        return fold_groups(result.timeline(), SERIES)
+    except KeptAxesError:
+        sizes = result.dataset.sizes
+        empty = np.zeros((sizes["query"], sizes["step"], 0))
+        return xr.DataArray(empty, {"group": np.array([], dtype=str)}, ("query", "step", "group"))
+
+
+def _rows(result: Labelled) -> dict[str, xr.DataArray]:
+    """(Q, T, groups) each: what is no example's, on the clock of the examples or, buffers, on both."""
+    rows = {name: result.dataset[name] for name in terms_of(result.dataset) if result.dataset[name].ndim == 3}
+    return {
+        "weight decay" if name == "decay" else name: row for name, row in rows.items() if name != "update_remainder"
+    }
+
+
+def _windows(result: Labelled) -> int:
     """How many bins windows may be made of, so that the groups' bars fit."""
-    sizes, rows = result.dataset.sizes, 2 + sum(name in result.dataset for name in ("remainder", "buffers"))
+    sizes, rows = result.dataset.sizes, 1 + len(_rows(result))
     return max(1, min(WINDOWS, SUMS // (rows * sizes["query"] * min(BARS, sizes["group"]))))
 
 
-def _layers(result: Result, bins: Bins) -> dict[str, Any] | None:
-    """What the examples' gradients, weight decay, a remainder and buffers contributed in each bin, per group; None where it
-    was not kept."""
+def _layers(result: Labelled, bins: Bins) -> dict[str, Any] | None:
+    """What is said of the examples, and of what is no example's, in each bin, per group; None where it was not kept."""
     if not result.has("step", "group"):
         return None
-    rows = {"train examples": result.by("step", "group"), "weight decay": result.decay}
-    if "remainder" in result.dataset:
-        rows["remainder"] = result.remainder
-    if "buffers" in result.dataset:  # which stand on both clocks
-        rows["buffers"] = result.buffers
+    rows = {"train examples": result.by("step", "group"), **_rows(result)}
     size = np.sum([np.abs(values.values).sum((0, 1)) for values in rows.values()], 0)
     folded = {name: fold_groups(values, BARS, size) for name, values in rows.items()}
     return {
@@ -182,19 +212,22 @@ def _layers(result: Result, bins: Bins) -> dict[str, Any] | None:
 # facts
 
 
-def _queries(result: Result, describe_query: Describe | None, tag: Describe | None) -> list[dict[str, Any]]:
-    terms, ids = result.ledger().to_pandas(), result.dataset["example"].values
+def _queries(result: Labelled, describe_query: Describe | None, tag: Describe | None) -> list[dict[str, Any]]:
+    ids = result.dataset["example"].values
     tags = None if tag is None else tagged(tag, ids)
     found = []
     for q, (name, number) in enumerate(zip(result.names, result.dataset["query"].values, strict=True)):
-        sums = [] if tags is None else by_tag(result.select([q]).by("example").values[0], tags)
-        shown = show(describe_query, int(number))
-        named = {said(term): value for term, value in terms.iloc[q].to_dict().items()}
-        found.append({"name": name, "shown": shown, "terms": named, "tags": sums})
+        one, shown = result.select([q]), show(describe_query, int(number))
+        sums, ledger = [] if tags is None else by_tag(one.by("example").values[0], tags), one.ledger()
+        terms = {said(term): value for term, value in ledger.to_pandas().iloc[0].to_dict().items()}
+        sizes = {said(term): size for term, size in ledger.sizes.items()}
+        found.append(
+            {"name": name, "shown": shown, "terms": terms, "tags": sums, "sizes": sizes, "warning": one.warning}
+        )
     return found
 
 
-def _facts(result: Result) -> list[tuple[str, str]]:
+def _facts(result: Labelled) -> list[tuple[str, str]]:
     attrs, sizes = result.dataset.attrs, result.dataset.sizes
     first, last = attrs.get("window", (0, sizes["step"]))
     versions = ", ".join(f"{name} {v}" for name, v in attrs.get("versions", {}).items())
@@ -209,13 +242,16 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         "capture": attrs.get("capture", ""),
         "shares": f"by {attrs['shares']}: {attrs['share']}" if "share" in attrs else "",
         "run": attrs.get("run", ""),
+        "changed run": attrs.get("changed", ""),
+        "done in it": changes_of(result) if isinstance(result, Difference) else "",
+        "curvature": attrs.get("curvature", ""),
         "recorded": attrs.get("recorded", ""),
         "written with": versions,
     }
     return [(name, str(value)) for name, value in rows.items() if value]
 
 
-def _notices(result: Result, fine: Bins, bins: Bins, table: Chosen) -> list[str]:
+def _notices(result: Labelled, fine: Bins, bins: Bins, table: Chosen) -> list[str]:
     found, sizes = [], result.dataset.sizes
     if fine.width > 1:
         found.append(f"The timeline shows {fine.steps} steps in bins of {fine.width}; the last may be shorter.")
@@ -223,9 +259,12 @@ def _notices(result: Result, fine: Bins, bins: Bins, table: Chosen) -> list[str]
         found.append(f"Windows are made of bins of {bins.width} steps.")
     if not result.has("step", "example"):
         found.append(
-            "Contributions of examples were not kept along the steps: their table is of all steps, whatever the window. "
+            f"{result.word.capitalize()}s of examples were not kept along the steps: their table is of all steps, whatever "
+            "the window. "
             'Attribute again with keep=[("step", "example"), ("step", "group")] for tables of windows.'
         )
+    if not result.has("step", "group"):
+        found.append(f"{result.word.capitalize()}s were not kept along steps and groups: groups are not shown apart.")
     fewest = min(len(at) for at, _, _ in table.queries)
     if fewest < sizes["example"]:
         found.append(

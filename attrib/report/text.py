@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..result import Result
+from ..result import Labelled, Result
 from .thin import bin_steps
 
 BAR = 24
@@ -31,25 +31,27 @@ def bars(table: pd.DataFrame, describe: Callable[[Any], str]) -> str:
     return "\n".join(lines)
 
 
-def binned(result: Result, query: int, bins: int) -> dict[str, Any]:
-    """The timeline in so many bins of steps: edges (B + 1), measurement at each edge, and per group its changes (B,)."""
-    changes, curve = result.timeline()[query], result.curve[query].values
-    parts = bin_steps(changes.sizes["update_step"], bins)
+def binned(result: Labelled, query: int, bins: int) -> dict[str, Any]:
+    """The timeline in so many bins of steps: edges (B + 1), the measurement or sensitivity at each, and per group what
+    stands in each bin (B,)."""
+    changes, trace = result.timeline()[query], result.trace[query]
+    parts = bin_steps(changes.shape[0], bins)
     sums = parts.sum(changes.values, 0)
     return {
-        "edges": (parts.edges + int(changes["update_step"].values[0])).tolist(),
-        "measurement": curve[parts.edges].tolist(),
+        "edges": (parts.edges + int(changes[changes.dims[0]].values[0])).tolist(),
+        str(trace.name): trace.values[parts.edges].tolist(),
         "groups": {str(g): sums[:, k].tolist() for k, g in enumerate(changes["group"].values)},
     }
 
 
-def timeline(result: Result, query: int, bins: int = 12) -> str:
-    """The measurement and what each group's updates changed, bin by bin of steps."""
+def timeline(result: Labelled, query: int, bins: int = 12) -> str:
+    """The measurement and what each group's updates changed, bin by bin of steps; of a difference or an influence the
+    sensitivity, and what stands at the steps."""
     found = binned(result, query, bins)
-    edges, groups = found["edges"], found["groups"]
+    edges, groups, name = found["edges"], found["groups"], str(result.trace.name)
     width = max(10, *(len(g) + 2 for g in groups))
-    lines = ["steps".ljust(14) + "measurement".rjust(13) + "".join(g.rjust(width) for g in groups)]
-    for b, value in enumerate(found["measurement"][1:]):
+    lines = ["steps".ljust(14) + name.rjust(13) + "".join(g.rjust(width) for g in groups)]
+    for b, value in enumerate(found[name][1:]):
         label = f"{edges[b]} - {edges[b + 1] - 1}"
         lines.append(label.ljust(14) + f"{value:13.4f}" + "".join(f"{v[b]:+{width}.4f}" for v in groups.values()))
     lines.append("sum".ljust(27) + "".join(f"{sum(v):+{width}.4f}" for v in groups.values()))

@@ -10,7 +10,7 @@
 from .difference import Difference
 from .influence import Influence
 from .labelled import Labelled, check_place, join
-from .opening import accounting, open_result
+from .opening import accounting, difference_of, open_result
 from .result import IDENTITIES, Result
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Result",
     "accounting",
     "check_place",
+    "difference_of",
     "join",
     "open_result",
 ]

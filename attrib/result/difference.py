@@ -9,7 +9,7 @@ import xarray as xr
 from ..errors import CompletenessError
 from ..ledger import Ledger, terms_of
 from ..parts import check_parts
-from .labelled import Labelled
+from .labelled import Labelled, grown
 
 SAYS = {
     "cause": "what was done to each example, carried through the training that followed",
@@ -17,6 +17,7 @@ SAYS = {
 }
 CHECKED = ("batch", "split")  # identities
 LARGE = 100.0  # times that the terms may be of what they sum to before they say little
+FAR = f"above {LARGE:.0f}: little can be read from each term"
 
 
 class Difference(Labelled):
@@ -56,10 +57,36 @@ class Difference(Labelled):
         return (self.dataset["gross"] / change.where(change > 0)).rename("cancellation")
 
     @property
+    def trace(self) -> xr.DataArray:
+        """(query, state): the norm of the sensitivity to the parameters, over that at the end."""
+        return grown(self.dataset)
+
+    @property
     def growth(self) -> xr.DataArray:
-        """(query,): the largest norm of the sensitivity to the parameters on the way, over that at the end."""
-        norms = self.dataset["growth"]
-        return norms.max("state") / norms.isel(state=-1)
+        """(query,): the largest of them."""
+        return self.trace.max("state").rename("growth")
+
+    @property
+    def warning(self) -> str:
+        """That the terms cancel, where they are more than a hundred times what they sum to."""
+        times = float(self.cancellation.max())
+        if not times > LARGE:
+            return ""
+        return (
+            f"the terms cancel: they are {times:.3g} times what they sum to, so that little can be read from each. The runs "
+            f'have come apart; compare fewer steps, a smaller change, or ask for via="reaction"'
+        )
+
+    def timeline(self) -> xr.DataArray:
+        """(query, step, group): all that separates the runs and stands at a step, what is no example's included.
+
+        With `start` and `buffers`, which stand at none, it sums to `change` less the residual.
+
+        Raises:
+            KeptAxesError: it was not kept along steps and groups.
+        """
+        rows = [self.dataset[name] for name in terms_of(self.dataset) if "step" in self.dataset[name].dims]
+        return sum(rows, super().timeline()).rename("timeline")
 
     def ledger(self) -> Ledger:
         """The terms summed, per query, whether or not they add up: see `check`."""
@@ -75,7 +102,7 @@ class Difference(Labelled):
         )
         via = str(self.dataset.attrs["via"])
         sizes = {
-            "gross / |net|": f"at most {float(self.cancellation.max()):.3g}",
+            "gross / |net|": f"at most {float(self.cancellation.max()):.3g}" + (f", {FAR}" if self.warning else ""),
             "sensitivity": f"grew to {float(self.growth.max()):.3g} times that at the end",
             f"via {via}": SAYS[via],
         }

@@ -12,8 +12,10 @@ import numpy as np
 import xarray as xr
 
 from ..errors import InfluenceError, SplitIdentityError
-from .labelled import Labelled
+from ..ledger import Ledger
+from .labelled import Labelled, grown
 
+PER_WEIGHT = " per unit of weight"
 CHAOTIC = 1e3  # growth of the sensitivity from which on no derivative predicts what a change that is not tiny does
 
 
@@ -34,10 +36,41 @@ class Influence(Labelled):
         return self.dataset["final"]
 
     @property
+    def measured_units(self) -> str:
+        """Of the measurement itself; `units` are those of its derivatives."""
+        return self.units.removesuffix(PER_WEIGHT)
+
+    @property
+    def trace(self) -> xr.DataArray:
+        """(query, state): the norm of the sensitivity to the parameters, over that at the end."""
+        return grown(self.dataset)
+
+    @property
     def growth(self) -> xr.DataArray:
-        """(query,): the largest norm of the sensitivity to the parameters on the way, over that at the end."""
-        norms = self.dataset["growth"]
-        return norms.max("state") / norms.isel(state=-1)
+        """(query,): the largest of them."""
+        return self.trace.max("state").rename("growth")
+
+    @property
+    def warning(self) -> str:
+        """That no derivative will predict, where the training is chaotic."""
+        return self.said if float(self.growth.max()) >= CHAOTIC else ""
+
+    @property
+    def tangent_gap(self) -> float:
+        """Between a tangent carried forwards and the sensitivities, relative to the larger; NaN where not asked for."""
+        tangent, swept = self.dataset["tangent"].values, self.dataset["swept"].values
+        size = np.maximum(np.abs(tangent), np.abs(swept)).max()
+        return float(np.abs(tangent - swept).max() / size) if size != 0 else 0.0
+
+    def ledger(self) -> Ledger:
+        """The measurement that is differentiated, and how it was checked that the derivatives are those of the training;
+        they add up to nothing."""
+        gaps = {"batch": self.gap("batch"), "split": self.gap("split"), "tangent": self.tangent_gap}
+        sizes = {
+            "sensitivity": f"grew to {float(self.growth.max()):.3g} times that at the end",
+            "curvature": str(self.dataset.attrs.get("curvature", "exact")),
+        }
+        return Ledger(xr.Dataset({"final": self.final}), gaps, sizes)
 
     def without(self, mean: str = "remaining") -> xr.DataArray:
         """(query, example): to first order what leaving each example out would change. As scores, positive where an example
@@ -95,12 +128,10 @@ class Influence(Labelled):
         if (failure := self.dataset.attrs.get("split_failure")) is not None:
             raise SplitIdentityError(str(failure))
         self.check_shares()
-        tangent, swept = self.dataset["tangent"].values, self.dataset["swept"].values
-        if np.isnan(tangent).all():  # it was not asked for
+        gap = self.tangent_gap
+        if np.isnan(self.dataset["tangent"].values).all():  # it was not asked for
             return f"tangent against sensitivity: not checked\n{self.said}"
         rtol = float(self.dataset.attrs["bound"]) if rtol is None else rtol
-        size = np.maximum(np.abs(tangent), np.abs(swept)).max()
-        gap = np.abs(tangent - swept).max() / size if size > 0 else 0.0
         if not gap <= rtol:
             raise InfluenceError(
                 f"the derivatives are not those of the training: got a gap of {gap:.3g} between a tangent carried forwards "

@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 
 from ..errors import BatchIdentityError, KeptAxesError, SplitIdentityError
-from ..ledger import query_names
+from ..ledger import Ledger, query_names
 from ..marginals import order
 from ..parts import PREFIX, kept_axes
 from ..store import check_target, local_path, save_dataset
@@ -69,6 +69,28 @@ class Labelled:
             f"one of: {available}. Attribute again with keep={wanted!r}."
         )
 
+    @property
+    def warning(self) -> str:
+        """Why little is to be read from it, in a sentence; empty where there is no reason."""
+        return ""
+
+    @property
+    def trace(self) -> xr.DataArray:
+        """(query, state): what goes along with the timeline: the measurement, or the size of the sensitivity."""
+        raise NotImplementedError
+
+    def timeline(self) -> xr.DataArray:
+        """(query, a step, group): what stands at each step, of whatever kind.
+
+        Raises:
+            KeptAxesError: it was not kept along steps and groups.
+        """
+        return self.by("step", "group").rename("timeline")
+
+    def ledger(self) -> Ledger:
+        """The terms, per query, and how they were checked."""
+        raise NotImplementedError
+
     def to_pandas(self, *axes: str) -> pd.DataFrame:
         """`by(*axes)` as a tidy table: columns query, the axes, the word; a row per entry."""
         array = self.by(*axes).drop_vars("query_name", errors="ignore")
@@ -118,6 +140,11 @@ class Labelled:
         """Of the measurement, and so of every term; empty where it names none."""
         return str(self.dataset.attrs.get("units", ""))
 
+    @property
+    def measured_units(self) -> str:
+        """Of the measurement itself."""
+        return self.units
+
     def top(self, n: int = 10) -> pd.DataFrame:
         """The n largest and the n smallest (most negative) of the examples: 2n rows a query.
 
@@ -154,6 +181,12 @@ class Labelled:
             {**self.dataset.attrs, "question": self.question, "attrib_labels": labels}
         )
         save_dataset(plain, store, {"versions": {"attrib": version("attrib")}}, overwrite)
+
+
+def grown(dataset: xr.Dataset) -> xr.DataArray:
+    """(query, state): the norms of a sensitivity, each over that at the end."""
+    norms = dataset["growth"]
+    return (norms / norms.isel(state=-1)).rename("sensitivity")
 
 
 def check_place(store: Any, overwrite: bool) -> None:

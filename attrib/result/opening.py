@@ -1,6 +1,6 @@
 """Results as they are opened again: which of the questions a saved one answers stands with it."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -11,14 +11,25 @@ from .influence import Influence
 from .labelled import LABELS, Labelled
 from .result import Result
 
+Kind = TypeVar("Kind", bound=Labelled)
+
 
 def accounting(store: Any) -> Result:
     """Open an account; raises ValueError where the result answers another question."""
+    return _of_kind(store, Result, "accounts", "attrib.attribute")
+
+
+def difference_of(store: Any) -> Difference:
+    """Open a difference; raises ValueError where the result answers another question."""
+    return _of_kind(store, Difference, "differences", "attrib.difference")
+
+
+def _of_kind(store: Any, kind: type[Kind], what: str, call: str) -> Kind:
     found = open_result(store)
-    if not isinstance(found, Result):
+    if not isinstance(found, kind):
         raise ValueError(
-            f"this is about accounts: got {type(found).__name__} at {store}, expected a result of attrib.attribute. Its "
-            f"largest terms: attrib top {store}"
+            f"this is about {what}: got {type(found).__name__} at {store}, expected a result of {call}. Its page: "
+            f"attrib report {store}"
         )
     return found
 

@@ -94,6 +94,11 @@ class Result(Labelled):
         """(query, state): the measurement at every state of the window."""
         return self.dataset["curve"]
 
+    @property
+    def trace(self) -> xr.DataArray:
+        """(query, state): the measurement."""
+        return self.curve.rename("measurement")
+
     def timeline(self) -> xr.DataArray:
         """(query, update_step, group): the change that each step's update made, decay, momentum and buffers included.
 
