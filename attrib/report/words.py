@@ -3,7 +3,7 @@
 Names in braces are filled in where the page is made; `initial`, `final` and `change` of a query, by the page itself.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..result import Difference, Influence, Labelled
 
@@ -125,7 +125,8 @@ def words_of(result: Labelled) -> Words:
         "meaning": str(result.dataset.attrs.get("meaning", "")).partition(": ")[2],
     }
     words = _OF[result.question]
-    return words._replace(**{n: _filled(v, known) for n, v in words._asdict().items() if isinstance(v, str)})
+    filled: dict[str, Any] = {n: _filled(v, known) for n, v in words._asdict().items() if isinstance(v, str)}
+    return words._replace(**filled)
 
 
 def _filled(text: str, known: dict[str, str]) -> str:
