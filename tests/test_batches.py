@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Gpt, crossed
+from cases import Gpt, covered, crossed
 from torch import Tensor, nn
 from training import assert_same_arrays
 from zarr.storage import MemoryStore
@@ -100,10 +100,7 @@ def explain(store: Any, model: nn.Module, loss: Any = cross_entropy, **options: 
     return attrib.attribute(attrib.open_run(store), model, eval_, loss=loss, progress=False, **options)
 
 
-FAST = [(name, CAPTURES[n % 3], float(n % 2) / 4) for n, name in enumerate(REDUCTIONS)]
-
-
-@pytest.mark.parametrize(("reduction", "capture", "rate"), crossed(REDUCTIONS, CAPTURES, (0.0, 0.25), fast=FAST))
+@pytest.mark.parametrize(("reduction", "capture", "rate"), covered(REDUCTIONS, CAPTURES, (0.0, 0.25)))
 def test_accumulated_gradients_are_complete_whatever_the_passes_are(reduction: str, capture: str, rate: float) -> None:
     store = MemoryStore()
     model = accumulate(store, REDUCTIONS[reduction], rate, capture=capture, clip=reduction == "sum")
@@ -229,8 +226,8 @@ def told(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "class_weights": batch["class_weights"].tensor}
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
-@pytest.mark.parametrize("size", [5, 3])  # 3 is the number of classes: the shared weights are as long as the batch
+# 3 is the number of classes: the shared weights are as long as the batch
+@pytest.mark.parametrize(("capture", "size"), crossed(CAPTURES, [3, 5]))
 def test_a_batch_is_any_tree(capture: str, size: int, tmp_path: Path) -> None:
     model = Net().double()
     steps = 5

@@ -183,12 +183,12 @@ class Small(nn.Module):
 
 
 def trained_by_adam(model: nn.Module, store: Path, **options: Any) -> tuple[attrib.Run, Callable[..., attrib.Result]]:
-    """60 steps; the run, and what explains it."""
+    """20 steps; the run, and what explains it."""
     g, kind = torch.Generator().manual_seed(0), next(model.parameters()).dtype
     x, y = torch.randn(64, 5, generator=g).to(kind), torch.arange(64) % 3
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, eps=1e-12)
     with attrib.record(optimizer, model, cross_entropy, store, **options) as recorder:
-        for step in range(60):
+        for step in range(20):
             index = torch.arange(step * 16, step * 16 + 16) % 60
             recorder.zero_grad()
             cross_entropy(model, x[index], y[index]).mean().backward()
