@@ -164,7 +164,7 @@ def test_an_accumulated_run_is_replayed_bit_for_bit(states_every: int, tmp_path:
     assert [len(batch[0]) for batch in dropped.batches(0)] == [3, 4]
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("capture", crossed(CAPTURES, fast=[("replay",)]))
 def test_an_accumulated_run_that_ended_early_goes_on_bit_for_bit(capture: str, tmp_path: Path) -> None:
     reduce = REDUCTIONS["mean of means"]
     accumulate(tmp_path / "whole", reduce, 0.25, steps=9, capture=capture)
@@ -724,7 +724,7 @@ def test_an_announcement_after_the_pass_is_named() -> None:
         recorder.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16 autocast"])
+@pytest.mark.parametrize("dtype", crossed([torch.float64, torch.bfloat16], fast=[(torch.float64,)]))
 def test_a_language_model_is_trained_as_trainers_do(dtype: torch.dtype) -> None:
     """Accumulation of 4 with dropout, a shorter last group, clipping, a schedule, dicts, and autocast."""
     low = dtype == torch.bfloat16

@@ -72,7 +72,7 @@ def test_a_compiled_model_is_recorded_as_the_one_it_wraps(
         np.testing.assert_allclose(result.by("step", "example"), other.by("step", "example"), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("passed", PASSED)
+@pytest.mark.parametrize("passed", crossed(PASSED, fast=[("compiled",)]))
 def test_every_function_that_takes_a_model_takes_a_compiled_one(passed: str, tmp_path: Path) -> None:
     bench = Bench()
     run = bench.train(tmp_path / "run", "compiled", "compiled")
@@ -166,7 +166,7 @@ def announced(bench: Bench, step: Any, loss: Any, store: Path) -> attrib.Run:
     return attrib.open_run(store)
 
 
-@pytest.mark.parametrize("compiled", STEPS)
+@pytest.mark.parametrize("compiled", crossed(STEPS, fast=[(compiled_loss,), (compiled_step,)]))
 def test_whatever_of_a_step_is_compiled_its_dropout_is_drawn_again(compiled: Any, tmp_path: Path) -> None:
     bench = Bench(drop=0.5)
     loss, step = compiled(bench, backend="eager")

@@ -37,7 +37,7 @@ def test_terms_add_up(optimizer: str, model: str, dtype: torch.dtype, capture: s
 KINDS = ("sgd nesterov decay", "adamw amsgrad", "muon + adamw")
 
 
-@pytest.mark.parametrize(("model", "dtype", "optimizer"), covering(MODELS, TOLERANCE, KINDS), ids=str)
+@pytest.mark.parametrize(("model", "dtype", "optimizer"), few_first(MODELS, TOLERANCE, KINDS, few=("mlp",)), ids=str)
 def test_terms_add_up_and_all_captures_agree(model: str, dtype: torch.dtype, optimizer: str) -> None:
     results = []
     for capture in CAPTURES:

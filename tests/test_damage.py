@@ -40,9 +40,7 @@ def full(*_: object, **options: object) -> None:
 FEW: dict[str, tuple[Maker, int]] = {
     "run": (partial(run_subject, "ended early", False), 3),
     "result": (partial(result_subject, "gradients", False), 3),
-    "metadata": (partial(run_subject, "gradients", True), 3),
     "power, recording": (partial(power.recording, "replay, by time"), 3),
-    "power, replacing": (partial(power.saving, True), 3),
 }
 
 

@@ -176,7 +176,7 @@ SETUPS = {
     "ViT": Setup(vit, IMAGES, picture_class),
     "ViT, bf16": Setup(vit, IMAGES, picture_class, {"bf16": True}),
 }
-FAST = ("GPT-2, accumulated by 4, bf16, dropout, clipped", "BERT, classes", "Llama, adapters")
+FAST = ("GPT-2, accumulated by 4, bf16, dropout, clipped",)
 
 
 @pytest.mark.parametrize(
