@@ -45,6 +45,14 @@ def crossed(*tables: Collection[Any], fast: Collection[tuple[Any, ...]] = ()) ->
     ]
 
 
+def covered(*tables: Collection[Any], whole: int = 2) -> list[Any]:
+    """The covering rows of some tables with the first `whole` crossed in full, for `parametrize`; slow are those beyond the
+    covering ones of the first alone."""
+    fast = covering(*tables)
+    slow = [row for row in covering(*tables, whole=whole) if row not in fast]
+    return [*fast, *(pytest.param(*row, marks=pytest.mark.slow) for row in slow)]
+
+
 def few_first(*tables: Collection[Any], few: Collection[Any]) -> list[Any]:
     """The covering rows of some tables; slow are those whose first entry is not among the few."""
     fast = covering(few, *tables[1:])
@@ -195,6 +203,15 @@ FEW = (
     "muon + sgd + adafactor",
     "nadam + adagrad",
     *(name for name in ("lion", "schedule-free sgd", "schedule-free adamw") if name in OPTIMIZERS),
+)
+
+# one of each sort of state that an optimizer may have: what goes on with a state, or makes it again, knows no more of it
+SORTS = (
+    "sgd groups",
+    "adamw fused",
+    "adafactor decay",
+    "muon + sgd + adafactor",
+    "schedule-free adamw" if "schedule-free adamw" in OPTIMIZERS else "asgd averaging decay",
 )
 
 

@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import crossed
+from cases import covering, crossed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zarr.storage import MemoryStore
@@ -339,7 +339,7 @@ def test_shares_are_the_gradients_of_the_single_losses_of_the_batch(name: str, w
     case, model, layout, theta = setting(name)
     shares = ExampleGradients(case.loss, model, layout, torch.float64)
     directions = torch.randn(3, layout.size, dtype=torch.float64)
-    for seed in range(6):
+    for seed in range(4):
         batch, moved = data(seed), theta + 0.1 * seed
         seeded(seed)
         found: Any = getattr(shares, way)(moved, batch, *([directions] if way == "contract" else []))
@@ -401,7 +401,7 @@ def test_every_way_along_a_direction_is_the_same_or_found_out(name: str, way: st
         torch.testing.assert_close(losses, vector.values(theta, batch))
 
 
-def trained(case: Case, capture: str, steps: int = 5) -> tuple[attrib.Run, nn.Module, list[np.ndarray]]:
+def trained(case: Case, capture: str, steps: int = 4) -> tuple[attrib.Run, nn.Module, list[np.ndarray]]:
     """A recorded run by plain gradient descent, and the true gradients of every step's losses, (B, P) each."""
     torch.manual_seed(3)
     model, store = case.build().double(), MemoryStore()
@@ -419,7 +419,12 @@ def trained(case: Case, capture: str, steps: int = 5) -> tuple[attrib.Run, nn.Mo
     return attrib.open_run(store), model, rows
 
 
-@pytest.mark.parametrize(("name", "capture"), crossed(CASES, ["replay", "gradients", "factors"]))
+CAPTURES = ["replay", "gradients", "factors"]
+FIRST = covering(CASES, CAPTURES)
+
+
+# fast is every fourth: of all, shares are held to the truth above
+@pytest.mark.parametrize(("name", "capture"), crossed(CASES, CAPTURES, fast=FIRST[::4]))
 def test_every_contribution_is_the_true_one_whatever_the_batch(name: str, capture: str) -> None:
     """Recorded and attributed by every capture: lr / B <Gbar, g_i>, with Gbar by quadrature of its own."""
     case = CASES[name]
@@ -437,7 +442,9 @@ def test_every_contribution_is_the_true_one_whatever_the_batch(name: str, captur
     loss = case.loss if capture == "replay" else None
     result = attrib.attribute(run, model, measured, loss=loss, path=attrib.GaussLegendre(8), progress=False)
     result.check(1e-6 if case.derivative else np.inf)
-    if case.traceable:
+    if (name, capture) not in FIRST:
+        pass  # the secant knows nothing of captures
+    elif case.traceable:
         secant = attrib.attribute(run, model, measured, loss=loss, progress=False)
         assert secant.check(1e-9).identities["limit"] < 1e-4  # it is of the change that is measured, derivative or not
     else:  # and what the message advises was done above

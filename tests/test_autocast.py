@@ -15,7 +15,7 @@ import pytest
 import test_random_models as random_models
 import torch
 import torch.nn.functional as F
-from cases import LAYERS, MODELS, covering, crossed
+from cases import LAYERS, MODELS, covered, crossed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_along import layout_of
@@ -306,10 +306,8 @@ def check_run(bench: Bench, run: attrib.Run, rounding: float = U) -> None:
     assert attrib.verify(run, progress=False, model=bench.model, loss=bench.loss).failure is None
 
 
-@pytest.mark.parametrize(
-    ("name", "where", "capture"), crossed(MODELS, WHERE, CAPTURES, fast=covering(WHERE, MODELS, CAPTURES, whole=1))
-)
-def test_a_loop_under_autocast_is_accounted_for(name: str, where: str, capture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("where", "name", "capture"), covered(WHERE, MODELS, CAPTURES))
+def test_a_loop_under_autocast_is_accounted_for(where: str, name: str, capture: str, tmp_path: Path) -> None:
     bench = Bench(name, where)
     run = bench.train(tmp_path / "run", capture)
     assert run.precision == torch.bfloat16
@@ -367,12 +365,15 @@ def test_a_loss_that_rounds_by_hand_is_heard(tmp_path: Path) -> None:
     attrib.attribute(run, model, lambda m: m(x[:2])[:, 0], loss=loss, progress=False).check(U)
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 65536.0), (torch.float16, 1.0), (torch.float16, 4096.0)])
-@pytest.mark.parametrize("capture", CAPTURES)
+SCALES = ((torch.bfloat16, 65536.0), (torch.float16, 1.0), (torch.float16, 4096.0))
+
+
+@pytest.mark.parametrize(("scaled", "capture"), crossed(SCALES, CAPTURES))
 def test_a_loss_that_is_scaled_as_by_a_grad_scaler_is_accounted_for(
-    dtype: torch.dtype, scale: float, capture: str, tmp_path: Path
+    scaled: tuple[torch.dtype, float], capture: str, tmp_path: Path
 ) -> None:
     """A power of two rounds nothing otherwise."""
+    dtype, scale = scaled
     bench = Bench("cnn", "loss", dtype)
     run = bench.train(tmp_path / "run", capture, scale)
     assert run.precision == dtype

@@ -10,7 +10,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Gpt, crossed
+from cases import Gpt, covered, crossed
 from torch import Tensor, nn
 from training import assert_same_arrays
 from zarr.storage import MemoryStore
@@ -100,10 +100,7 @@ def explain(store: Any, model: nn.Module, loss: Any = cross_entropy, **options: 
     return attrib.attribute(attrib.open_run(store), model, eval_, loss=loss, progress=False, **options)
 
 
-FAST = [(name, CAPTURES[n % 3], float(n % 2) / 4) for n, name in enumerate(REDUCTIONS)]
-
-
-@pytest.mark.parametrize(("reduction", "capture", "rate"), crossed(REDUCTIONS, CAPTURES, (0.0, 0.25), fast=FAST))
+@pytest.mark.parametrize(("reduction", "capture", "rate"), covered(REDUCTIONS, CAPTURES, (0.0, 0.25)))
 def test_accumulated_gradients_are_complete_whatever_the_passes_are(reduction: str, capture: str, rate: float) -> None:
     store = MemoryStore()
     model = accumulate(store, REDUCTIONS[reduction], rate, capture=capture, clip=reduction == "sum")
@@ -167,7 +164,7 @@ def test_an_accumulated_run_is_replayed_bit_for_bit(states_every: int, tmp_path:
     assert [len(batch[0]) for batch in dropped.batches(0)] == [3, 4]
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("capture", crossed(CAPTURES, fast=[("replay",)]))
 def test_an_accumulated_run_that_ended_early_goes_on_bit_for_bit(capture: str, tmp_path: Path) -> None:
     reduce = REDUCTIONS["mean of means"]
     accumulate(tmp_path / "whole", reduce, 0.25, steps=9, capture=capture)
@@ -229,8 +226,8 @@ def told(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "class_weights": batch["class_weights"].tensor}
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
-@pytest.mark.parametrize("size", [5, 3])  # 3 is the number of classes: the shared weights are as long as the batch
+# 3 is the number of classes: the shared weights are as long as the batch
+@pytest.mark.parametrize(("capture", "size"), crossed(CAPTURES, [3, 5]))
 def test_a_batch_is_any_tree(capture: str, size: int, tmp_path: Path) -> None:
     model = Net().double()
     steps = 5
@@ -727,7 +724,7 @@ def test_an_announcement_after_the_pass_is_named() -> None:
         recorder.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16 autocast"])
+@pytest.mark.parametrize("dtype", crossed([torch.float64, torch.bfloat16], fast=[(torch.float64,)]))
 def test_a_language_model_is_trained_as_trainers_do(dtype: torch.dtype) -> None:
     """Accumulation of 4 with dropout, a shorter last group, clipping, a schedule, dicts, and autocast."""
     low = dtype == torch.bfloat16

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import crossed
 from torch import Tensor, nn
 
 import attrib
@@ -64,11 +65,12 @@ class Trained:
         return attrib.open_run(self.store)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"states_every": 3, "block": 2}, {"capture": "gradients"}, {"capture": "factors"}, {"constants": "digest"}],
-    ids=str,
-)
+OPTIONS: list[dict[str, Any]] = [
+    *({}, {"states_every": 3, "block": 2}, {"capture": "gradients"}, {"capture": "factors"}, {"constants": "digest"})
+]
+
+
+@pytest.mark.parametrize("options", crossed(OPTIONS, fast=[(options,) for options in OPTIONS[:2]]))
 def test_a_run_with_running_statistics_is_restored_and_complete(options: dict[str, Any], tmp_path: Path) -> None:
     trained = Trained(tmp_path / "run", parts=1 if options else 2, **options).steps(0, STEPS)
     run, model = trained.run(), small(3)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import MODELS, covering, crossed
+from cases import MODELS, crossed
 from torch import nn
 from training import flat
 
@@ -51,8 +51,10 @@ class Bench:
         return attrib.open_run(store)
 
 
+# every capture knows the model that it was passed alone; fast are those of two models
 @pytest.mark.parametrize(
-    ("passed", "called", "capture"), crossed(PASSED, PASSED, CAPTURES, fast=covering(PASSED, PASSED, CAPTURES, whole=2))
+    ("passed", "called", "capture"),
+    crossed(PASSED, PASSED, CAPTURES, fast=[("compiled", "wrapped", "replay"), ("wrapped", "compiled", "factors")]),
 )
 def test_a_compiled_model_is_recorded_as_the_one_it_wraps(
     passed: str, called: str, capture: str, tmp_path: Path
@@ -63,14 +65,14 @@ def test_a_compiled_model_is_recorded_as_the_one_it_wraps(
     assert run.groups == ("0.weight", "0.bias", "3.weight", "3.bias")
     assert run.header["model"] == "Sequential"
     np.testing.assert_array_equal(flat(bench.raw), flat(plain.raw))
+    other = attrib.attribute(want, plain.raw, plain.measurement, loss=LOSS, progress=False)
     for model in bench.models.values():
         result = attrib.attribute(run, model, bench.measurement, loss=LOSS, progress=False)
         result.check(1e-10)
-        other = attrib.attribute(want, plain.raw, plain.measurement, loss=LOSS, progress=False)
         np.testing.assert_allclose(result.by("step", "example"), other.by("step", "example"), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("passed", PASSED)
+@pytest.mark.parametrize("passed", crossed(PASSED, fast=[("compiled",)]))
 def test_every_function_that_takes_a_model_takes_a_compiled_one(passed: str, tmp_path: Path) -> None:
     bench = Bench()
     run = bench.train(tmp_path / "run", "compiled", "compiled")
@@ -164,7 +166,7 @@ def announced(bench: Bench, step: Any, loss: Any, store: Path) -> attrib.Run:
     return attrib.open_run(store)
 
 
-@pytest.mark.parametrize("compiled", STEPS)
+@pytest.mark.parametrize("compiled", crossed(STEPS, fast=[(compiled_loss,), (compiled_step,)]))
 def test_whatever_of_a_step_is_compiled_its_dropout_is_drawn_again(compiled: Any, tmp_path: Path) -> None:
     bench = Bench(drop=0.5)
     loss, step = compiled(bench, backend="eager")
@@ -240,6 +242,7 @@ def test_an_operation_with_one_derivative_goes_the_slow_way_and_is_named_once(
     assert "attrib_tests.sine_backward" in said[0]
 
 
+@pytest.mark.slow  # two new processes, which import torch
 def test_nothing_of_torchs_compiler_is_loaded_for_a_model_that_is_not(tmp_path: Path) -> None:
     """It takes seconds."""
     import subprocess

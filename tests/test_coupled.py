@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import covering
+from cases import crossed
 from torch import Tensor, nn
 
 import attrib
@@ -142,7 +142,10 @@ class Recorded:
         return found
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("batch norm", "batch norm, statistics frozen", "contrastive, batch norm", "R-Drop")
+
+
+@pytest.mark.parametrize("name", crossed(CASES, fast=[(name,) for name in FAST]))
 def test_the_share_of_an_example_is_that_of_its_own_loss(name: str, tmp_path: Path) -> None:
     stored, replayed = (Recorded(CASES[name], kind, tmp_path / kind) for kind in ("gradients", "replay"))
     for step in range(2):
@@ -183,12 +186,12 @@ class Small(nn.Module):
 
 
 def trained_by_adam(model: nn.Module, store: Path, **options: Any) -> tuple[attrib.Run, Callable[..., attrib.Result]]:
-    """60 steps; the run, and what explains it."""
+    """20 steps; the run, and what explains it."""
     g, kind = torch.Generator().manual_seed(0), next(model.parameters()).dtype
     x, y = torch.randn(64, 5, generator=g).to(kind), torch.arange(64) % 3
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, eps=1e-12)
     with attrib.record(optimizer, model, cross_entropy, store, **options) as recorder:
-        for step in range(60):
+        for step in range(20):
             index = torch.arange(step * 16, step * 16 + 16) % 60
             recorder.zero_grad()
             cross_entropy(model, x[index], y[index]).mean().backward()
@@ -227,11 +230,10 @@ def test_shares_of_other_examples_in_a_tensor_of_small_gradients_are_found_coupl
 
 
 KINDS = {torch.float32: 1e-6, torch.float64: 1e-15}  # and what is left of the gross
+STORED = [pytest.param(*row, "gradients", marks=pytest.mark.slow) for row in zip(KINDS, (1, 8), strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "width", "capture"), [*covering(KINDS, (1, 8), ("gradients", "replay")), (torch.float32, 1, "replay")]
-)
+@pytest.mark.parametrize(("kind", "width", "capture"), [(torch.float32, 1, "replay"), *STORED])
 def test_a_gradient_of_rounding_alone_is_no_examples_and_a_row_of_the_ledger(
     kind: torch.dtype, width: int, capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,9 +256,7 @@ def test_a_gradient_of_rounding_alone_is_no_examples_and_a_row_of_the_ledger(
     np.testing.assert_allclose(*others, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("kind", "width", "capture"), [*covering(KINDS, (1, 8), ("gradients", "replay")), (torch.float32, 8, "replay")]
-)
+@pytest.mark.parametrize(("kind", "width", "capture"), [(torch.float32, 8, "replay"), *STORED])
 def test_a_gradient_of_rounding_alone_is_no_share_of_another_example(
     kind: torch.dtype, width: int, capture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from fuzz import kills, power
 from fuzz.changes import files_in, lay
 from fuzz.damage import result_subject, run_subject
-from fuzz.kills import RECORDED, Recording, by_time
+from fuzz.kills import RECORDED, by_time
 from fuzz.reading import read_result, read_run, read_steps
 from fuzz.tally import Maker, campaign
 from fuzz.trainings import STEPS, TRAININGS, Training, loss, momentum, penalty
@@ -38,11 +38,9 @@ def full(*_: object, **options: object) -> None:
 
 
 FEW: dict[str, tuple[Maker, int]] = {
-    "run": (partial(run_subject, "ended early", False), 6),
-    "result": (partial(result_subject, "gradients", False), 6),
-    "metadata": (partial(run_subject, "gradients", True), 6),
-    "power, recording": (partial(power.recording, "replay, by time"), 5),
-    "power, replacing": (partial(power.saving, True), 5),
+    "run": (partial(run_subject, "ended early", False), 3),
+    "result": (partial(result_subject, "gradients", False), 3),
+    "power, recording": (partial(power.recording, "replay, by time"), 3),
 }
 
 
@@ -52,15 +50,12 @@ def test_a_few_attempts_do_not_prove_the_store_wrong(part: str, tmp_path: Path) 
     assert campaign([maker], count, 1, tmp_path).faults == []
 
 
-def test_killed_processes_leave_what_they_had_committed(tmp_path: Path) -> None:
-    assert shared([partial(Recording, "replay, by time")], 3, 3, 1, str(tmp_path)).faults == []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_many_attempts_do_not_prove_the_store_wrong(part: str, tmp_path: Path) -> None:
+    """Of kills too, each maker's several: at a file operation, in what it writes, at any moment."""
     makers, count = PARTS[part]
-    assert shared(makers, count // 15, 2, 1, str(tmp_path)).faults == []
+    assert shared(makers, count // 30, 2, 1, str(tmp_path)).faults == []
 
 
 def killed_in_its_commit(training: Training, store: Path, committed: int, steps: int) -> None:
@@ -274,6 +269,7 @@ def test_order_of_the_header_is_sealed(tmp_path: Path) -> None:
         attrib.open_run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_run_that_lost_power_before_its_first_commit_is_begun_again(tmp_path: Path) -> None:
     """Whatever became of what was not fsynced yet: nothing, all, half of each file."""
     training = RECORDED["gradients"]

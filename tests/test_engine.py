@@ -69,7 +69,7 @@ def test_blocks_of_queries_change_nothing(trained: Trained, monkeypatch: pytest.
         np.testing.assert_allclose(
             trained.attribute(m).by("step", "example"), expected.by("step", "example"), rtol=1e-12, atol=1e-14
         )
-    for q in (0, 3, 6):
+    for q in (0, 6):
         x, y = (t[q : q + 1] for t in measurement.batch)
         single = trained.attribute(attrib.measure.log_prob(x, y))
         np.testing.assert_allclose(single.by("example")[0], whole.by("example")[q], rtol=1e-10, atol=1e-13)

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from cases import OPTIMIZERS
+from cases import OPTIMIZERS, crossed
 from torch import Tensor, nn
 from training import Trained, train
 
@@ -132,8 +132,10 @@ def assert_same(found: attrib.Result, serial: attrib.Result, complete: float = 1
     found.check(complete)
 
 
-@pytest.mark.parametrize("pieces", [1, 32], ids=["blocks", "single steps"])
-@pytest.mark.parametrize("keep", [None, ("example",), [("step", "group"), ("example", "group")]])
+KEPT = (None, ("example",), [("step", "group"), ("example", "group")])
+
+
+@pytest.mark.parametrize(("keep", "pieces"), crossed(KEPT, (1, 32)))  # pieces: of a block, all of it or single steps
 def test_workers_give_the_account_of_one_process(
     keep: Any, pieces: int, trained: Trained, pool: Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,7 +360,7 @@ def assert_same_floats(found: attrib.Result, serial: attrib.Result) -> None:
     found.check(1e-5)
 
 
-@pytest.mark.parametrize("tasks", range(0, 23, 4))
+@pytest.mark.parametrize("tasks", [4, 12, 20])
 def test_what_was_done_before_a_worker_died_is_complete_by_itself(tasks: int, trained: Trained) -> None:
     """11 steps, two tasks each, of which eight are begun ahead."""
     with pytest.raises(errors.WorkerError, match="gone") as raised:

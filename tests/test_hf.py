@@ -176,7 +176,7 @@ SETUPS = {
     "ViT": Setup(vit, IMAGES, picture_class),
     "ViT, bf16": Setup(vit, IMAGES, picture_class, {"bf16": True}),
 }
-FAST = ("GPT-2, accumulated by 4, bf16, dropout, clipped", "BERT, classes", "Llama, adapters")
+FAST = ("GPT-2, accumulated by 4, bf16, dropout, clipped",)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,13 @@ def test_a_trainer_that_was_recorded_trains_on_as_it_would(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("checkpoint", "arguments"),
-    [(2, {}), (None, {}), (2, {"eval_strategy": "steps", "eval_steps": 1, "label_smoothing_factor": 0.1})],
+    [
+        (2, {}),
+        pytest.param(None, {}, marks=pytest.mark.slow),
+        pytest.param(
+            2, {"eval_strategy": "steps", "eval_steps": 1, "label_smoothing_factor": 0.1}, marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_resuming_from_a_checkpoint_or_the_start_gives_the_run_that_was_not_interrupted(
     checkpoint: int | None, arguments: dict[str, Any], tmp_path: Path

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import crossed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from zarr.storage import MemoryStore
@@ -126,7 +127,10 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+FAST = ("automatic, with a schedule, validation and checkpoints", "manual")
+
+
+@pytest.mark.parametrize("name", crossed(LOOPS, fast=[(name,) for name in FAST]))
 def test_a_recorded_trainer_trains_as_it_would_and_its_run_adds_up(name: str, lightning: Any, tmp_path: Path) -> None:
     loop, trained = LOOPS[name], []
     for n, callbacks in enumerate(([], [attrib.lightning.Record(tmp_path / "run", losses)])):

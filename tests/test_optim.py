@@ -46,27 +46,48 @@ from attrib.optim import (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_replayed_updates_are_torchs(name: str, dtype: torch.dtype) -> None:
+def test_replayed_updates_are_torchs_and_run_again_they_are_its_bits(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((5, 10), (), (10, 3), (2, 4, 4))]
     optimizer = together(OPTIMIZERS[name](parameters))
     rule = rules_of(optimizer)
     mine = [p for group in optimizer.param_groups for p in group["params"]]
     layout = Layout(tuple("abcd"), tuple(tuple(p.shape) for p in mine))
-    replay = Replay(rule, layout, read_state(rule, optimizer, mine))
-    eps = torch.finfo(dtype).eps
+    state = read_state(rule, optimizer, mine)
+    replay, rerun, eps = Replay(rule, layout, state), None, torch.finfo(dtype).eps
     for _ in range(6):
         for p in mine:
             p.grad = torch.randn_like(p)
         theta = layout.flatten(mine)
         gradient = layout.flatten(p.grad for p in mine)
         hyper = read_hyper(rule, optimizer)
+        rerun = rerun or Rerun(rule, layout, theta, state, hyper)
         optimizer.step()
         _, delta = replay.step(hyper, gradient, theta)
         after = layout.flatten(mine)
         # the parameters are rounded to eps |theta|; the update itself passes through some ten roundings
         allowed = eps * after.abs() + 16 * eps * delta.abs() + eps * theta.abs()
         assert ((after - theta - delta).abs() <= allowed).all()
+        assert torch.equal(rerun.step(hyper, gradient), after)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd fused"])  # torch's own is wrong there
+def test_updates_of_few_bits_are_torchs_bits_when_run_again(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((5, 10), (), (10, 3), (2, 4, 4))]
+    optimizer = together(OPTIMIZERS[name](parameters))
+    rule = rules_of(optimizer)
+    mine = [p for group in optimizer.param_groups for p in group["params"]]
+    layout = Layout(tuple("abcd"), tuple(tuple(p.shape) for p in mine))
+    rerun = Rerun(rule, layout, layout.flatten(mine), read_state(rule, optimizer, mine), read_hyper(rule, optimizer))
+    for _ in range(6):
+        for p in mine:
+            p.grad = torch.randn_like(p)
+        gradient, hyper = layout.flatten(p.grad for p in mine), read_hyper(rule, optimizer)
+        optimizer.step()
+        # an eps that float16 rounds to zero may leave no number
+        np.testing.assert_array_equal(rerun.step(hyper, gradient).float(), layout.flatten(mine).float())
 
 
 @pytest.mark.parametrize("fused", [False, True])

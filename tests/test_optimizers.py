@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import ADAGRAD, ADAMW, FEW, MODELS, OPTIMIZERS, SGD, crossed
+from cases import ADAGRAD, ADAMW, MODELS, OPTIMIZERS, SGD, SORTS, few_first
 from torch import nn
 from training import flat, train
 from zarr.storage import MemoryStore
@@ -142,9 +142,7 @@ def test_schedulers_stay_with_their_optimizers_and_every_state_comes_back(tmp_pa
         torch.testing.assert_close(dict(again.state[own[name]]), dict(real.state[own[name]]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), crossed(OPTIMIZERS, [torch.float64], fast=[(n, torch.float64) for n in FEW])
-)
+@pytest.mark.parametrize(("name", "dtype"), few_first(OPTIMIZERS, [torch.float64], few=SORTS))
 def test_parameters_that_begin_to_move_later_are_kept_still_by_requires_grad(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

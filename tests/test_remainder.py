@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ADAMW, MODELS, OPTIMIZERS, SGD, Mlp, classify, covering, pairs
+from cases import ADAMW, MODELS, OPTIMIZERS, SGD, Mlp, classify, covered, crossed, pairs
 from test_constants import Bench
 from torch import Tensor, nn
 from training import rewritten, train
@@ -122,8 +122,7 @@ def reversal(model: nn.Module) -> None:
         p.grad.neg_()
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
-@pytest.mark.parametrize("change", [*CHANGES.values(), reversal])
+@pytest.mark.parametrize(("change", "capture"), crossed([*CHANGES.values(), reversal], CAPTURES))
 def test_the_remainder_is_what_was_done_by_hand(change: Change, capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(change, capture)
     result, traced = sensitivities(monkeypatch, recorded.attribute)
@@ -145,7 +144,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # as without a remainde
 
 
 @pytest.mark.parametrize(
-    ("model", "capture", "dtype", "optimizer"), covering(MODELS, CAPTURES, TOLERANCE, OPTIMIZED, whole=2), ids=str
+    ("model", "capture", "dtype", "optimizer"), covered(MODELS, CAPTURES, TOLERANCE, OPTIMIZED), ids=str
 )
 def test_terms_add_up_with_hooks_that_clip_every_other_tensor(
     model: str, capture: str, dtype: torch.dtype, optimizer: str
@@ -169,8 +168,7 @@ def clip(model: nn.Module) -> None:
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
 
-@pytest.mark.parametrize("capture", CAPTURES)
-@pytest.mark.parametrize("reduction", [torch.mean, torch.sum])
+@pytest.mark.parametrize(("reduction", "capture"), crossed([torch.mean, torch.sum], CAPTURES))
 def test_a_hook_that_masks_one_tensor_leaves_the_others_without_remainder(capture: str, reduction: Any) -> None:
     recorded = Recorded(capture=capture, reduction=reduction, hook=masked)
     result = recorded.attribute()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FEW, MODELS, OPTIMIZERS, crossed, few_first
+from cases import MODELS, OPTIMIZERS, SORTS, crossed, few_first
 from torch import nn
 from training import train
 from zarr.storage import MemoryStore
@@ -24,7 +24,7 @@ class Dropped(nn.Module):
         return self.second(self.drop(torch.relu(self.first(x))))
 
 
-@pytest.mark.parametrize(("optimizer", "start", "dtype"), few_first(OPTIMIZERS, *WAYS, few=FEW))
+@pytest.mark.parametrize(("optimizer", "start", "dtype"), few_first(OPTIMIZERS, *WAYS, few=SORTS))
 def test_untouched_replay_is_the_run_bit_for_bit(optimizer: str, start: int, dtype: torch.dtype) -> None:
     trained = train(MemoryStore(), OPTIMIZERS[optimizer], dtype=dtype, steps=9, block=4)
     before = [p.detach().clone() for p in trained.model.parameters()]

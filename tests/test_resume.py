@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import FEW, MODELS, OPTIMIZERS, Optimizers, few_first
+from cases import MODELS, OPTIMIZERS, SORTS, Optimizers, few_first
 from torch import nn
 from training import assert_same_arrays
 
@@ -82,7 +82,7 @@ def ended_early(store: Any, steps: int, killed: bool = False, **options: Any) ->
         held[0]._writer.release()
 
 
-CASES = few_first(OPTIMIZERS, CAPTURES, (1, 8), (4, 5, 7, 8, 11), (False, True), few=FEW)
+CASES = few_first(OPTIMIZERS, CAPTURES, (1, 8), (4, 5, 7, 8, 11), (False, True), few=SORTS)
 
 
 @pytest.mark.parametrize(("name", "capture", "states_every", "steps", "killed"), CASES)
@@ -99,16 +99,23 @@ def test_resumed_run_is_the_uninterrupted_one(
     assert attrib.verify(run, progress=False).failure is None
 
 
-def test_resumed_twice_and_at_once(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> attrib.Run:
+    """As nobody interrupted it, to be read."""
+    store = tmp_path_factory.mktemp("resume") / "whole"
+    loop(store)
+    return attrib.open_run(store)
+
+
+def test_resumed_twice_and_at_once(whole: attrib.Run, tmp_path: Path) -> None:
     """Ended before the next commit, and with no step in between."""
-    loop(tmp_path / "whole")
     ended_early(tmp_path / "run", 5)
     ended_early(tmp_path / "run", 5, resume=True)
     ended_early(tmp_path / "run", 6, killed=True, resume=True)
     assert attrib.open_run(tmp_path / "run").steps == 5
     ended_early(tmp_path / "run", 9, resume=True)
     loop(tmp_path / "run", resume=True)
-    assert_same_arrays(attrib.open_run(tmp_path / "run"), attrib.open_run(tmp_path / "whole"), numbering=False)
+    assert_same_arrays(attrib.open_run(tmp_path / "run"), whole, numbering=False)
 
 
 def test_resume_puts_the_users_objects_to_the_last_step(tmp_path: Path) -> None:
@@ -130,17 +137,15 @@ def test_resume_puts_the_users_objects_to_the_last_step(tmp_path: Path) -> None:
     loop(tmp_path / "run", check=check, resume=True)
 
 
-def test_resume_begins_a_run_that_is_not_there(tmp_path: Path) -> None:
+def test_resume_begins_a_run_that_is_not_there(whole: attrib.Run, tmp_path: Path) -> None:
     assert loop(tmp_path / "run", resume=True).steps == STEPS
-    loop(tmp_path / "whole")
-    assert_same_arrays(attrib.open_run(tmp_path / "run"), attrib.open_run(tmp_path / "whole"))
+    assert_same_arrays(attrib.open_run(tmp_path / "run"), whole)
 
 
-def test_resume_begins_a_run_that_was_killed_before_its_first_commit(tmp_path: Path) -> None:
+def test_resume_begins_a_run_that_was_killed_before_its_first_commit(whole: attrib.Run, tmp_path: Path) -> None:
     ended_early(tmp_path / "run", 2, killed=True)
     loop(tmp_path / "run", resume=True)
-    loop(tmp_path / "whole")
-    assert_same_arrays(attrib.open_run(tmp_path / "run"), attrib.open_run(tmp_path / "whole"))
+    assert_same_arrays(attrib.open_run(tmp_path / "run"), whole)
 
 
 def frozen() -> nn.Module:
@@ -171,7 +176,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_run_of_another_loop_is_not_gone_on_with(case: str, tmp_path: Path) -> None:
+def test_run_of_another_loop_is_not_gone_on_with(case: str, whole: attrib.Run, tmp_path: Path) -> None:
     """And it is left as it was."""
     kind, text, options = REFUSED[case]
     ended_early(tmp_path / "run", 6)
@@ -181,8 +186,7 @@ def test_run_of_another_loop_is_not_gone_on_with(case: str, tmp_path: Path) -> N
         loop(tmp_path / "run", **{**options, "model": model, "resume": True})  # type: ignore[arg-type]
     assert all(map(torch.equal, before, model.parameters()))
     loop(tmp_path / "run", resume=True)
-    loop(tmp_path / "whole")
-    assert_same_arrays(attrib.open_run(tmp_path / "run"), attrib.open_run(tmp_path / "whole"), numbering=False)
+    assert_same_arrays(attrib.open_run(tmp_path / "run"), whole, numbering=False)
 
 
 def test_complete_run_is_not_gone_on_with(tmp_path: Path) -> None:

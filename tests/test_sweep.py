@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import OPTIMIZERS
+from cases import OPTIMIZERS, crossed
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -130,13 +130,13 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("options", RATES.values(), ids=RATES)
-@pytest.mark.parametrize("model", ["mlp", "gpt"])
+@pytest.mark.parametrize(("rates", "model"), crossed(RATES, ["mlp", "gpt"]))
 def test_influence_is_the_derivative_of_training_by_the_weight_of_an_example(
-    options: dict[str, Any], model: str, tmp_path: Path
+    rates: str, model: str, tmp_path: Path
 ) -> None:
     """Against central differences of training again: of order e^2 = 1e-10 and 1e-16 / e = 1e-11 off, times how much training
     amplifies, relative to the largest."""
+    options = RATES[rates]
     trained = train(tmp_path / "run", lambda p: torch.optim.SGD(p, **options), model, steps=6, examples=8)
     measurement = trained.measurement(2)
     query = Measured(trained.model, measurement, trained.run.layout, torch.float64, trained.run.vector(6))

@@ -78,11 +78,17 @@ def waves(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return ((out + 0.1 * y[:, None]) * torch.linspace(-1, 1, out.shape[1], dtype=x.dtype)).sin().sum(1)
 
 
-# modules without parameters are operations, and those are all above: what is new of them is the layer in front, each time
+# modules without parameters are operations, and those are all above: what is new of them is the layer in front, each time,
+# by a capture in turn. Fast is every fourth: the layers that are read off are in `cases.LAYERS`
 TRAINED = [name for name, case in MODULES.items() if any(True for _ in case.build().parameters())]
+SOME = covering(TRAINED, CAPTURES)[::4]
+OTHERS = covering([name for name in MODULES if name not in TRAINED], CAPTURES)
 
 
-@pytest.mark.parametrize(("name", "capture"), crossed(MODULES, CAPTURES, fast=covering(TRAINED, CAPTURES)))
+@pytest.mark.parametrize(
+    ("name", "capture"),
+    [*crossed(TRAINED, CAPTURES, fast=SOME), *(pytest.param(*row, marks=pytest.mark.slow) for row in OTHERS)],
+)
 def test_every_capture_of_every_module_is_one_gradient_at_a_time(name: str, capture: str) -> None:
     """Contributions to two queries, against lr / B <Gbar, g_i> with Gbar by quadrature of its own; the secant's ledger."""
     case = Case(lambda: Around(MODULES[name]), waves)
