@@ -56,7 +56,7 @@ def _rise(curve: xr.DataArray) -> tuple[float, int]:
 
 def claims(t: Tables, s: Setting) -> list[Claim]:
     def by(table: pd.DataFrame, values: pd.Series, digits: int = 2) -> str:
-        groups = table.groupby("network", sort=False).groups
+        groups = table.loc[values.index].groupby("network", sort=False).groups
         return "; ".join(f"{name} {span(values[at].values, digits)}" for name, at in groups.items())
 
     pictures, quiet = t.rows[t.rows["network"] != SUMS], t.asked["growth"] < CHAOTIC
@@ -64,13 +64,18 @@ def claims(t: Tables, s: Setting) -> list[Claim]:
     end, sums = t.asked[t.asked["steps"].isin([s.lengths[-1], s.sums[-1]])], t.asked[t.asked["network"] == SUMS]
     left, first = abs(t.rows["residual"] / t.rows["measured"]), short["accounted"] / short["measured"]
     last, predicted = long["accounted"] / long["measured"], long["predicted"] / long["measured"]
-    back, carried = -long["reaction"] / long["gone"], abs(sums["residual"] / sums["change"])
+    only, back = short["gone"] / short["measured"], -long["reaction"] / long["gone"]
+    carried = abs(sums["residual"] / sums["change"])
     asked, runs, lds = "predictions", "trainings", t.asked["influence"].values
     return [
         claim("What the dropped no longer did and how the others reacted make the measured change, to 1e-9 of it.",
               (left <= 1e-9).values, f"largest residual {left.max():.1e} of the change", asked),
-        claim(f"In a training of {s.lengths[0]} steps accounting foretells the change of a digit, within a factor of two.",
-              first.between(0.5, 2).values, f"accounted over measured: {by(short, first)}", asked),
+        *(claim(f"With {name}, in a training of {s.lengths[0]} steps, accounting foretells the change of a digit, within a "
+                "factor of two.", ratio.between(0.5, 2).values, f"accounted over measured: {by(short, ratio)}", asked)
+          for name, ratio in ((n, first[short["network"].str.contains(n)]) for n in ("SGD", "AdamW"))),
+        claim("With either the others hardly react there: what the dropped no longer did is the change, within a quarter.",
+              only.between(0.8, 1.25).values, f"gone over measured: {by(short, only)}; accounting takes AdamW's second "
+              "moment as it was, a difference does not", asked),
         claim(f"In one of {s.lengths[-1]} it does not: they accounted for more than twice what their absence changes.",
               (abs(last) > 2).values, f"accounted over measured: {by(long, last, 0)}", asked),
         claim("For the others take their place: nine tenths of what is gone, at least, comes back.",
