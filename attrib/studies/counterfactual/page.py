@@ -35,7 +35,7 @@ class Tables:
         ]
         self.rows = pd.DataFrame([at | row for at, a in every for row in a["rows"]])
         self.asked = pd.DataFrame([at | a["lds"] | a["causes"] | {k: a[k] for k in BESIDE} for at, a in every])
-        self.seeds, self.spikes = [f["seed"] for f in found], [f["spike"] for f in found]
+        self.near, self.seeds, self.spikes = s.near, [f["seed"] for f in found], [f["spike"] for f in found]
 
     def losses(self, k: int) -> xr.DataArray:
         """(change, step, group): round the spike of a seed."""
@@ -45,7 +45,8 @@ class Tables:
 
     def rises(self) -> np.ndarray:
         """(seed, change, 2): of the loss of the others how far it rises in its spike, and the step of its peak."""
-        seen = [self.losses(k).sel(group="others") for k in range(len(self.spikes))]
+        until = [spike["peak"] + self.near // 2 for spike in self.spikes]
+        seen = [self.losses(k).sel(group="others", step=slice(end)) for k, end in enumerate(until)]
         return np.array([[_rise(curve) for curve in curves_of] for curves_of in seen])
 
 
@@ -104,11 +105,12 @@ def _of_spikes(t: Tables) -> list[Claim]:
     own, other = whose[:, [0, 1], [0, 1]], whose[:, [0, 1], [1, 0]]
     gone, opposing, change = terms[:, [0, 1], [0, 1]], terms[:, [0, 1], [1, 0]], terms[:, :2].sum(-1)
     rise, peak = np.moveaxis(t.rises(), -1, 0)
+    opposed: np.ndarray = np.all((own < 0) & (other > 0), axis=1)
     moved = (abs(rise / rise[:, :1] - 1) >= 1 / 3) | (peak != peak[:, :1])
     said = "; ".join(f"{c} {span(rise[:, k], 2)} at step {span(peak[:, k])}" for k, c in enumerate(CHANGES))
     return [
         claim("In a spike two groups of images oppose each other: each lowers its own mean loss and raises the other's.",
-              ((own < 0) & (other > 0)).all(1), f"own {span(own.ravel(), 2)}, other's {span(other.ravel(), 2)} nats"),
+              opposed, f"own {span(own.ravel(), 2)}, other's {span(other.ravel(), 2)} nats"),
         claim("The spike moves when one of them goes: on images of neither it is lower or higher by a third, or at another "
               "step.", moved[:, 1:3].ravel(), f"rise {said}", "groups"),
         claim("As many images at random do not move it.", ~moved[:, 3], "rises as above"),
@@ -141,15 +143,17 @@ def _dropped(page: Page, t: Tables, s: Setting) -> None:
 
     def draw(figure: Any) -> None:
         lengths = sorted(set(t.rows["steps"]))
-        for ax, steps in zip(figure.subplots(1, len(lengths)), lengths, strict=True):
-            rows = values[(t.rows["steps"] == steps).values]
+        panels = figure.subplots(1, len(lengths), sharex=True, sharey=True)
+        for ax, steps in zip(panels, lengths, strict=True):
+            rows = abs(values[(t.rows["steps"] == steps).values])
             for term, sign in (("accounted", "o"), ("predicted", "x")):
                 ax.plot(rows.sel(term="measured"), rows.sel(term=term), sign, label=term, alpha=0.7)
-            ax.axline((0, 0), slope=1, color="black", linewidth=0.8)
-            ax.set(xscale="symlog", yscale="symlog", title=f"{steps} steps", xlabel="measured")
+            ax.plot([1e-3, 10], [1e-3, 10], color="black", linewidth=0.8)
+            ax.set(xscale="log", yscale="log", title=f"{steps} steps", xlabel="measured (nats)")
+        panels[0].set_ylabel("foretold (nats)")
         ax.legend()
 
-    caption = "What was foretold (nats, logarithmic beyond 1) against what happened, by steps of training."
+    caption = "The sizes of what was foretold against those of what happened, by steps of training."
     page.article.figure(draw, caption, 10, 2.8)
     by = ["network", "steps"]
     page.article.table(t.rows.groupby(by, sort=False)[TERMS].median(), "Medians over queries and seeds")
