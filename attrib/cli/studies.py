@@ -8,7 +8,13 @@ from typing import Any
 from ..report import to_json
 from .options import command, positive
 
-NAMES = ("grokking", "deep_linear", "opposing_signals", "development")  # modules of attrib.studies, each with `study`
+NAMES = (
+    "grokking",
+    "deep_linear",
+    "opposing_signals",
+    "development",
+    "counterfactual",
+)  # modules of attrib.studies, each with `study`
 
 
 def add(commands: Any) -> None:

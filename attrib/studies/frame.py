@@ -1,15 +1,14 @@
 """What every study is: some settings, everything done with one seed, and a page made of all seeds.
 
-    study = Study("grokking", SETTINGS, study_seed, __name__)        # in the study's package, beside its module `page`
+    study = Study("grokking", SETTINGS, study_seed, write_page)
     study(folder, "quick", seeds=3)
 
 A study keeps what it has done in its folder (`parts`) and goes on from there when it is started again.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,13 @@ class Study:
     """A study, to be called.
 
     name: of its command. settings: by name, "quick" and "toy" among them. one: (setting, parts) -> everything done with
-    one seed. package: whose module `page` has `write_page(setting, found, parts) -> Path`, the page of all seeds, and what
-    is done between them; it is imported when it is needed, as it brings matplotlib along.
+    one seed. write_page: (setting, found, parts) -> the page of all seeds, and what is done between them.
     """
 
     name: str
     settings: Mapping[str, Any]
     one: Callable[[Any, SeedParts], dict[str, Any]]
-    package: str
+    write_page: Callable[[Any, Sequence[dict[str, Any]], Parts], Path]
 
     def __call__(self, folder: Path, setting: str = "quick", seeds: int | None = None, say: Say = print) -> Path:
         """Train, record, explain and intervene; write `index.html` to the folder. Started again, it goes on where it was.
@@ -84,7 +82,7 @@ class Study:
         with torch.random.fork_rng(devices=()):
             all_seeds = range(chosen.first_seed, chosen.first_seed + count)
             found = [self.one(chosen, SeedParts(parts, seed, say)) for seed in all_seeds]
-            place: Path = import_module(f"{self.package}.page").write_page(chosen, found, parts)
+            place = self.write_page(chosen, found, parts)
         say(f"{place}: {time.perf_counter() - began:.0f} s")
         return place
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..report.article import Claim
+
 MOST, FEW = 0.8, 0.2
 
 
@@ -25,6 +27,13 @@ def verdict(answers: Sequence[bool | None] | np.ndarray) -> str:
 def of(answers: Sequence[bool] | np.ndarray, what: str = "seeds") -> str:
     """How many say yes."""
     return f"{int(np.sum(answers))} of {len(answers)} {what}"
+
+
+def claim(
+    said: str, answers: Sequence[bool] | np.ndarray, numbers: str, what: str = "seeds", source: str = ""
+) -> Claim:
+    """A claim, its verdict by these answers, and how many say yes before its numbers."""
+    return Claim(said, source or "this study", verdict(answers), f"{of(answers, what)}; {numbers}")
 
 
 def span(values: Sequence[float] | np.ndarray, digits: int = 0, missing: float = np.inf) -> str:

@@ -8,8 +8,9 @@
 """
 
 from ..frame import Study
+from .page import write_page
 from .recipe import SETTINGS, study_seed
 
 __all__ = ["SETTINGS", "study"]
 
-study = Study("deep_linear", SETTINGS, study_seed, __name__)
+study = Study("deep_linear", SETTINGS, study_seed, write_page)

@@ -13,8 +13,9 @@ several seeds.
 
 from ..frame import Study
 from .networks import SETTINGS
+from .page import write_page
 from .recipe import study_seed
 
 __all__ = ["SETTINGS", "study"]
 
-study = Study("development", SETTINGS, study_seed, __name__)
+study = Study("development", SETTINGS, study_seed, write_page)

@@ -10,9 +10,10 @@
 """
 
 from ..frame import Study
+from .page import write_page
 from .seed import study_seed
 from .setting import SETTINGS
 
 __all__ = ["SETTINGS", "study"]
 
-study = Study("grokking", SETTINGS, study_seed, __name__)
+study = Study("grokking", SETTINGS, study_seed, write_page)

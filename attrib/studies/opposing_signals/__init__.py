@@ -10,9 +10,10 @@ them
 """
 
 from ..frame import Study
+from .page import write_page
 from .recipe import study_seed
 from .setting import SETTINGS
 
 __all__ = ["SETTINGS", "study"]
 
-study = Study("opposing_signals", SETTINGS, study_seed, __name__)
+study = Study("opposing_signals", SETTINGS, study_seed, write_page)
