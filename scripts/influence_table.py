@@ -106,7 +106,7 @@ class Seed:
 
     @property
     def derivatives(self) -> Any:
-        """by (queries, examples), growth (queries, states); None where they were not written."""
+        """by (queries, examples), growth (queries,); None where they were not written."""
         place = self.folder / "influence-exact.npz"
         return np.load(place) if place.exists() else None
 
@@ -139,8 +139,8 @@ class Results:
 
     @property
     def growth(self) -> float:
-        """Of the sensitivity on its way back: the median query's largest, in the worst seed; NaN where it is not known."""
-        found = [np.median(d["growth"].max(1)) for seed in self.seeds if (d := seed.derivatives) is not None]
+        """Of the sensitivity on its way back: of the median query, in the worst seed; NaN where it is not known."""
+        found = [np.median(d["growth"]) for seed in self.seeds if (d := seed.derivatives) is not None]
         return float(max(found, default=np.nan))
 
 
