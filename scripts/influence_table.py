@@ -56,6 +56,11 @@ accounting says what happened, not what would have, and is here to show that the
 Made by `scripts/influence_table.py` from the files of `scripts/bench_influence.py`. In float64 where nothing else is said,
 packages of others in float32. Machine: {machines}."""
 
+LIMITS = """The same parts of the examples, weighing less instead of being left out, the mean over all as before. Where the
+weights go to 1, a correct derivative foretells all. What it misses further out is the curvature in the weights; and, under
+Adam, jumps: its first steps are nearly the signs of the gradients, and a change of the weights flips some. No derivative
+sees that, and a warm-up, which makes these steps small, does away with most of it."""
+
 
 @dataclass(frozen=True)
 class Held:
@@ -211,21 +216,25 @@ def limits(found: list[Results]) -> str:
     return "\n\n".join(
         [
             "## What limits the influence at the smallest share",
-            "The same parts of the examples, weighing less instead of being left out, the mean over all as before. A "
-            "derivative foretells small changes of the weights.",
+            LIMITS,
             rows(["setting", *(f"weight {w:g}" for w in weights), "left out"], body),
         ]
     )
 
 
+def _mean(seeds: list[Held], asked: int) -> str:
+    fewer = "" if len(seeds) == asked else f" [{len(seeds)}]"
+    return number(float(np.mean([s.mean for s in seeds]))) + fewer
+
+
 def short(found: list[Results]) -> str:
-    """A row per setting: at 1 %; at 20 %."""
+    """A row per setting and its seeds: at 1 %; at 20 %. In brackets the seeds where there are fewer."""
     header = ["left out 1 %; 20 %", *(METHODS[m].split(",")[0] if "(" not in METHODS[m] else METHODS[m] for m in SHORT)]
     body = []
     for r in found:
         shares = [s for s in r.shares if s in (0.01, 0.2)]
         held = {m: [r.held(m, s) for s in shares] for m in SHORT}
-        means = {m: "; ".join(number(np.mean([s.mean for s in h])) for h in each if h) for m, each in held.items()}
+        means = {m: "; ".join(_mean(h, len(r.seeds)) for h in each if h) for m, each in held.items()}
         means["influence"] = "; ".join(cell(h) for h in held["influence"])
         body.append([f"{r.name} ({len(r.seeds)})", *means.values()])
     return rows(header, body)

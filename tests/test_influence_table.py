@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+import attrib
 from attrib.counterfactual.outcomes import outcomes_of, packed
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -71,6 +72,13 @@ def by_hand(method: str, seeds: range, upto: int = RETRAININGS) -> float:
     return float(np.mean(found))
 
 
+def held_by_lds(method: str, seed: int) -> float:
+    """Half the interval of one seed."""
+    ids = [np.flatnonzero(row) for row in subsets(seed)]
+    found = attrib.lds(scores(method, seed), ids, measured(seed, None))
+    return float(found["mean_high"] - found["mean_low"]) / 2
+
+
 METHODS = {"influence": "own", "random": "own", "kronfluence EK-FAC": "scores"}
 
 
@@ -83,7 +91,9 @@ def test_a_cell_is_the_mean_correlation_over_queries_and_seeds_within_its_interv
         cell, seconds = cells(page, table.METHODS[method])
         mean, low, high = (float(n) for n in re.findall(r"-?\d*\.\d+", cell))
         assert mean == pytest.approx(by_hand(method, range(3)), abs=0.0051)  # two digits are printed
-        assert low < mean < high
+        halves = [held_by_lds(method, seed) for seed in range(3)]
+        expected = 2 * float(np.linalg.norm(halves)) / 3
+        assert high - low == pytest.approx(expected, abs=0.011)  # both ends are rounded
         assert seconds == "2.5"  # the median of 1.5, 2.5, 3.5
     assert "an abacus" in page
     assert "Loss at the end: 0.25 on what it was trained on, 1.5 on the queries" in page
