@@ -227,15 +227,17 @@ def _mean(seeds: list[Held], asked: int) -> str:
     return number(float(np.mean([s.mean for s in seeds]))) + fewer
 
 
-def short(found: list[Results]) -> str:
-    """A row per setting and its seeds: at 1 %; at 20 %. In brackets the seeds where there are fewer."""
-    header = ["left out 1 %; 20 %", *(METHODS[m].split(",")[0] if "(" not in METHODS[m] else METHODS[m] for m in SHORT)]
+def short(found: list[Results], shares: tuple[float, ...] = (0.01, 0.2)) -> str:
+    """A row per setting and its seeds: at each share. In brackets the seeds where there are fewer."""
+    header = [
+        f"left out {'; '.join(f'{s:.0%}' for s in shares)}",
+        *(METHODS[m].split(",")[0] if "(" not in METHODS[m] else METHODS[m] for m in SHORT),
+    ]
     body = []
     for r in found:
-        shares = [s for s in r.shares if s in (0.01, 0.2)]
         held = {m: [r.held(m, s) for s in shares] for m in SHORT}
         means = {m: "; ".join(_mean(h, len(r.seeds)) for h in each if h) for m, each in held.items()}
-        means["influence"] = "; ".join(cell(h) for h in held["influence"])
+        means["influence"] = "; ".join(cell(h) for h in held["influence"] if h)
         body.append([f"{r.name} ({len(r.seeds)})", *means.values()])
     return rows(header, body)
 

@@ -115,6 +115,9 @@ def test_fewer_seeds_and_unfinished_retrainings_are_marked(tmp_path: Path) -> No
     page = table.page(list(table.results(tmp_path)))
     assert "[1 x 20]" in cells(page, "random")[0]
     assert "[" not in cells(page, "influence")[0]
+    row = cells(table.short(list(table.results(tmp_path)), (0.2, 0.3)), f"{NAME} (2)")
+    expected = [table.number(by_hand(method, range(1))) for method in ("kronfluence EK-FAC", "random")]
+    assert [c for c in row[1:] if c] == [f"{number} [1]" for number in expected]
     other = tmp_path / "unfinished"
     write(other, 0, METHODS, upto=9)
     (found,) = table.results(other)
