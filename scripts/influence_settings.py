@@ -125,11 +125,14 @@ def _grokking(p: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(p, lr=0.01, weight_decay=1.0, betas=(0.9, 0.98))
 
 
-def _on_digits(kind: str, name: str, activation: str, warmup: int = 0) -> Setting:
+def _on_digits(name: str, activation: str, pooling: str = "", warmup: int = 0) -> Setting:
+    """pooling: of a network with convolutions; without it has none."""
     optimizer = {"sgd": _sgd, "adamw": _adamw}[name]
     said = {"sgd": "SGD, lr 0.05, momentum 0.9, decay 1e-3", "adamw": "AdamW, lr 3e-3, decay 1e-2"}[name]
     says = f"500 digits of 8 x 8, 200 steps of 50; {said}" + (f", {warmup} steps of warm-up" if warmup else "")
-    return Setting(kind, lambda: {"activation": activation}, optimizer, _digits, 200, 50, warmup, says=says)
+    says += f"; pooling by the {pooling}" if pooling else ""
+    arguments = {"activation": activation} | ({"pooling": pooling} if pooling else {})
+    return Setting("Cnn" if pooling else "Mlp", lambda: arguments, optimizer, _digits, 200, 50, warmup, says=says)
 
 
 def _on_sums(steps: int) -> Setting:
@@ -143,12 +146,14 @@ _GPT = (
 )
 SETTINGS = {
     **{
-        f"{kind} {optimizer} {activation}": _on_digits(kind.capitalize(), optimizer, activation)
+        f"{kind} {optimizer} {activation}": _on_digits(optimizer, activation, pooling)
         for activation in ("gelu", "relu")
-        for kind in ("mlp", "cnn")
+        for kind, pooling in (("mlp", ""), ("cnn", "max"))
         for optimizer in ("sgd", "adamw")
     },
-    "mlp adamw gelu warm-up": _on_digits("Mlp", "adamw", "gelu", 20),
+    "mlp adamw gelu warm-up": _on_digits("adamw", "gelu", warmup=20),
+    "cnn sgd gelu smooth": _on_digits("sgd", "gelu", "mean"),
+    "cnn adamw gelu smooth": _on_digits("adamw", "gelu", "mean", 20),
     "gpt": Setting("Gpt", _alphabet, _slow_adamw, _text, 80, 16, 10, _pretrain, _GPT, torch.float32),
     "sums before grokking": _on_sums(200),
     "sums after grokking": _on_sums(1000),
