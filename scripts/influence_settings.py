@@ -141,7 +141,7 @@ def _on_sums(steps: int) -> Setting:
 
 
 _GPT = (
-    f"pretrained on 17 000 passages of the standard library, fine-tuned on {FINE_TUNED} of uuid, 80 steps of 16; AdamW, lr "
+    f"pretrained on 16 800 passages of the standard library, fine-tuned on {FINE_TUNED} of uuid, 80 steps of 16; AdamW, lr "
     f"1e-3, decay 0.1, 10 steps of warm-up; float32"
 )
 SETTINGS = {

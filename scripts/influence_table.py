@@ -133,10 +133,11 @@ class Results:
         return [seed.held(scores[0], share) for seed, scores in found if scores is not None]
 
     def weighed(self, share: float, weight: float | None) -> list[Held]:
-        """Of the influence, where examples weigh less and the mean is over all as before; None: where they are left out."""
-        seeds = [seed for seed in self.seeds if (share, weight) in seed.outcomes]
+        """Of the influence, where examples weigh less and the mean is over all as before; None: where they are left out. Of
+        the seeds that were weighed."""
+        seeds = [s for s in self.seeds if (share, weight) in s.outcomes and any(w is not None for _, w in s.outcomes)]
         if weight is None:
-            return self.held("influence", share)
+            return Results(self.name, seeds).held("influence", share)
         return [s.held(s.derivatives["by"], share, weight) for s in seeds if s.derivatives is not None]
 
     def seconds(self, method: str) -> float:
@@ -196,7 +197,7 @@ def section(found: Results) -> str:
     grown = "" if np.isnan(found.growth) else f" On its way back the sensitivity grows {found.growth:.2g}-fold at most."
     says = SETTINGS[found.name].says
     return (
-        f"{says[:1].upper()}{says[1:]}. {most[0]} seeds, {most[1]} retrainings each. "
+        f"{says[:1].upper()}{says[1:]}. {most[0]} seed{'s' * (most[0] > 1)}, {most[1]} retrainings each. "
         f"Loss at the end: {losses[0]:.2g} on what it was trained on, {losses[1]:.2g} on the queries.{grown}\n\n"
         + rows(["left out", *(f"{share:.0%}" for share in shares), "CPU s"], body)
         + f"\n\nInfluence, seed by seed: {by_seed}."
@@ -245,6 +246,9 @@ def short(found: list[Results], shares: tuple[float, ...] = (0.01, 0.2)) -> str:
 def page(found: list[Results]) -> str:
     machines = sorted({seed.facts["machine"] for r in found for seed in r.seeds})
     head = HEAD.format(queries=QUERIES, machines="; ".join(machines))
+    left = [name for name in SETTINGS if name not in [r.name for r in found]]
+    if left:
+        head += f" Not run yet: {', '.join(left)}."
     parts = [head, *(f"## {r.name}\n\n{section(r)}" for r in found), limits(found)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -96,6 +96,8 @@ def test_a_cell_is_the_mean_correlation_over_queries_and_seeds_within_its_interv
         assert high - low == pytest.approx(expected, abs=0.011)  # both ends are rounded
         assert seconds == "2.5"  # the median of 1.5, 2.5, 3.5
     assert "an abacus" in page
+    assert "Not run yet: mlp adamw gelu, " in page
+    assert "3 seeds, 20 retrainings" in page
     assert "Loss at the end: 0.25 on what it was trained on, 1.5 on the queries" in page
 
 
@@ -143,6 +145,9 @@ def test_where_examples_weigh_less_the_derivative_itself_is_held_against_what_ca
     expected = [spearmanr(-0.5 * subsets(0) @ by[q], measured(0, 0.5)[:, q]).statistic for q in range(QUERIES)]
     assert found.weighed(0.3, 0.5)[0].mean == pytest.approx(np.mean(expected), abs=1e-12)
     assert len(cells(table.limits([found]), NAME)) == 2
+    write(tmp_path, 1, METHODS)  # a seed that was not weighed does not stand beside one that was
+    (both,) = table.results(tmp_path)
+    assert both.weighed(0.3, None) == found.weighed(0.3, None)
     assert found.growth == 5.0  # the median of 7, 9, 3, 2
 
 
