@@ -56,8 +56,10 @@ class Drop(Window):
         _check_examples(run, self.examples, "Drop")
         first, stop = max(start, (self.steps or slice(None)).start or 0), min(until, run.steps)
         dropped = run.numbers[_among(run.examples, self.examples)]
-        for step, numbers in enumerate(run.reader.read("index", slice(first, max(first, stop))), first):
-            if self.active(step) and np.isin(numbers[numbers >= 0], dropped).all():
+        index = run.reader.read("index", slice(first, max(first, stop)))
+        left = (index >= 0) & ~np.isin(index, dropped)
+        for step in (first + np.flatnonzero(~left.any(1))).tolist():
+            if self.active(step):
                 raise ReplayError(NONE_LEFT.format(step=step))
 
     def batch(self, step: int, batch: IndexedInputs) -> IndexedInputs:

@@ -23,27 +23,28 @@ class Mlp(nn.Module):
 
 
 class Cnn(nn.Module):
-    """8 x 8 digits, two convolutions with max pooling: 1 898 parameters."""
+    """8 x 8 digits, two convolutions, each with pooling by the maximum or the mean: 1 898 parameters."""
 
-    def __init__(self, activation: str) -> None:
+    def __init__(self, activation: str, pooling: str = "max") -> None:
         super().__init__()
+        self.pool = {"max": F.max_pool2d, "mean": F.avg_pool2d}[pooling]
         self.first, self.second = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
         self.output = nn.Linear(64, 10)
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(self.activation(self.first(x)), 2)
-        x = F.max_pool2d(self.activation(self.second(x)), 2)
+        x = self.pool(self.activation(self.first(x)), 2)
+        x = self.pool(self.activation(self.second(x)), 2)
         return self.output(x.flatten(1))
 
 
 class Pairs(nn.Module):
-    """Two numbers modulo p, embedded, one hidden layer, no biases: 13 152 parameters at p = 31."""
+    """Two numbers modulo p, embedded, one hidden layer, no biases: 6 304 parameters at p = 23."""
 
-    def __init__(self, activation: str, p: int = 31) -> None:
+    def __init__(self, activation: str, p: int, hidden: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(p, 32)
-        self.hidden, self.output = nn.Linear(64, 128, bias=False), nn.Linear(128, p, bias=False)
+        self.hidden, self.output = nn.Linear(64, hidden, bias=False), nn.Linear(hidden, p, bias=False)
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Scores of other packages for a setting that `bench_influence.py --export FOLDER` wrote, each to FOLDER/scores/NAME.npz.
+"""Scores of other packages for a setting that `bench_influence.py` wrote, each to FOLDER/scores/NAME.npz unless it is there.
 
-    peers/bin/python scripts/peers/score.py FOLDER [FOLDER ...] [--only captum]
+    peers/bin/python scripts/peers/score.py FOLDER/SETTING/SEED [FOLDER ...] [--only captum]
 
 Read from the folder: setting.json (network, its arguments), data.npz (x, y, query_x, query_y), checkpoints.npz (states of
 training, the last one last; with the learning rate of each). Nothing of attrib is imported. Scores are (queries, examples),
@@ -107,13 +107,6 @@ def _task(given: Exported, states: Any, function: Callable[..., Any] | None = No
     return AttributionTask({None: of_one, "batch": of_batch}.get(function, function), model, states)
 
 
-def dattri_tracin(given: Exported) -> Tensor:
-    from dattri.algorithm.tracin import TracInAttributor
-
-    found = TracInAttributor(_task(given, given.states), torch.tensor(given.rates), normalized_grad=False)
-    return found.attribute(*given.loaders()).T
-
-
 def dattri_trak(given: Exported) -> Tensor:
     from dattri.algorithm.trak import TRAKAttributor
 
@@ -140,20 +133,28 @@ def dattri_trak(given: Exported) -> Tensor:
         return found.attribute(queries).T
 
 
-def dattri_ekfac(given: Exported) -> Tensor:
-    """With a tenth of the mean eigenvalue as damping, which is what kronfluence chooses layer by layer."""
-    from dattri.algorithm.influence_function import IFAttributorEKFAC
-
-    found = IFAttributorEKFAC(_task(given, given.states[-1], "batch"))
-    train = DataLoader(given.train, batch_size=50)
-    found.cache(train)
-    found.damping = 0.1 * float(torch.cat([values.flatten() for values in found.cached_lambdas.values()]).mean())
-    return found.attribute(train, given.loaders()[1]).T
-
-
 def traker(given: Exported) -> Tensor:
     from trak import TRAKer
+    from trak.modelout_functions import AbstractModelOutput
     from trak.projectors import BasicProjector, ProjectionType
+
+    class Margin(AbstractModelOutput):
+        """The package's own for classes; it has none for a passage, whose p is the mean over its characters."""
+
+        def __init__(self) -> None:
+            pass
+
+        def get_output(self, model: nn.Module, weights: Any, buffers: Any, x: Tensor, y: Tensor) -> Tensor:
+            outputs = torch.func.functional_call(model, (weights, buffers), (x[None],))
+            log_p = -losses_of(outputs, y[None])[0]
+            return log_p - torch.log(-torch.expm1(log_p.clamp(max=-1e-12)))
+
+        def get_out_to_loss_grad(
+            self, model: nn.Module, weights: Any, buffers: Any, batch: tuple[Tensor, Tensor]
+        ) -> Tensor:
+            x, y = batch
+            losses = losses_of(torch.func.functional_call(model, (weights, buffers), (x,)), y)
+            return -torch.expm1(-losses)[:, None].detach()
 
     model, size = given.model, sum(p.numel() for p in given.model.parameters())
     # in several blocks: a single one is given up after the training examples, and then missed
@@ -163,7 +164,7 @@ def traker(given: Exported) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         found = TRAKer(
             model,
-            "image_classification",
+            Margin(),
             len(given.x),
             folder,
             device="cpu",
@@ -213,9 +214,7 @@ def kronfluence_ekfac(given: Exported) -> Tensor:
 
 METHODS: dict[str, Callable[[Exported], Tensor]] = {
     "captum TracInCP": captum_tracincp,
-    "dattri TracIn": dattri_tracin,
     "dattri TRAK": dattri_trak,
-    "dattri EK-FAC": dattri_ekfac,
     "traker TRAK": traker,
     "kronfluence EK-FAC": kronfluence_ekfac,
 }
@@ -231,7 +230,8 @@ def main() -> None:
         given = Exported(folder)
         (folder / "scores").mkdir(exist_ok=True)
         for name, method in METHODS.items():
-            if options.only not in name:
+            place = folder / "scores" / f"{name}.npz"
+            if options.only not in name or place.exists():
                 continue
             torch.manual_seed(0)
             start = time.process_time()
@@ -244,7 +244,7 @@ def main() -> None:
             if scores.shape != expected:
                 print(f"{folder.name}: {name} gave shape {scores.shape}, not {expected}", file=sys.stderr)
                 continue
-            np.savez(folder / "scores" / f"{name}.npz", scores=scores, seconds=time.process_time() - start)
+            np.savez(place, scores=scores, seconds=time.process_time() - start)
             print(f"{folder.name}: {name} {time.process_time() - start:.1f} s of CPU", flush=True)
 
 
