@@ -60,14 +60,15 @@ def claims(t: Tables, s: Setting) -> list[Claim]:
         groups = table.loc[values.index].groupby("network", sort=False).groups
         return "; ".join(f"{name} {span(values[at].values, digits)}" for name, at in groups.items())
 
-    pictures, quiet = t.rows[t.rows["network"] != SUMS], t.asked["growth"] < CHAOTIC
+    pictures = t.rows[t.rows["network"] != SUMS]
     short, long = (pictures[pictures["steps"] == n] for n in (s.lengths[0], s.lengths[-1]))
     end, sums = t.asked[t.asked["steps"].isin([s.lengths[-1], s.sums[-1]])], t.asked[t.asked["network"] == SUMS]
     left, first = abs(t.rows["residual"] / t.rows["measured"]), short["accounted"] / short["measured"]
     last, predicted = long["accounted"] / long["measured"], long["predicted"] / long["measured"]
+    quiet = sums["growth"] < CHAOTIC
     only, back = short["gone"] / short["measured"], -long["reaction"] / long["gone"]
     carried = abs(sums["residual"] / sums["change"])
-    asked, runs, lds = "predictions", "trainings", t.asked["influence"].values
+    asked, runs, lds = "predictions", "trainings", sums["influence"].values
     return [
         claim("What the dropped no longer did and how the others reacted make the measured change, to 1e-9 of it.",
               (left <= 1e-9).values, f"largest residual {left.max():.1e} of the change", asked),
@@ -87,9 +88,9 @@ def claims(t: Tables, s: Setting) -> list[Claim]:
               (end["influence"] >= 0.8).values, f"LDS {by(end, end['influence'])}", runs),
         claim("Accounting does not: LDS below 0.8.",
               (end["accounting"] < 0.8).values, f"LDS {by(end, end['accounting'])}", runs),
-        claim("That no derivative predicts is known beforehand: its LDS is below 0.5 where, and only where, the sensitivity "
-              "grows a thousandfold.", (lds >= 0.5) == quiet.values,
-              f"grows {by(end, end['growth'], 0)}; LDS there {span(lds[~quiet], 2) if (~quiet).any() else 'of none'}, "
+        claim("Where no derivative predicts the sums is known beforehand: LDS is below 0.5 where, and only where, the "
+              "sensitivity grows a thousandfold.", (lds >= 0.5) == quiet.values,
+              f"grows {by(sums, sums['growth'], 0)}; LDS there {span(lds[~quiet], 2) if (~quiet).any() else 'of none'}, "
               f"elsewhere {span(lds[quiet], 2)}", runs),
         claim("The sums are hard: by cause, the terms of a difference are a hundred times what they sum to, or more.",
               (sums["cancellation"] >= 100).values,
