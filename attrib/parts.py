@@ -26,13 +26,15 @@ def kept_axes(dataset: xr.Dataset, word: str = PREFIX) -> list[tuple[str, ...]]:
 def rounding_allowed(dataset: xr.Dataset) -> np.ndarray:
     """(Q,): what rounding makes of the residual: the part that was measured to come from rounding the stored parameters, as
     far as their spacing explains it, in float64 nothing; and one rounding of each contribution in the type that gradients
-    were computed in, eps sum |c_i|, which where contributions cancel is much of what they sum to. A share that is wrong is
-    off by its own size, not by eps of it. Of what was not measured nothing."""
+    were computed in, eps sum |c_i|, which where contributions cancel is much of what they sum to; at most half of the digits
+    of that, beyond which contributions say little. A share that is wrong is off by its own size, not by eps of it. Of what
+    was not measured nothing."""
     found = np.zeros(dataset.sizes["query"])
     if "rounding" in dataset:
         found = np.minimum(np.abs(dataset["rounding"].values), dataset["spacing"].values)
     if "sizes" in dataset:
-        found = found + float(dataset.attrs.get("eps", 0.0)) * dataset["sizes"].values
+        eps = float(dataset.attrs.get("eps", 0.0))
+        found = found + np.minimum(eps * dataset["sizes"].values, eps**0.5 * size_of(dataset))
     return found
 
 

@@ -140,7 +140,8 @@ class Result(Labelled):
                 the sum over steps and tensors of |contributions|, |decay|, |remainder| and |buffers|. On top of it is
                 allowed what rounding makes of the residual: the part that was measured to come from rounding the stored
                 parameters (`dataset["rounding"]`), as far as their spacing explains it, in float64 nothing; and eps of the
-                run's type times the sizes of the single contributions (`dataset["sizes"]`), from which they cancel.
+                run's type times the sizes of the single contributions (`dataset["sizes"]`), from which they cancel, at most
+                its root times what is summed.
 
         Raises:
             CompletenessError: with the worst query, its residual and the identity that is furthest off; also where a number
