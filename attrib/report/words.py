@@ -107,8 +107,8 @@ _DIFFERENCE = Words(
         "did otherwise, those that were left out no longer.",
         "reduction: those that remain weigh more in a mean over fewer. context: they draw other random numbers, or meet "
         "others in their batch.",
-        "Where the runs come apart, terms are far larger than what they sum to: little can be read from each, and the residual "
-        "is their rounding.",
+        "Where the runs come apart, terms are far larger than what they sum to: little can be read from each, and the "
+        "residual is their rounding.",
     ),
 )
 
