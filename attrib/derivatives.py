@@ -29,7 +29,7 @@ from .shares import Contributions, drawn
 from .side import Made
 from .tally import Tally
 
-TANGENT_STEPS = 5  # that a tangent is carried through, the last
+TANGENT_STEPS = 8  # that a tangent is carried through, the last
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from training import Trained
 import attrib
 from attrib.errors import BatchIdentityError, InfluenceError, ReplayError
 from attrib.intervention import Reweight
+from attrib.shares import Shares
 
 
 @pytest.fixture
@@ -64,6 +65,24 @@ def test_a_tangent_carried_forwards_agrees(trained: Callable[..., Trained], mode
     t = trained("adamw", model, clip=0.5)
     found = influence(t)
     assert float(found.dataset["split_identity"].max()) < 1e-8
+    found.check(1e-10)
+
+
+@pytest.mark.parametrize("kind", ["exact", "gauss-newton"])
+@pytest.mark.parametrize("model", CASES)
+def test_without_groups_they_come_with_the_curvature_and_are_those_by_group_summed(
+    trained: Callable[..., Trained], model: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = trained("adamw", model, clip=0.5)
+    want = influence(t, curvature=kind)
+    products = []
+    monkeypatch.setattr(Shares, "products", lambda *asked: products.append(asked))
+    found = influence(t, curvature=kind, keep=("step", "example"))
+    assert not products
+    axes = "step", "example"
+    size = np.abs(want.by(*axes)).max()
+    np.testing.assert_allclose(found.by(*axes), want.by(*axes), rtol=1e-9, atol=1e-11 * float(size))
+    assert float(found.dataset["batch_identity"].max()) < 1e-10
     found.check(1e-10)
 
 
