@@ -55,10 +55,8 @@ class Sweep:
         final = Midpoint(1).bind(query)(whole, whole)
         last = final.gradient.double()[:, :size].cpu().contiguous()
         weights = Weights(run) if self.tangent else None
-        swept, each = (
-            np.zeros(query.count),
-            {n: np.zeros((query.count, len(run.numbers))) for n in ("lost", "rescaled")},
-        )
+        swept = np.zeros(query.count)
+        each = {name: np.zeros((query.count, len(run.numbers))) for name in ("lost", "rescaled")}
 
         def taken(number: int, done: Done, growth: tuple[np.ndarray, np.ndarray]) -> Tally:
             tally, found = self._tally(number, done, growth)

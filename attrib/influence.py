@@ -37,7 +37,7 @@ from .pair import alone
 from .result import Influence
 from .result.influence import CHAOTIC
 from .run import Run
-from .side import Beside, weighted
+from .side import Unrecorded, weighted
 
 log = logging.getLogger("attrib")
 IDENTITIES = ("split", "tangent")
@@ -98,7 +98,7 @@ def influence(
         >>> found.predict([[3, 14], [15]])  # without examples 3 and 14, without example 15  # doctest: +SKIP
     """
     asked = Asked(keep, groups, dtype, progress, memory, executor)
-    loop = Loop(run, uncompiled(model), loss, Beside(clip, penalty), backward)
+    loop = Loop(run, uncompiled(model), loss, Unrecorded(clip, penalty), backward)
     return _influence(Derived(loop, measurement, curvature, weights, identities), asked, store, retrainings)
 
 
@@ -118,7 +118,7 @@ class Loop(NamedTuple):
     run: Run
     model: nn.Module
     loss: Callable[..., Tensor]
-    beside: Beside
+    unrecorded: Unrecorded
     backward: Callable[[Tensor, nn.Module], Any] | None
 
 
@@ -144,7 +144,7 @@ class Derived:
             )
         for name, value, hint in (
             ("weights", self.weights, "0.8"),
-            ("clip", self.loop.beside.clip, "the max_norm of clip_grad_norm_, or math.inf"),
+            ("clip", self.loop.unrecorded.clip, "the max_norm of clip_grad_norm_, or math.inf"),
         ):
             if value is not None and not (isinstance(value, Real) and float(value) > 0):
                 raise ValueError(f"{name} is no number above 0: got {value!r}, expected one, such as {hint}.")
@@ -166,12 +166,12 @@ class Derived:
     @contextmanager
     def at_weights(self, store: Any, progress: bool) -> Iterator[Run]:
         """The run at the weights that were asked for; one that was trained for it is removed behind, but for a `store`."""
-        run, model, loss, beside, backward = self.loop
+        run, model, loss, unrecorded, backward = self.loop
         if self.weights is None:
             yield run
             return
         changes = [Reweight(dict.fromkeys(run.examples.tolist(), float(self.weights)))]
-        added = [] if beside.penalty is None else [Penalty(beside.penalty)]
+        added = [] if unrecorded.penalty is None else [Penalty(unrecorded.penalty)]
         with nullcontext() if store is not None else TemporaryDirectory(prefix="attrib-") as folder:
             place = Path(str(folder)) / "run.zarr" if store is None else store
             yield replay(
@@ -187,11 +187,11 @@ class Derived:
 
     def found(self, there: Run, asked: Asked) -> Influence:
         """there: the run at its weights."""
-        _, model, loss, beside, _ = self.loop
+        _, model, loss, unrecorded, _ = self.loop
         grouping = asked.grouping(there)
         if not asked.by_group:  # then nothing has to be known of single tensors
             grouping = Grouping(("all",), np.ones((len(there.groups), 1)))
-        pair = alone(there, model, loss, grouping.member, beside)
+        pair = alone(there, model, loss, grouping.member, unrecorded)
         question = asked.question(pair, model, self.measurement, grouping)
         account = Account(*grouping, question.kept, False, share_bound(there.compute, there.compute))
         checked = ("split" in self.identities, "tangent" in self.identities)
@@ -218,7 +218,7 @@ class Derived:
 
     def tried(self, result: Influence, count: int, asked: Asked) -> Influence:
         """The result, with how well it foretells so many retrainings."""
-        run, model, loss, beside, backward = self.loop
+        run, model, loss, unrecorded, backward = self.loop
         fixed, part = self.weights is not None, LEFT_OUT
         if self.weights is not None and self.weights < 1:
             part = 1 - float(self.weights)
@@ -232,7 +232,7 @@ class Derived:
             weight=0.0 if fixed else None,
             executor=asked.executor,
             backward=backward,
-            penalty=beside.penalty,
+            penalty=unrecorded.penalty,
             dtype=asked.dtype,
             progress=asked.progress,
         )

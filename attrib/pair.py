@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import ReplayError
 from .optim import check_adjoints
 from .run import Run
-from .side import NOTHING, Beside, Made, Side, shares_of
+from .side import NOTHING, Made, Side, Unrecorded, shares_of
 
 
 class Aligned(NamedTuple):
@@ -186,19 +186,19 @@ def paired(runs: tuple[Run, Run], model: nn.Module, loss: Callable[..., Tensor],
 
 
 def alone(
-    run: Run, model: nn.Module, loss: Callable[..., Tensor], member: np.ndarray, beside: Beside = NOTHING
+    run: Run, model: nn.Module, loss: Callable[..., Tensor], member: np.ndarray, unrecorded: Unrecorded = NOTHING
 ) -> Pair:
-    """A run and itself. beside: what the record does not have of its loop.
+    """A run and itself. unrecorded: what the record does not have of its loop.
 
     Raises:
-        ReplayError: an optimizer without an adjoint, or what neither the record nor `beside` holds. LossError: there is no
-            loss.
+        ReplayError: an optimizer without an adjoint, or what neither the record nor `unrecorded` holds. LossError: there is
+            no loss.
     """
     check_adjoints(run.rules)
     check_known(run)
-    check_penalty(run, beside.penalty)
+    check_penalty(run, unrecorded.penalty)
     places = {int(number): n for n, number in enumerate(run.numbers)}
-    side = Side(run, shares_of(run, model, loss, member), 0, places, beside)
+    side = Side(run, shares_of(run, model, loss, member), 0, places, unrecorded)
     if (ambiguity := side.clipping.ambiguity) is not None:
         raise ReplayError(
             f"it cannot be told whether gradients were clipped: got {ambiguity}, expected to be told, at "

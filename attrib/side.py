@@ -32,7 +32,7 @@ class Unweighted:
         return self.loss(model, *batch[:-1])
 
 
-class Beside(NamedTuple):
+class Unrecorded(NamedTuple):
     """What the record does not have of a loop, as its author says. clip: the norm that gradients were clipped to, inf for
     none; None where it is to be found. penalty: the function, model -> scalar; None where it is not asked for."""
 
@@ -40,7 +40,7 @@ class Beside(NamedTuple):
     penalty: Penalising | None = None
 
 
-NOTHING = Beside()
+NOTHING = Unrecorded()
 
 
 class Made(NamedTuple):
@@ -84,16 +84,17 @@ class Made(NamedTuple):
 @dataclass(frozen=True)
 class Side:
     """One of the two runs. first: its step that the pair begins with. shares: of its losses, without the weights that
-    a replay gave them. places: the number of an example in the run -> among the pair's. beside: what else the loop did."""
+    a replay gave them. places: the number of an example in the run -> among the pair's. unrecorded: of its
+    loop."""
 
     run: Run
     shares: Shares
     first: int
     places: dict[int, int]
-    beside: Beside = NOTHING
+    unrecorded: Unrecorded = NOTHING
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Side, (self.run, self.shares, self.first, self.places, self.beside)
+        return Side, (self.run, self.shares, self.first, self.places, self.unrecorded)
 
     @cached_property
     def _blocks(self) -> Blocks:
@@ -146,7 +147,7 @@ class Side:
 
     @cached_property
     def clipping(self) -> Clipping:
-        return Clipping(self.run, self._blocks, self._scales, self.beside.clip)
+        return Clipping(self.run, self._blocks, self._scales, self.unrecorded.clip)
 
     def _scales(self, step: RecordedStep) -> np.ndarray:
         """(B,): s, times the clipping."""
@@ -161,7 +162,7 @@ class Side:
 
     @cached_property
     def _penalised(self) -> Penalised | None:
-        penalty = self.beside.penalty
+        penalty = self.unrecorded.penalty
         return None if penalty is None else Penalised(self.run, self.shares.model, penalty)
 
     def _weights(self, step: RecordedStep) -> np.ndarray:

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from training import train
 
 from attrib.curvature import Curvature, Products
+from attrib.curvature.point import Point
+from attrib.curvature.ways import Ways
 from attrib.errors import LossError
 from attrib.functional import Functional
 from attrib.generators import generators, set_generators
@@ -602,3 +604,24 @@ def test_a_step_of_a_run_has_the_products_of_its_reduced_loss(kind: str, tmp_pat
     torch.testing.assert_close(found, want)
     with pytest.raises(LossError, match="a loss is needed"):
         Shares(run, trained.model, None, torch.float64, 1 << 26, np.eye(len(run.groups))).curved(step, v)
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_only_of_an_objective_the_first_derivative_is_held_against_the_gradient_unasked(
+    reduced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of losses, the caller holds them against what was recorded; an objective has none."""
+    model = normed().double()
+    layout, theta = layout_of(model)
+    loss = (lambda m, x, y: cross_entropy(m, x, y).mean()) if reduced else cross_entropy
+    curvature, asked, run = Curvature(Functional(model, loss, layout, torch.float64)), list[bool](), Ways.run
+
+    def running(self: Ways, way: str, point: Point, directions: Any) -> Any:
+        asked.append(point.checked)
+        return run(self, way, point, directions)
+
+    curvature.products(theta, data(0), torch.ones(SIZE), theta[None])  # the first of a kind always is
+    monkeypatch.setattr(Ways, "run", running)
+    for _ in range(2):  # later ones are taped
+        curvature.products(theta, data(0), torch.ones(SIZE), theta[None], checked=False)
+    assert asked and set(asked) == {reduced}

@@ -89,15 +89,16 @@ class Curvature:
         Args:
             theta: (P,). weights: (B,), of the losses; all the same of an objective. directions: (Q, P).
             coupled: whether the losses of the batch are known to depend on each other: then it is worked through whole.
-            checked: whether the sum of `along`, weighted, is held against the gradient at every call; else at the first of a
-                kind, and the caller has a gradient to hold it against.
+            checked: whether the sum of `along`, weighted, is held against the gradient at every call; else, where each
+                example has a loss, at the first of a kind, and the caller has a gradient to hold it against.
 
         Raises:
             LossError: the loss has no second derivative that torch knows, or takes nothing that the model returns.
         """
         batch, weights = Batch.of(batch), weights.to(theta)
-        point = replace(self._point(theta, batch, weights), checked=checked)
+        point = self._point(theta, batch, weights)
         plan = self._slices.of(point, len(directions), coupled)
+        point = replace(point, checked=checked or not plan.each)
         once = plan.length == batch.size and plan.together == len(directions)
         start = None if once and not plan.draws else generators()
         along = theta.new_zeros(len(directions), batch.size, dtype=torch.float64)

@@ -21,20 +21,24 @@ LEAST = 8  # examples of a slice, if the batch has them, before fewer directions
 
 
 class Plan(NamedTuple):
-    """length: examples of a slice. together: directions at once. draws: whether passes may draw numbers."""
+    """length: examples of a slice. together: directions at once. draws: whether passes may draw numbers. each: whether every
+    example has a loss, else the batch has one."""
 
     length: int
     together: int
     draws: bool
+    each: bool
 
 
 @dataclass(frozen=True)
 class Form:
-    """bytes: that the calls return for an example. whole: whether the batch is not cut. draws: whether numbers are drawn."""
+    """bytes: that the calls return for an example. whole: whether the batch is not cut. draws: whether numbers are drawn.
+    each: as in `Plan`."""
 
     bytes: float
     whole: bool
     draws: bool
+    each: bool
 
 
 class Slices:
@@ -65,7 +69,7 @@ class Slices:
         together = min(queries, max(1, (most // least - 2) // 2))
         together = -(-queries // -(-queries // together))
         length = size if form.whole else min(size, max(1, most // (2 + 2 * together)))
-        return Plan(length, together, form.draws)
+        return Plan(length, together, form.draws, form.each)
 
 
 class _Returned(TorchFunctionMode):
@@ -89,7 +93,8 @@ def _form(point: Point) -> Form:
         with returned:
             losses = point.values()
         drew = not torch.equal(start, generators())
-    return Form(max(1.0, returned.bytes / point.batch.size), drew or len(losses) < point.batch.size, drew)
+    each = len(losses) == point.batch.size
+    return Form(max(1.0, returned.bytes / point.batch.size), drew or not each, drew, each)
 
 
 def _alike(point: Point, length: int) -> bool:
