@@ -613,7 +613,11 @@ def test_only_of_an_objective_the_first_derivative_is_held_against_the_gradient_
     """Of losses, the caller holds them against what was recorded; an objective has none."""
     model = normed().double()
     layout, theta = layout_of(model)
-    loss = (lambda m, x, y: cross_entropy(m, x, y).mean()) if reduced else cross_entropy
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        losses = cross_entropy(model, x, y)
+        return losses.mean() if reduced else losses
+
     curvature, asked, run = Curvature(Functional(model, loss, layout, torch.float64)), list[bool](), Ways.run
 
     def running(self: Ways, way: str, point: Point, directions: Any) -> Any:
