@@ -1,12 +1,13 @@
-"""Cost against work: examples N, parameters P, steps T and queries Q of an attribution, doubled one at a time.
+"""Cost against work: examples N, parameters P, steps T, queries Q, layers L, tensors K, doubled one at a time.
 
-A two-layer network on random data, full batch. Time is the ratio to the run before doubling, memory the peak of a fresh
-process.
+A perceptron of L blocks on random data, full batch. P is doubled by width; L doubles it, too; K linear layers side by side
+make one of the same parameters. Time is the ratio to the run before doubling, memory the peak of a fresh process.
 
     python scripts/bench_scaling.py [--repeats 5]
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -14,31 +15,41 @@ from pathlib import Path
 
 import torch
 from settings import machine, peak_memory
-from torch import nn
+from torch import Tensor, nn
 
 import attrib
 from attrib.studies.recipe import cross_entropy, train_recorded
 
-BASE = {"N": 2000, "P": 256, "T": 40, "Q": 4}
+BASE = {"N": 2000, "P": 128, "T": 40, "Q": 4, "L": 1, "K": 1}  # P: the width
+INPUTS = 256
 
 
-def network(hidden: int) -> nn.Module:
+class Beside(nn.ModuleList):
+    """Linear layers of the same inputs, their outputs one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self], -1)
+
+
+def network(work: dict[str, int]) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 256), nn.ReLU(), nn.Linear(256, 10))
+    widths, count = [INPUTS, *[work["P"], INPUTS] * work["L"]], work["K"]
+    layers = [Beside(nn.Linear(a, b // count) for _ in range(count)) for a, b in itertools.pairwise(widths)]
+    return nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Linear(INPUTS, 10))
 
 
 def record(work: dict[str, int], store: Path) -> None:
-    model = network(work["P"])
+    model = network(work)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    x, y = torch.randn(work["N"], 64), torch.randint(0, 10, (work["N"],))
+    x, y = torch.randn(work["N"], INPUTS), torch.randint(0, 10, (work["N"],))
     batches = ((torch.arange(work["N"]), x, y) for _ in range(work["T"]))
     train_recorded(model, optimizer, cross_entropy, batches, store)
 
 
 def attribute(work: dict[str, int], store: Path) -> float:
     torch.manual_seed(1)
-    x, y = torch.randn(work["Q"], 64), torch.randint(0, 10, (work["Q"],))
-    run, model = attrib.open_run(store), network(work["P"])
+    x, y = torch.randn(work["Q"], INPUTS), torch.randint(0, 10, (work["Q"],))
+    run, model = attrib.open_run(store), network(work)
     run.load(model, run.steps)
     start = time.perf_counter()
     result = attrib.attribute(
@@ -54,9 +65,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     print(machine())
-    print(
-        f"N = {BASE['N']} examples, T = {BASE['T']} steps, Q = {BASE['Q']} queries, P = parameters at width {BASE['P']}"
-    )
+    print(", ".join(f"{name} = {value}" for name, value in BASE.items()))
     cases = {"base": BASE, **{f"{name} doubled": {**BASE, name: 2 * value} for name, value in BASE.items()}}
     with tempfile.TemporaryDirectory() as folder:
         stores = {name: Path(folder) / name.replace(" ", "-") for name in cases}
@@ -69,7 +78,7 @@ def main() -> None:
             for name, work in cases.items():
                 seconds[name].append(attribute(work, stores[name]))
         for name, work in cases.items():
-            size = sum(p.numel() for p in network(work["P"]).parameters())
+            size = sum(p.numel() for p in network(work).parameters())
             print(
                 f"{name:10s} P = {size:7d}: {statistics.median(seconds[name]):6.2f} s, "
                 f"{statistics.median(a / b for a, b in zip(seconds[name], seconds['base'], strict=True)):5.2f} x,"

@@ -142,7 +142,12 @@ def peak_memory(work: Callable[..., Any], *arguments: Any) -> float:
     """MiB at most that a fresh process holds while it does `work(*arguments)`, Python, torch and the model included."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(work, *arguments).result()
-        return pool.submit(_peak).result()
+        return peak_of(pool)
+
+
+def peak_of(pool: ProcessPoolExecutor) -> float:
+    """MiB at most that the process of a pool held."""
+    return pool.submit(_peak).result()
 
 
 def _peak() -> float:
