@@ -44,7 +44,7 @@ class Phases:
     changes: in order, K of them; their steps are borders of bins, `width` steps each.
     bounds: K + 2 steps: the first of every phase, then the last of all.
     sums: (K + 1, G) table in the measurement's units, a row per phase, indexed by (first, last) step: what each group's
-        updates changed in it.
+    updates changed in it.
     refused: the smallest p value of a split that was not accepted; nan where no segment was long enough for one.
     """
 

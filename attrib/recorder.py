@@ -60,7 +60,8 @@ def record(
 
     Args:
         optimizer: one of `attrib.optim.RULES` over parameters of `model`, in one floating type; or several, a list, in turn.
-        model: under training, as the loop calls it, compiled or DistributedDataParallel; left as is. store: path or Store.
+        model: under training, as the loop calls it, compiled or DistributedDataParallel; left as is.
+        store: path or Store.
         loss: `loss(model, *batch) -> (B,)`, of each example, unreduced; with shares="rows" a scalar objective will do.
         capture: "replay" stores states and inputs, gradients are recomputed when attributing; "gradients" the shares of
             the examples too, (B, P) a step; "factors" the same in the form that layers give, where that is shorter.

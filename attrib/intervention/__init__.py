@@ -1,4 +1,4 @@
-"""Go back to a step of a recorded run, change something, and train on.
+"""Go back to a step of a recorded run, change something, and train on::
 
     changed = attrib.replay(run, 500, [Transplant("hidden.*", other, 1400), Freeze("embedding.*", slice(500, 700))], ...)
 
@@ -8,7 +8,7 @@ compose in the order given. For a change of state in mid-replay, replay to the e
 (its steps count from its own start).
 
 A kind of one's own is a frozen dataclass with one or two of the hooks of `Intervention`, or of `Window` if it acts during a
-window of steps:
+window of steps::
 
     @dataclass(frozen=True)
     class Flood(Window):

@@ -31,8 +31,8 @@ class Intervention:
 
     penalty: `penalty(step, model)`, a scalar to be added to the reduced loss of a step, or None; it draws no random numbers.
     loss: `loss(step, losses, ids)`, the losses (B,) of a step's examples changed: any differentiable function of them; ids
-        (B,) is an array. The replay is recorded with `weighted(loss)`: the weight of an example, d sum(changed) / d its
-        loss, is the last tensor of every batch.
+    (B,) is an array. The replay is recorded with `weighted(loss)`: the weight of an example, d sum(changed) / d its
+    loss, is the last tensor of every batch.
     """
 
     penalty: ClassVar[Callable[[Any, int, nn.Module], Tensor | None] | None] = None
