@@ -34,7 +34,7 @@ SHOWN = 8  # queries printed
 class Ledger:
     """The terms, each (query,), in the measurement's units, in order; printed, or shown as a table in a notebook.
 
-    identities: name -> the largest relative gap over the steps where it was checked, NaN for none (see docs/theory.md for what
+    identities: name -> the largest relative gap over the steps where it was checked, NaN for none (docs/theory.md has what
     each is relative to). sizes: of a term that may be anything, in words how large it is. shares: "example" or "rows";
     share: what that means.
     """

@@ -217,12 +217,8 @@ def test_zarr_and_xarray_alone_read_everything(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
     os.rename(tmp_path / "run", tmp_path / "run.zarr")
     os.rename(tmp_path / "result", tmp_path / "result.zarr")
-    block = (
-        (Path(__file__).parent.parent / "docs" / "store.md")
-        .read_text()
-        .split("import json, xarray, zarr")[1]
-        .split("```")[0]
-    )
+    page = (Path(__file__).parent.parent / "docs" / "store.md").read_text()
+    block = page.split("import json, xarray, zarr")[1].split("```")[0]
     done = subprocess.run(
         [sys.executable, "-c", f"import json, xarray, zarr{block}print(json.dumps(facts))"],
         check=True,
