@@ -67,21 +67,18 @@ def attribute(
     executor: Executor | None = None,
     shares: str | None = None,
 ) -> Result:
-    """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups.
-
-    Accounting of what happened on the realised path, not a counterfactual.
+    """Write m(theta_b) - m(theta_a) as a sum over training examples, steps and parameter groups: an account of what happened
+    on the realised path, not a counterfactual.
 
     Args:
         run: from `attrib.open_run`.
         model: of the recorded architecture, compiled or not. Used on its device, in its mode for the measurement; given back
-            as it was. The states of the run are explained, whatever its parameters are; where these are others, a warning
-            says so.
+            as it was. The run's states are explained; where the model's parameters are others, a warning says so.
         measurement: `model -> (Q,)`, or one of `attrib.measure`: also of an average of the model, `measure.averaged`.
         loss: as given to `attrib.record`; needed where the run was captured by "replay".
         path: `Secant()` (default), `GaussLegendre(nodes)` or `Midpoint(nodes)`.
         steps: a window slice(a, b), complete by itself; None for the whole run.
-        keep: axes to keep contributions along, one set or several, of "step", "example", "group"; None keeps all
-            marginals that fit in memory.
+        keep: axes to keep contributions along, one set or several, of "step", "example", "group"; None: what fits in memory.
         groups: {name: [parameter names or patterns]}; None makes each parameter tensor a group.
         dtype: compute type. None: float64 for the measurement, the recorded type for gradients. Sums are in float64.
         progress: show a bar on work longer than two seconds.
@@ -89,15 +86,22 @@ def attribute(
         memory: bytes to hold at most (`attrib.plan`), in as many sweeps as that takes; None: 4 GiB, or for one query.
         identities: those checked beside the three that cost nothing: "split", at a few steps, each share against the
             derivative of its own loss; "limit", that the path tends to the gradient. What is left out the result says.
-        executor: whose workers do the work: any `concurrent.futures.Executor`, such as
-            `ProcessPoolExecutor(2, get_context("spawn"))` or Dask's `client.get_executor()`; None: this process. The
-            result is the same up to the order of sums.
+        executor: whose workers do the work, to the same result up to the order of sums: `ProcessPoolExecutor(2,
+            get_context("spawn"))`, Dask's `client.get_executor()`, any `concurrent.futures.Executor`; None: this process.
         shares: what a share is, see `attrib.record`; None: what it is in the run, which capture="replay" alone can change.
+
+    Returns:
+        A `Result`, in the measurement's units; what raised the measurement is positive.
 
     Raises:
         ModelMismatchError, MeasurementError, UntraceableModelError, LossError, StoreError, KeptAxesError, ValueError.
-        Interrupted: Ctrl-C; its `result` is complete for what was done. A second Ctrl-C stops at once.
-        WorkerError: a worker died; its `result` is complete for what was done, None for nothing.
+        Interrupted: Ctrl-C (a second one stops at once); WorkerError: a worker died. Their `result` is complete for what was
+        done, None for nothing.
+
+    Example:
+        >>> result = attrib.attribute(run, model, measurement, loss=loss)
+        >>> result.by("step", "example").shape
+        (2, 12, 24)
     """
     path, model = Secant() if path is None else path, uncompiled(model)
     rest = keep, groups, dtype, progress, cube, memory, identities, executor, shares

@@ -28,7 +28,15 @@ def shared(tensor: Tensor) -> Shared:
     """Say that all examples of a batch share a tensor, as they do class weights, whatever its length.
 
     Example:
-        >>> recorder.batch(index, x, y, attrib.shared(class_weights))  # doctest: +SKIP
+        >>> def weighted(model, x, y, weights):
+        ...     return nn.functional.cross_entropy(model(x), y, weights, reduction="none")
+        >>> class_weights = attrib.shared(torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64))
+        >>> with attrib.record(optimizer, model, weighted, "new.zarr") as recorder:
+        ...     for index, x, y in loader:
+        ...         recorder.zero_grad()
+        ...         recorder.batch(index, x, y, class_weights)
+        ...         weighted(model, x, y, class_weights.tensor).mean().backward()
+        ...         recorder.step()
     """
     return Shared(tensor)
 

@@ -79,8 +79,11 @@ def difference(
         the queries before.
 
     Example:
-        >>> changed = attrib.replay(run, 0, Drop(ids), model=model, loss=loss, store="without.zarr")  # doctest: +SKIP
-        >>> print(attrib.difference(run, changed, model, measurement, loss=loss).check())  # doctest: +SKIP
+        >>> without = attrib.intervention.Drop([3, 14])
+        >>> changed = attrib.replay(run, 0, without, model=model, loss=loss, store="without.zarr")
+        >>> print(attrib.difference(run, changed, model, measurement, loss=loss).check())
+        query               base      examples     reduction      residual       changed
+        0              ...
     """
     if via not in VIA:
         raise ValueError(f"via is none: got {via!r}, expected one of {', '.join(map(repr, VIA))}.")

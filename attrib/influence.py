@@ -94,8 +94,10 @@ def influence(
         WorkerError: a worker died; its `result` has the queries before.
 
     Example:
-        >>> found = attrib.influence(run, model, measurement, loss=loss)  # doctest: +SKIP
-        >>> found.predict([[3, 14], [15]])  # without examples 3 and 14, without example 15  # doctest: +SKIP
+        >>> influence = attrib.influence(run, model, measurement, loss=loss)
+        >>> print(influence.check())
+        tangent against sensitivity: ...
+        the sensitivity to the parameters grew to 1.6... times that at the end
     """
     asked = Asked(keep, groups, dtype, progress, memory, executor)
     loop = Loop(run, uncompiled(model), loss, Unrecorded(clip, penalty), backward)

@@ -47,10 +47,26 @@ class Record:
             be recorded. What `attrib.record` and `recorder.step` raise.
 
     Example:
-        >>> def loss(module, batch):  # doctest: +SKIP
+        >>> import lightning.pytorch as lightning
+        >>> class Classifier(lightning.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = nn.Linear(8, 3).double()
+        ...
+        ...     def training_step(self, batch, number):
+        ...         return losses(self, batch).mean()
+        ...
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.AdamW(self.parameters())
+        >>> def losses(module, batch):
         ...     x, y = batch
-        ...     return torch.nn.functional.cross_entropy(module(x), y, reduction="none")
-        >>> trainer = Trainer(callbacks=[attrib.lightning.Record("run.zarr", loss=loss)])  # doctest: +SKIP
+        ...     return nn.functional.cross_entropy(module.net(x), y, reduction="none")
+        >>> rows = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+        >>> record = attrib.lightning.Record("new.zarr", loss=losses)
+        >>> quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> lightning.Trainer(callbacks=[record], max_epochs=1, **quiet).fit(Classifier(), rows)
+        >>> attrib.open_run("new.zarr").steps
+        3
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Record":

@@ -46,6 +46,13 @@ class Phases:
     sums: (K + 1, G) table in the measurement's units, a row per phase, indexed by (first, last) step: what each group's
     updates changed in it.
     refused: the smallest p value of a split that was not accepted; nan where no segment was long enough for one.
+
+    Example:
+        >>> found = attrib.phases(result)
+        >>> len(found.bounds) - len(found.changes)
+        2
+        >>> found.sums.columns.tolist()
+        ['hidden.weight', 'hidden.bias', 'output.weight', 'output.bias']
     """
 
     changes: tuple[Change, ...]
@@ -106,9 +113,12 @@ def phases(
         IndexError: no such query.
         ValueError: fewer than 8 bins, other dimensions, values that are not finite, or options out of range.
 
-    >>> print(attrib.phases(result))  # doctest: +SKIP
-     change at step 90 % interval      p explained
-               1200  1180 to 1220 0.0010     71.2%
+    Example:
+        >>> print(attrib.phases(result))
+         change at step 90 % interval      p explained
+                      ...
+        each tested at level 0.01, in bins of 1 step
+        ...
     """
     timeline = _timeline(result, query)
     values, steps = timeline.values.astype(float), timeline[str(timeline.dims[0])].values
@@ -155,8 +165,9 @@ def onset(curve: xr.DataArray | np.ndarray, width: int | None = None, *, steps: 
     Raises:
         ValueError: not one dimension, steps of another length, T < 2 D + 1, or values that are not finite.
 
-    >>> onset(np.array([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0]), 2)
-    3
+    Example:
+        >>> attrib.onset(np.array([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0]), 2)
+        3
     """
     values = np.asarray(curve, float)
     if values.ndim != 1 or (steps is not None and len(steps) != len(values)):

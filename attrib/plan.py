@@ -36,7 +36,13 @@ class Plan:
     those that training changes. shares: what a share is in the run. groups: G; passes: what shares by example take beyond
     the usual at each step, where the losses of its batch depend on each other: one per query and group, or one per example
     where that is fewer; 0 where they do not; along: the seconds of these passes, in `seconds` where shares are by
-    example. question: that is asked."""
+    example. question: that is asked.
+
+    Example:
+        >>> plan = attrib.plan(run, queries=100)
+        >>> plan.steps, plan.sweeps, plan.at_once
+        (12, 1, 100)
+    """
 
     steps: int
     queries: int
@@ -100,6 +106,14 @@ def plan(
     Raises:
         ValueError: `queries` is no count, there is no such question, or the memory does not hold one query.
         ReplayError: an optimizer whose derivative was not derived, for an influence or a difference.
+
+    Example:
+        >>> print(attrib.plan(run, queries=100))
+        question         accounting
+        steps            12
+        disk             ... KiB, ... KiB a step
+        queries          100
+        peak memory      ...
     """
     if question not in QUESTIONS:
         raise ValueError(f"unknown question: got {question!r}, expected one of {', '.join(map(repr, QUESTIONS))}.")

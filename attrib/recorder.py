@@ -89,7 +89,7 @@ def record(
         ResumeError, ModelMismatchError, StoreError: the run that is there cannot be gone on with; nothing was changed.
 
     Example:
-        >>> with attrib.record(optimizer, model, loss, "run.zarr") as recorder:  # doctest: +SKIP
+        >>> with attrib.record(optimizer, model, loss, "new.zarr") as recorder:
         ...     for index, x, y in loader:
         ...         recorder.zero_grad()
         ...         loss(model, x, y).mean().backward()
@@ -115,7 +115,19 @@ def _recorder(
 
 
 class Recorder(Announcing):
-    """An optimizer that records. Parameter groups, state and defaults are the wrapped optimizer's own."""
+    """An optimizer that records. Parameter groups, state and defaults are the wrapped optimizer's own.
+
+    Example:
+        >>> recorder = attrib.record(optimizer, model, loss, "new.zarr")
+        >>> for index, x, y in loader:
+        ...     recorder.zero_grad()
+        ...     recorder.batch(index, x, y)  # before its forward pass; then step needs no arguments
+        ...     loss(model, x, y).mean().backward()
+        ...     recorder.step()
+        >>> recorder.close()
+        >>> recorder.steps
+        12
+    """
 
     def __init__(
         self,

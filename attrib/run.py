@@ -27,7 +27,12 @@ _UNFINISHED = "not closed, or interrupted: read up to its last committed block"
 
 
 class Run:
-    """A run in a store, read-only. Open one with `attrib.open_run`."""
+    """A run in a store, read-only. Open one with `attrib.open_run`.
+
+    Example:
+        >>> run.steps, run.groups
+        (12, ('hidden.weight', 'hidden.bias', 'output.weight', 'output.bias'))
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -70,6 +75,7 @@ class Run:
 
     @property
     def capture(self) -> str:
+        """What is stored of the shares: "replay" (nothing), "gradients" or "factors"."""
         return str(self.header["capture"])
 
     @property
@@ -110,11 +116,8 @@ class Run:
         return self.ids.of(numbers[numbers >= 0])
 
     def batch(self, step: int) -> tuple[Any, ...]:
-        """The inputs of a step of one pass, as they were given to `recorder.step` or `recorder.batch` after the index.
-
-        Raises:
-            ValueError: it was made of several: see `batches`.
-        """
+        """The inputs of a step of one pass, as they were given to the recorder after the index; ValueError: it was made of
+        several, see `batches`."""
         passes = self.passes(step)
         if len(passes) > 1:
             raise ValueError(
@@ -123,8 +126,7 @@ class Run:
         return self.inputs(passes[0]).args
 
     def batches(self, step: int) -> list[tuple[Any, ...]]:
-        """The inputs of each pass of a step, as they were given to `recorder.batch` after the index; `index` has the ids of
-        all of them, one behind the other."""
+        """The inputs of each pass of a step, as for `batch`; `index` has the ids of all of them, one behind the other."""
         return [self.inputs(p).args for p in self.passes(step)]
 
     def passes(self, step: int) -> tuple[RecordedPass, ...]:
@@ -138,8 +140,7 @@ class Run:
         return self.reader.batch(recorded.kind, recorded.rows, recorded.shared)
 
     def scales(self, step: int) -> np.ndarray:
-        """(B,): of each example the factor between the gradient of its loss and its share; NaN where it is fitted when
-        attributing."""
+        """(B,): of each example its share over the gradient of its loss; NaN where that is fitted when attributing."""
         return np.repeat([p.scale for p in self.passes(step)], [p.size for p in self.passes(step)])
 
     def factor_scales(self, step: int) -> np.ndarray:
@@ -164,8 +165,7 @@ class Run:
         return self.layout.unflatten(self.vector(step))
 
     def buffers(self, step: int) -> dict[str, Tensor]:
-        """Name -> tensor, the buffers that training changed (running statistics), as they were before step `step`; T for the
-        final ones. Bit for bit."""
+        """Name -> tensor, the buffers that training changed (running statistics), as `parameters` has those."""
         return self.trajectory.buffers.at(self._state(step)) if self.trajectory.buffers else {}
 
     def shares(self, step: int) -> np.ndarray:
@@ -173,8 +173,7 @@ class Run:
         return self._at("gradients", step)[: self._size(step)]
 
     def factors(self, step: int, names: Sequence[str] | None = None) -> dict[str, list[Factor]]:
-        """With capture="factors": of each parameter (or of those in `names`) the factors of a step's batch, which times
-        `factor_scales(step)` are its shares; see `attrib.kernels.factors`."""
+        """With capture="factors", by parameter: what times `factor_scales(step)` are the shares; see `kernels.factors`."""
         size = self._size(step)
         return from_tensors(self.header["factors"], lambda name: torch.from_numpy(self._at(name, step))[:size], names)
 
@@ -203,14 +202,14 @@ class Run:
         return str(self.header.get("shares", "example"))
 
     def log(self, name: str) -> np.ndarray:
-        """(T,) of "loss", "batch_identity", "step_identity" or, with stored shares, "split_identity"; of "remainder", what
-        p.grad held beyond the shares, relative to |p.grad|, where the run accounts for it; NaN where it was not checked.
-        Of "seconds", what the step took without being recorded, NaN for the first."""
+        """(T,) of "loss"; "batch_identity", "step_identity", with stored shares "split_identity"; "remainder", what p.grad
+        held beyond the shares, relative to it, where the run accounts for it: NaN where it was not checked; "seconds", what
+        the step took without being recorded, NaN for the first."""
         return self.reader.fact(name, slice(0, self.steps))
 
     def load(self, model: nn.Module, step: int) -> None:
-        """Put the parameters and buffers of a step, and the recorded frozen parameters, into a model, bit for bit. Those of
-        which the run holds the digest only are left as they are.
+        """Put the parameters and buffers of a state, 0 .. T, and the recorded frozen parameters, into a model, bit for bit.
+        Those of which the run holds the digest only are left as they are.
 
         Raises:
             ModelMismatchError: naming the first tensor that differs in name, shape or dtype, or in value where only its
@@ -257,8 +256,7 @@ class Run:
         return from_facts(self.header["settled"]["autocast"])
 
     def constants(self) -> dict[str, Tensor]:
-        """Buffers that training does not change and frozen parameters, by name; none where the run was recorded with
-        constants="digest"."""
+        """Buffers that training does not change and frozen parameters, by name; none with constants="digest"."""
         return {
             name: to_tensor(self.reader.read(f"constants/{n}"), self.digests[name].dtype)
             for n, name in enumerate(self.header["constants"])
@@ -344,7 +342,8 @@ def open_run(store: Any) -> Run:
         StoreError: nothing there, not a run, of a newer format, no committed steps, or damaged.
 
     Example:
-        >>> run = attrib.open_run("run.zarr")  # doctest: +SKIP
-        >>> run.steps, run.index(0), run.parameters(0)  # doctest: +SKIP
+        >>> run = attrib.open_run("run.zarr")
+        >>> run.steps, run.index(0).shape, run.vector(0).shape
+        (12, (8,), torch.Size([75]))
     """
     return Run(Reader(store))

@@ -34,6 +34,12 @@ class Setup:
         describe_query: query -> the same.
         tag: train example id -> class, source or the like.
         groups: as for `attrib.attribute`.
+
+    Example:
+        >>> margin = attrib.measure.margin(x_test, y_test)
+        >>> setup = attrib.Setup(model, loss, {"log_prob": measurement, "margin": margin})
+        >>> setup.choose("margin") is margin
+        True
     """
 
     model: nn.Module

@@ -53,6 +53,11 @@ def verify(
     Without the model, the shares of a run captured by "replay" cannot be recomputed: `attrib.attribute` checks them at
     every step it visits, and the measurement identity with them. With `model` and `loss`, as they were recorded, the split
     is checked on a few steps: each share, along a random direction, against the derivative of its own example's loss.
+
+    Example:
+        >>> found = attrib.verify(run, model=model, loss=loss)
+        >>> found.failure is None, list(found.identities)
+        (True, ['step', 'recorded batch', 'split'])
     """
     found = Verification()
     try:

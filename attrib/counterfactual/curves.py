@@ -45,8 +45,10 @@ def leave_out(
         ValueError: scores that do not fit. What `retrain_subsets` raises.
 
     Example:
-        >>> curve = attrib.leave_out(run, result, measurement, model=model, loss=loss)  # doctest: +SKIP
-        >>> curve["top"] - curve["random"].mean("draw")  # doctest: +SKIP
+        >>> shares = [0.1, 0.2]
+        >>> curve = attrib.leave_out(run, result, measurement, shares, model=model, loss=loss, draws=2)
+        >>> (curve["top"] - curve["random"].mean("draw")).dims
+        ('share', 'query')
     """
     table = score_table(scores, run.examples if examples is None else examples)
     if not len(shares) or not all(0 < share < 1 for share in shares):

@@ -34,6 +34,12 @@ class Outcomes:
     dataset: xarray.Dataset with value (subset, query), base (query), changed (subset, example) bool, weight (subset): of the
         changed examples, NaN where they were left out. Subsets are called by their place in the list that was asked for;
         those that are not done yet are missing.
+
+    Example:
+        >>> outcomes
+        <attrib.Outcomes: log_prob of 2 queries after 4 retrainings>
+        >>> outcomes.changes.shape
+        (4, 2)
     """
 
     dataset: xr.Dataset
@@ -91,6 +97,11 @@ def open_outcomes(path: Any) -> Outcomes:
 
     Raises:
         StoreError: nothing there, something else, or damaged.
+
+    Example:
+        >>> outcomes.save("outcomes.txt")
+        >>> attrib.open_outcomes("outcomes.txt").missing
+        0
     """
     header, done, _ = _read(Path(path))
     return outcomes_of(header, done)

@@ -81,9 +81,10 @@ def retrain_subsets(
         Interrupted: Ctrl-C; WorkerError: a worker died. `result` has the outcomes that are done.
 
     Example:
-        >>> subsets = attrib.random_subsets(run, 0.05, 100)  # doctest: +SKIP
-        >>> outcomes = attrib.retrain_subsets(run, subsets, measurement, model=model, loss=loss)  # doctest: +SKIP
-        >>> attrib.lds(attrib.attribute(run, model, measurement, loss=loss), subsets, outcomes)  # doctest: +SKIP
+        >>> subsets = attrib.random_subsets(run, 0.1, 4)
+        >>> outcomes = attrib.retrain_subsets(run, subsets, measurement, model=model, loss=loss)
+        >>> outcomes.values.shape
+        (4, 2)
     """
     _check_asked(run, executor, at_once)
     work = Retraining(run, uncompiled(model), loss, _measured(run, model, measurement, dtype), backward, penalty)

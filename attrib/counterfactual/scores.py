@@ -48,8 +48,10 @@ def lds(
     Example:
         >>> ids = [[0, 1], [1, 2], [2, 3], [0, 3]]
         >>> left_out = [[-3.0], [-5.0], [-7.0], [-5.0]]  # each example is worth its number plus one
-        >>> float(lds([[1.0, 2.0, 3.0, 4.0]], ids, left_out)["mean"])
+        >>> float(attrib.lds([[1.0, 2.0, 3.0, 4.0]], ids, left_out)["mean"])
         1.0
+        >>> attrib.lds(result, subsets, outcomes)["lds"].shape
+        (2,)
     """
     table = score_table(scores, outcomes.dataset["example"].values if examples is None and _is(outcomes) else examples)
     changed, weight, values = _asked(subsets, outcomes, table)
@@ -90,7 +92,7 @@ def mislabelled_auc(scores: Any, mislabelled: Collection[int | str], *, examples
         ValueError: ids without a score, none or all of the examples.
 
     Example:
-        >>> mislabelled_auc([[3.0, -1.0, 2.0, 0.0]], [1]).values
+        >>> attrib.mislabelled_auc([[3.0, -1.0, 2.0, 0.0]], [1]).values
         array([1.])
     """
     table = score_table(scores, examples)
@@ -113,7 +115,8 @@ def random_subsets(run: Run, share: float, count: int, seed: int = 0) -> list[np
         ValueError: a share that is not between 0 and 1, or no count.
 
     Example:
-        >>> subsets = attrib.random_subsets(run, 0.05, 100)  # doctest: +SKIP
+        >>> [len(subset) for subset in attrib.random_subsets(run, 0.25, 3)]
+        [6, 6, 6]
     """
     if not 0 < share < 1 or count < 1:
         raise ValueError(

@@ -54,9 +54,10 @@ def what_if(
         ReplayError, ModelMismatchError, MeasurementError. ValueError: no changes, or one of the name "untouched".
 
     Example:
-        >>> frozen = {"frozen from 100": Freeze("hidden.*", slice(100, None))}  # doctest: +SKIP
-        >>> found = attrib.what_if(run, frozen, measurement, model=model, loss=loss)  # doctest: +SKIP
-        >>> found - found.sel(change="untouched")  # doctest: +SKIP
+        >>> changes = {"frozen from 6": attrib.intervention.Freeze("hidden.*", slice(6, None))}
+        >>> found = attrib.what_if(run, changes, measurement, model=model, loss=loss)
+        >>> (found - found.sel(change="untouched")).shape
+        (2, 1, 2)
     """
     if not changes or "untouched" in changes:
         raise ValueError(
@@ -129,6 +130,10 @@ def ablate(
 
     Raises:
         ModelMismatchError, MeasurementError; ValueError: a pattern that names no parameter; IndexError: no such state.
+
+    Example:
+        >>> attrib.ablate(run, model, measurement, {"hidden": ["hidden.*"], "output": ["output.*"]}).shape
+        (2, 2)
     """
     values = values_of(run, model, measurement, dtype)
     theta = run.whole(run.steps if state is None else state)

@@ -51,7 +51,10 @@ def connectivity(
         ValueError: fewer than 2 points or 3 positions. ModelMismatchError, MeasurementError. IndexError: no such state.
 
     Example:
-        >>> found = attrib.connectivity({"a": (run, 100), "b": (run, 200)}, model, losses)  # doctest: +SKIP
+        >>> losses = attrib.measure.loss(x, y)
+        >>> found = attrib.connectivity({"as it was": (run, 12), "changed": (changed, 12)}, model, losses)
+        >>> found["barrier"].sel(point="as it was", other="changed").shape
+        (24,)
     """
     if len(points) < 2 or positions < 3:
         raise ValueError(
@@ -91,6 +94,12 @@ def clusters(barriers: xr.DataArray, height: float) -> xr.DataArray:
 
     Raises:
         ValueError: not a symmetric matrix, or a height below 0.
+
+    Example:
+        >>> import xarray as xr
+        >>> barriers = xr.DataArray([[0.0, 0.1, 2.0], [0.1, 0.0, 3.0], [2.0, 3.0, 0.0]], dims=("point", "other"))
+        >>> attrib.clusters(barriers, height=0.5).values
+        array([0, 0, 1])
     """
     values = np.asarray(barriers.values, float)
     if values.ndim != 2 or values.shape[0] != values.shape[1] or not np.array_equal(values, values.T) or height < 0:
@@ -113,6 +122,12 @@ def settled(labels: xr.DataArray) -> Any:
 
     Returns:
         Its label on that dimension.
+
+    Example:
+        >>> import xarray as xr
+        >>> labels = xr.DataArray([0, 0, 1, 1], {"point": [0, 100, 200, 300]}, "point")
+        >>> int(attrib.settled(labels))
+        200
     """
     other = np.flatnonzero(labels.values != labels.values[-1])
     found = labels[str(labels.dims[0])].values[int(other[-1]) + 1 if len(other) else 0]

@@ -51,6 +51,11 @@ def curvature(
     Raises:
         ModelMismatchError. IndexError: no such state. ValueError: more eigenvalues than Lanczos finds.
         scipy.sparse.linalg.ArpackNoConvergence: it did not find them.
+
+    Example:
+        >>> found = attrib.curvature(run, model, loss, (x, y), states=[0, 12], count=2)
+        >>> found["eigenvalue"].shape, found["vector"].shape
+        ((2, 2), (2, 2, 75))
     """
     model = uncompiled(model)
     check_model(run, model)

@@ -38,6 +38,10 @@ def evaluate(
 
     Raises:
         ModelMismatchError, MeasurementError. IndexError: no such state.
+
+    Example:
+        >>> attrib.evaluate(run, model, measurement, states=[0, 6, 12]).shape
+        (3, 2)
     """
     chosen = list(range(run.steps + 1)) if states is None else [int(s) for s in states]
     if not chosen or min(chosen) < 0 or max(chosen) > run.steps:
@@ -69,6 +73,11 @@ def interpolate(
 
     Raises:
         ModelMismatchError: the runs are not of one architecture, or not of the model's. ValueError: fewer than 3 points.
+
+    Example:
+        >>> line = attrib.interpolate(run, 0, changed, 12, model, measurement)
+        >>> line.dims, float(line["position"][-1])
+        (('position', 'query'), 1.0)
     """
     if points < 3:
         raise ValueError(f"there is no line: got {points} points, expected at least 3, at interpolate.")
@@ -81,12 +90,26 @@ def interpolate(
 
 
 def barrier(line: xr.DataArray) -> xr.DataArray:
-    """(query,): how far a loss along a line (position, query) rises above the straight line between its ends; 0 at least."""
+    """(query,): how far a loss along a line (position, query) rises above the straight line between its ends; 0 at least.
+
+    Example:
+        >>> import xarray as xr
+        >>> line = xr.DataArray([[1.0], [4.0], [3.0]], dims=("position", "query"))
+        >>> attrib.barrier(line).values
+        array([2.])
+    """
     return _along(line, lines.barriers)
 
 
 def convexity_gap(line: xr.DataArray) -> xr.DataArray:
-    """(query,): the largest barrier on any part of a line (position, query); 0 where the loss is convex along it."""
+    """(query,): the largest barrier on any part of a line (position, query); 0 where the loss is convex along it.
+
+    Example:
+        >>> import xarray as xr
+        >>> line = xr.DataArray([[3.0], [0.0], [2.0], [0.0], [3.0]], dims=("position", "query"))
+        >>> attrib.convexity_gap(line).values, attrib.barrier(line).values
+        (array([2.]), array([0.]))
+    """
     return _along(line, lines.convexity_gaps)
 
 

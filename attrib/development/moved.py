@@ -62,9 +62,11 @@ def moves(
         ValueError: steps outside the run, or a negative lead. What `attrib.attribute` raises.
 
     Example:
-        >>> losses = attrib.measure.loss(x_train, y_train)  # doctest: +SKIP
-        >>> for move in attrib.moves(run, model, losses, range(300, 400), loss=loss):  # doctest: +SKIP
-        ...     matrix += move.contributions  # (whose loss, who changed it)
+        >>> losses = attrib.measure.loss(x, y)  # of the training examples
+        >>> for move in attrib.moves(run, model, losses, range(2), loss=loss):
+        ...     print(move.step, move.contributions.shape)  # (whose loss, who changed it)
+        0 (24, 24)
+        1 (24, 24)
     """
     chosen = range(run.steps) if steps is None else steps
     if isinstance(chosen, slice):

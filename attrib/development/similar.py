@@ -28,7 +28,10 @@ def similarity(results: Mapping[str, Result], *axes: str, kind: str = "cosine") 
         KeptAxesError: a result was not kept along these axes.
 
     Example:
-        >>> attrib.similarity({"seed 0": one, "seed 1": two}, "example")  # doctest: +SKIP
+        >>> other = attrib.attribute(changed, model, measurement, loss=loss)
+        >>> found = attrib.similarity({"as it was": result, "changed": other}, "example", "group")
+        >>> found.dims, found.shape
+        (('query', 'run', 'other'), (2, 2, 2))
     """
     if kind not in KINDS or not axes or len(results) < 2:
         raise ValueError(

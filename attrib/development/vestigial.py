@@ -35,7 +35,9 @@ def vestiges(result: Result, query: int = 0, left: float = LEFT, height: float =
         IndexError: no such query.
 
     Example:
-        >>> attrib.vestiges(result).drop_dims("update_step").to_dataframe()  # doctest: +SKIP
+        >>> found = attrib.vestiges(result)
+        >>> found["vestigial"].dtype, found["running"].shape
+        (dtype('bool'), (12, 4))
     """
     count = result.dataset.sizes["query"]
     if not -count <= query < count:

@@ -46,6 +46,13 @@ class Loss:
     kind: "tokens", "classes", "flags" or "values"; None for what type and number of the labels say, as transformers reads
     it. shift: whether tokens are labels of the place before. smoothing: e. feeds: whether the model is given the labels,
     of which an encoder-decoder makes its own inputs. It pickles.
+
+    Example:
+        >>> def model(input_ids):
+        ...     return {"logits": torch.zeros(*input_ids.shape, 10)}  # ten tokens, all as likely
+        >>> texts = torch.ones(2, 4, dtype=torch.int64)
+        >>> attrib.hf.Loss("tokens", shift=True)(model, {"input_ids": texts, "labels": texts})
+        tensor([6.9078, 6.9078])
     """
 
     kind: str | None
@@ -107,7 +114,10 @@ def loss(model: nn.Module, label_smoothing: float = 0.0) -> Loss:
         ValueError: the model's loss is none of these.
 
     Example:
-        >>> result = attrib.attribute(run, model, measurement, loss=attrib.hf.loss(model))  # doctest: +SKIP
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+        >>> attrib.hf.loss(model)
+        Loss(kind='tokens', shift=True, smoothing=0.0, feeds=False)
     """
     base = base_of(model)
     name, config = type(base).__name__, getattr(base, "config", None)

@@ -54,6 +54,19 @@ class Recording:
     """One training of a Trainer, from `attrib.hf.record` to the end of `trainer.train()`.
 
     recorder: None until recording begins, at the first batch; after the end the closed one.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+        >>> texts = [{"input_ids": t, "labels": t} for t in torch.randint(30, (8, 6))]
+        >>> arguments = TrainingArguments("out", max_steps=3, per_device_train_batch_size=4, report_to="none")
+        >>> trainer = Trainer(model, arguments, train_dataset=texts)
+        >>> recording = attrib.hf.record(trainer, "trainer.zarr")
+        >>> trainer.train()
+        {'train_runtime': ...}
+        TrainOutput(global_step=3, ...)
+        >>> recording.recorder.steps
+        3
     """
 
     def __init__(self, trainer: Any, store: Any, loss: Any, ids: str | None, options: dict[str, Any]) -> None:
@@ -230,9 +243,18 @@ def record(
         What `attrib.record` raises, from `trainer.train()`.
 
     Example:
-        >>> trainer = Trainer(model, arguments, train_dataset=dataset)  # doctest: +SKIP
-        >>> attrib.hf.record(trainer, "run.zarr")  # doctest: +SKIP
-        >>> trainer.train()  # doctest: +SKIP
+        >>> from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+        >>> texts = [{"input_ids": t, "labels": t} for t in torch.randint(30, (8, 6))]
+        >>> arguments = TrainingArguments("out", max_steps=3, per_device_train_batch_size=4, report_to="none")
+        >>> trainer = Trainer(model, arguments, train_dataset=texts)
+        >>> attrib.hf.record(trainer, "trainer.zarr")
+        Recording('trainer.zarr', not begun)
+        >>> trainer.train()
+        {'train_runtime': ...}
+        TrainOutput(global_step=3, ...)
+        >>> attrib.open_run("trainer.zarr").steps
+        3
     """
     check_trainer(trainer, ids, loss is not None)
     known = set(inspect.signature(record_loop).parameters) - {"optimizer", "model"}

@@ -33,6 +33,15 @@ class Intervention:
     loss: `loss(step, losses, ids)`, the losses (B,) of a step's examples changed: any differentiable function of them; ids
     (B,) is an array. The replay is recorded with `weighted(loss)`: the weight of an example, d sum(changed) / d its
     loss, is the last tensor of every batch.
+
+    Example:
+        >>> class Halved(attrib.intervention.Intervention):
+        ...     def begin(self, run, model, optimizer):
+        ...         for parameter in model.parameters():
+        ...             parameter.data /= 2
+        >>> again = attrib.replay(run, 6, Halved(), model=model, loss=loss, store="again.zarr")
+        >>> torch.equal(again.vector(0), run.vector(6) / 2)
+        True
     """
 
     penalty: ClassVar[Callable[[Any, int, nn.Module], Tensor | None] | None] = None
@@ -68,7 +77,21 @@ class Intervention:
 
 
 class Window(Intervention):
-    """An intervention during the steps of a slice of the run's; None for all. Each kind has `steps` among its fields."""
+    """An intervention during the steps of a slice of the run's; None for all. Each kind has `steps` among its fields.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Slower(attrib.intervention.Window):
+        ...     steps: slice | None = None
+        ...
+        ...     def options(self, run, step, optimizer):
+        ...         for group in optimizer.param_groups if self.active(step) else ():
+        ...             group["lr"] /= 2
+        >>> again = attrib.replay(run, 0, Slower(slice(6, 9)), model=model, loss=loss, store="again.zarr")
+        >>> again.options["lr"]
+        [0.025, 0.05]
+    """
 
     steps: slice | None
 

@@ -21,7 +21,14 @@ _FLAGS = ("amsgrad", "foreach", "fused")  # of what state there is, and of who c
 
 @dataclass(frozen=True)
 class Freeze(Window):
-    """Parameters that the optimizer leaves alone: no update, no weight decay, accumulators as they are."""
+    """Parameters that the optimizer leaves alone: no update, no weight decay, accumulators as they are.
+
+    Example:
+        >>> frozen = attrib.intervention.Freeze("hidden.*", steps=slice(4, None))
+        >>> again = attrib.replay(run, 0, frozen, model=model, loss=loss, store="again.zarr")
+        >>> torch.equal(again.parameters(12)["hidden.weight"], again.parameters(4)["hidden.weight"])
+        True
+    """
 
     groups: Groups
     steps: slice | None = None
@@ -46,7 +53,14 @@ class Freeze(Window):
 @dataclass(frozen=True)
 class Drop(Window):
     """Examples left out of their batches; a mean is over those that remain. Where the loss draws random numbers, those that
-    remain draw others than before: `Reweight` with 0 keeps them."""
+    remain draw others than before: `Reweight` with 0 keeps them.
+
+    Example:
+        >>> without = attrib.intervention.Drop([3, 14])
+        >>> again = attrib.replay(run, 0, without, model=model, loss=loss, store="again.zarr")
+        >>> len(run.examples), len(again.examples)
+        (24, 22)
+    """
 
     examples: Collection[int | str]
     steps: slice | None = None
@@ -79,6 +93,13 @@ class Reweight(Window):
 
     Args:
         weights: example id -> weight; 1 for all others.
+
+    Example:
+        >>> half = attrib.intervention.Reweight({3: 0.5})
+        >>> again = attrib.replay(run, 0, half, model=model, loss=loss, store="again.zarr")
+        >>> *inputs, weights = again.batch(0)
+        >>> weights.shape
+        torch.Size([8])
     """
 
     weights: Mapping[Any, float]
@@ -104,6 +125,12 @@ class Options(Window):
     Args:
         values: option -> its value, or a function of the step and the recorded value.
         groups: names or patterns of the parameters whose options they are.
+
+    Example:
+        >>> lower = attrib.intervention.Options({"lr": lambda step, recorded: recorded / 2}, slice(6, None))
+        >>> again = attrib.replay(run, 0, lower, model=model, loss=loss, store="again.zarr")
+        >>> again.options["lr"]  # the smallest and the largest
+        [0.025, 0.05]
     """
 
     values: Mapping[str, Any]
@@ -146,6 +173,12 @@ class Penalty(Window):
     Args:
         function: model -> scalar; it must draw no random numbers.
         weight: its factor.
+
+    Example:
+        >>> sparse = attrib.intervention.Penalty(lambda model: model.output.weight.abs().sum(), weight=0.1)
+        >>> again = attrib.replay(run, 0, sparse, model=model, loss=loss, store="again.zarr")
+        >>> bool(again.parameters(12)["output.weight"].abs().sum() < run.parameters(12)["output.weight"].abs().sum())
+        True
     """
 
     function: Callable[[nn.Module], Tensor]
@@ -163,6 +196,12 @@ class Suppress(Window):
     Args:
         groups: names or patterns of the parameters.
         weight: of the pull.
+
+    Example:
+        >>> weaker = attrib.intervention.Suppress("hidden.weight", 0.5)
+        >>> again = attrib.replay(run, 0, weaker, model=model, loss=loss, store="again.zarr")
+        >>> bool(again.parameters(12)["hidden.weight"].norm() < run.parameters(12)["hidden.weight"].norm())
+        True
     """
 
     groups: Groups
@@ -184,7 +223,13 @@ class Suppress(Window):
 
 
 def weighted(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss (B,) times the last tensor of the batch, (B,): what a replay whose losses are changed is recorded with."""
+    """The loss (B,) times the last tensor of the batch, (B,): what a replay whose losses are changed is recorded with.
+
+    Example:
+        >>> weighted_loss = attrib.intervention.weighted(loss)
+        >>> torch.equal(weighted_loss(model, x, y, torch.full((24,), 0.5)), 0.5 * loss(model, x, y))
+        True
+    """
 
     def weighted_loss(model: nn.Module, *batch: Tensor) -> Tensor:
         *inputs, weights = batch

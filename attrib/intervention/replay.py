@@ -61,8 +61,10 @@ def replay(
             anything is written, but for what is wrong with a batch of `batches`.
 
     Example:
-        >>> grown = attrib.intervention.Transplant("hidden.*", run, 1400)  # doctest: +SKIP
-        >>> again = attrib.replay(run, 500, grown, model=model, loss=loss, store="again.zarr")  # doctest: +SKIP
+        >>> grown = attrib.intervention.Transplant("hidden.*", run, 12)
+        >>> again = attrib.replay(run, 4, grown, model=model, loss=loss, store="again.zarr")
+        >>> again.steps, again.replayed["start"]
+        (8, 4)
     """
     course = prepare(run, start, interventions, Loop(uncompiled(model), loss, until, backward, batches))
     options = {**_recorded(run), **options}
@@ -105,9 +107,12 @@ def retrain(
     errors are those of `replay`.
 
     Example:
-        >>> for step, trained in attrib.retrain(run, 500, change, model=model, loss=loss):  # doctest: +SKIP
-        ...     if accuracy(trained) > 0.99:
-        ...         break
+        >>> change = attrib.intervention.Drop([3, 14])
+        >>> for state, trained in attrib.retrain(run, 10, change, model=model, loss=loss):
+        ...     print(state, measurement(trained).shape)
+        10 torch.Size([2])
+        11 torch.Size([2])
+        12 torch.Size([2])
     """
     course = prepare(run, start, interventions, Loop(uncompiled(model), loss, until, backward, batches))
 

@@ -33,6 +33,12 @@ class Transplant(Intervention):
         share: of the entries of each tensor, drawn at random; "reset" and "taken" then concern those entries alone, while
             the age that Adam corrects its bias by stays the tensor's own (or, where it has none, the donor's).
         seed: of that draw.
+
+    Example:
+        >>> early = attrib.intervention.Transplant("hidden.*", run, 12)
+        >>> again = attrib.replay(run, 4, early, model=model, loss=loss, store="again.zarr")
+        >>> torch.equal(again.parameters(0)["hidden.weight"], run.parameters(12)["hidden.weight"])
+        True
     """
 
     groups: Groups
@@ -106,6 +112,13 @@ class Redraw(Intervention):
             them draw their own, with `reset_parameters`.
         seed: of torch's generator while drawing; it is put back.
         state: what becomes of their optimizer state, "kept" or "reset".
+
+    Example:
+        >>> anew = attrib.intervention.Redraw("output.*", seed=1)
+        >>> again = attrib.replay(run, 6, anew, model=model, loss=loss, store="again.zarr")
+        >>> before, after = run.parameters(6), again.parameters(0)  # of the replay, step 0 is the state 6
+        >>> [name for name in run.groups if not torch.equal(before[name], after[name])]
+        ['output.weight', 'output.bias']
     """
 
     groups: Groups
@@ -144,6 +157,15 @@ class Permute(Intervention):
         axes: parameter name -> axis; all of one length.
         seed: of the permutation.
         state: what becomes of their optimizer state: "kept", "reset", or "taken": permuted along.
+
+    Example:
+        >>> neurons = {"hidden.weight": 0, "hidden.bias": 0, "output.weight": 1}
+        >>> again = attrib.replay(
+        ...     run, 6, attrib.intervention.Permute(neurons), model=model, loss=loss, store="again.zarr"
+        ... )
+        >>> as_before = attrib.evaluate(run, model, measurement, [6]), attrib.evaluate(again, model, measurement, [0])
+        >>> np.allclose(*as_before)  # the same function
+        True
     """
 
     axes: Mapping[str, int]

@@ -15,6 +15,14 @@ class Measurement:
 
     rows: (model, *batch) -> (Q,). batch: tensors with Q rows. name, units: for labels. names: what the queries are
     called, one each, or nothing.
+
+    Example:
+        >>> def entropy(model, x):
+        ...     logs = model(x).log_softmax(1)
+        ...     return -(logs.exp() * logs).sum(1)
+        >>> measurement = attrib.measure.Measurement(entropy, (x_test,), "entropy", "nats")
+        >>> measurement(model).shape, measurement.select([1])(model).shape
+        (torch.Size([2]), torch.Size([1]))
     """
 
     rows: Callable[..., Tensor]

@@ -28,26 +28,43 @@ def log_prob(x: Inputs, y: Tensor, names: Sequence[str] = ()) -> Measurement:
         MeasurementError: not a batch, or of different lengths.
 
     Example:
-        >>> log_prob(torch.eye(3), torch.tensor([2, 0, 1]))(torch.nn.Linear(3, 4)).shape
-        torch.Size([3])
+        >>> attrib.measure.log_prob(x_test, y_test, names=["first", "second"])(model).shape
+        torch.Size([2])
     """
     return _measurement(_log_prob, x, y, "log_prob", "nats", names)
 
 
 def loss(x: Inputs, y: Tensor, loss: Callable[..., Tensor] | None = None, names: Sequence[str] = ()) -> Measurement:
-    """Loss of each test example, in the loss's units: cross-entropy (nats) or `loss(model, x, y) -> (Q,)`."""
+    """Loss of each test example, in the loss's units: cross-entropy (nats) or `loss(model, x, y) -> (Q,)`.
+
+    Example:
+        >>> losses = attrib.measure.loss(x_test, y_test, loss)
+        >>> torch.equal(losses(model), loss(model, x_test, y_test))
+        True
+    """
     if loss is not None:
         return _measurement(loss, x, y, "loss", "", names)
     return _measurement(_cross_entropy, x, y, "loss", "nats", names)
 
 
 def logit(x: Inputs, y: Tensor, names: Sequence[str] = ()) -> Measurement:
-    """The model's output for class `y`: (Q, ...), (Q,) or (Q, T) int -> (Q,), summed over T."""
+    """The model's output for class `y`: (Q, ...), (Q,) or (Q, T) int -> (Q,), summed over T.
+
+    Example:
+        >>> torch.equal(attrib.measure.logit(x_test, y_test)(model), model(x_test)[[0, 1], y_test])
+        True
+    """
     return _measurement(_logit, x, y, "logit", "", names)
 
 
 def margin(x: Inputs, y: Tensor, names: Sequence[str] = ()) -> Measurement:
-    """The output for class `y` minus the largest other output: positive where the prediction is right."""
+    """The output for class `y` minus the largest other output: positive where the prediction is right.
+
+    Example:
+        >>> margin = attrib.measure.margin(x_test, y_test)
+        >>> torch.equal(margin(model) > 0, model(x_test).argmax(1) == y_test)
+        True
+    """
     return _measurement(_margin, x, y, "margin", "", names)
 
 

@@ -39,8 +39,9 @@ def continuation(
         MeasurementError: no ids, an empty text, or not as many of one as of the other.
 
     Example:
-        >>> measurement = continuation([[5, 2, 7], [1]], [[3], [4, 4]], names=["cat", "dogs"])
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
+        >>> names = ["cat", "dogs"]
+        >>> measurement = attrib.measure.continuation([[5, 2, 7], [1]], [[3], [4, 4]], names=names)
+        >>> model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
         >>> measurement(model).shape
         torch.Size([2])
     """
@@ -71,11 +72,12 @@ def tokens(text: Ids, start: int = 1, names: Sequence[str] = (), tokenizer: Any 
         MeasurementError: no ids, or no token from `start` on.
 
     Example:
-        >>> measurement = tokens([5, 2, 7, 1], tokenizer=lambda ids: "abcdefgh"[ids[0]])
+        >>> measurement = attrib.measure.tokens([5, 2, 7, 1], tokenizer=lambda ids: "abcdefgh"[ids[0]])
         >>> measurement.names
         ('c', 'h', 'b')
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8))
-        >>> torch.allclose(measurement(model).sum(), continuation([[5]], [[2, 7, 1]])(model))
+        >>> model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+        >>> whole = attrib.measure.continuation([[5]], [[2, 7, 1]])
+        >>> torch.allclose(measurement(model).sum(), whole(model))
         True
     """
     (ids,) = _texts([text], "text", "tokens")

@@ -19,7 +19,7 @@ def logits_of(output: Any) -> Tensor:
         MeasurementError: there are none.
 
     Example:
-        >>> logits_of({"loss": None, "logits": torch.zeros(2, 3)}).shape
+        >>> attrib.measure.logits_of({"loss": None, "logits": torch.zeros(2, 3)}).shape
         torch.Size([2, 3])
     """
     found = output

@@ -50,7 +50,13 @@ class Quadrature:
 
 @dataclass(frozen=True)
 class GaussLegendre(Quadrature):
-    """Gauss-Legendre quadrature. `nodes`: gradients per step; 4 to 8 reach rounding on smooth networks."""
+    """Gauss-Legendre quadrature. `nodes`: gradients per step; 4 to 8 reach rounding on smooth networks.
+
+    Example:
+        >>> result = attrib.attribute(run, model, measurement, loss=loss, path=attrib.GaussLegendre(8))
+        >>> result.gap("measurement") < 1e-9
+        True
+    """
 
     nodes: int = 4
 
@@ -64,7 +70,13 @@ class GaussLegendre(Quadrature):
 
 @dataclass(frozen=True)
 class Midpoint(Quadrature):
-    """The midpoint rule on equal cells. `nodes`: gradients per step."""
+    """The midpoint rule on equal cells. `nodes`: gradients per step.
+
+    Example:
+        >>> result = attrib.attribute(run, model, measurement, loss=loss, path=attrib.Midpoint(50))
+        >>> bool(abs(result.residual).max() < 1e-4)  # no rounding: what the rule leaves out
+        True
+    """
 
     nodes: int = 100
 

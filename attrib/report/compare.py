@@ -13,7 +13,13 @@ from ..result import Result
 class Comparison:
     """queries: a row per query that both have: final values, and how alike the contributions of the common examples are:
     correlation, rank correlation, and the share of the `n` largest in size that is common. groups: (query, group) with the
-    net change by each result. n: as it was chosen."""
+    net change by each result. n: as it was chosen.
+
+    Example:
+        >>> other = attrib.attribute(changed, model, measurement, loss=loss)
+        >>> attrib.report.compare(result, other, n=3).queries.columns.tolist()
+        ['query', 'final a', 'final b', 'common examples', 'correlation', 'rank correlation', 'same of top 3']
+    """
 
     queries: pd.DataFrame
     groups: pd.DataFrame
@@ -31,6 +37,12 @@ def compare(a: Result, b: Result, n: int = 10) -> Comparison:
 
     Raises:
         ValueError: they have no query in common.
+
+    Example:
+        >>> other = attrib.attribute(changed, model, measurement, loss=loss)
+        >>> print(attrib.report.compare(result, other))
+        query  final a  final b  common examples  correlation  rank correlation  same of top 10
+            0  ...
     """
     ours, theirs = _keys(a, b), _keys(b, a)
     common = [key for key in ours if key in theirs]

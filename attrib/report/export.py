@@ -15,6 +15,13 @@ def export(result: Labelled, path: str | Path, *axes: str, overwrite: bool = Fal
     Raises:
         ValueError: another ending. KeptAxesError: the axes were not kept. MissingExtraError: no pyarrow. StoreExistsError:
         something is there and overwrite is False.
+
+    Example:
+        >>> attrib.report.export(result, "contributions.csv", "example")
+        48
+        >>> import pandas
+        >>> pandas.read_csv("contributions.csv").columns.tolist()
+        ['query', 'example', 'contribution']
     """
     path = Path(path)
     check_file(path, overwrite)

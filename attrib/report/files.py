@@ -15,7 +15,12 @@ WHOLE = 2**53 - 1  # up to here a float64 is one whole number and no other
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON in which a number that is not finite is null, and numpy's numbers are numbers; whole ones that are rounded where
-    all numbers are floats, as in JavaScript, are strings."""
+    all numbers are floats, as in JavaScript, are strings.
+
+    Example:
+        >>> attrib.report.to_json({"gap": float("nan"), "steps": np.int64(12)})
+        '{"gap": null, "steps": 12}'
+    """
     return json.dumps(_plain(value), allow_nan=False, indent=indent)
 
 

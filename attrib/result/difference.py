@@ -26,6 +26,13 @@ class Difference(Labelled):
     dataset: xarray.Dataset with initial (the base), final (the changed run), residual, gross (query); reduction, options,
         penalty, context (query, step, group) and start, buffers (query, group), those there are; growth (query, state), the
         norm of the sensitivity to the parameters; one array of contributions per set of axes that was kept.
+
+    Example:
+        >>> difference = attrib.difference(run, changed, model, measurement, loss=loss)
+        >>> difference.by("example").shape
+        (2, 24)
+        >>> bool(abs(difference.residual).max() < 1e-10)
+        True
     """
 
     question = "difference"

@@ -25,6 +25,13 @@ class Influence(Labelled):
     dataset: xarray.Dataset with final, tangent, swept, restored (query); lost, rescaled (query, example); growth (query,
         state), the norm of the sensitivity to the parameters; one array of influences per set of axes that was kept; where
         it was asked for, lds, lds_low, lds_high (query), how well they foretold retrainings.
+
+    Example:
+        >>> influence = attrib.influence(run, model, measurement, loss=loss)
+        >>> influence.by("example").shape
+        (2, 24)
+        >>> influence.predict([[3, 14], [15]]).dims  # without examples 3 and 14, without example 15
+        ('subset', 'query')
     """
 
     word = "influence"

@@ -45,6 +45,11 @@ def open_result(store: Any) -> Any:
 
     Raises:
         StoreError: nothing there, not a result, or a file of it is missing or damaged; also when it is read.
+
+    Example:
+        >>> result.save("result.zarr")
+        >>> attrib.open_result("result.zarr").by("example").shape
+        (2, 24)
     """
     dataset, _, where = open_dataset(store)
     labels = dataset.attrs.pop("attrib_labels", None)

@@ -39,6 +39,15 @@ class Result(Labelled):
         decay (query, step, group); inherited (query, group); where there is one, remainder (query, step, group) and
         update_remainder and buffers (query, update_step, group);
         timeline (query, update_step, group); curve (query, state); one array per kept marginal; the identities by step.
+
+    Example:
+        >>> result.by("step", "example").shape
+        (2, 12, 24)
+        >>> result.top(1).columns.tolist()
+        ['query', 'example', 'contribution']
+        >>> terms = result.by() + result.decay.sum(["step", "group"]) + result.inherited.sum("group")
+        >>> bool(abs(result.initial + terms - result.final).max() < 1e-12)
+        True
     """
 
     question = "accounting"
