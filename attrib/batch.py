@@ -27,16 +27,25 @@ class Shared:
 def shared(tensor: Tensor) -> Shared:
     """Say that all examples of a batch share a tensor, as they do class weights, whatever its length.
 
+    Args:
+        tensor: of any shape; the loss is given it as it is. Without this, one that is as long as the batch counts as a row
+            per example.
+
+    Returns:
+        What stands in its place in `recorder.batch` or `recorder.step`, alone or within the batch's dicts and lists.
+
     Example:
         >>> def weighted(model, x, y, weights):
         ...     return nn.functional.cross_entropy(model(x), y, weights, reduction="none")
-        >>> class_weights = attrib.shared(torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64))
+        >>> weights = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
         >>> with attrib.record(optimizer, model, weighted, "new.zarr") as recorder:
         ...     for index, x, y in loader:
         ...         recorder.zero_grad()
-        ...         recorder.batch(index, x, y, class_weights)
-        ...         weighted(model, x, y, class_weights.tensor).mean().backward()
+        ...         recorder.batch(index, x, y, attrib.shared(weights))
+        ...         weighted(model, x, y, weights).mean().backward()
         ...         recorder.step()
+        >>> attrib.open_run("new.zarr").batch(0)[-1]
+        tensor([1., 2., 1.], dtype=torch.float64)
     """
     return Shared(tensor)
 

@@ -73,6 +73,9 @@ def difference(
         keep, groups, dtype, progress, memory: see `attrib.attribute`.
         executor: whose workers do it, each some of the queries, see `attrib.attribute`; None: this process.
 
+    Returns:
+        A `Difference`, in the measurement's units; positive is what made it higher in the changed run.
+
     Raises:
         ReplayError: the runs cannot be compared; says why, and at which step. ModelMismatchError, MeasurementError,
         LossError, StoreError, KeptAxesError, ValueError. Nothing is written. WorkerError: a worker died; its `result` has

@@ -88,6 +88,9 @@ def influence(
         identities: "split", at a few steps each influence against the derivative of its own loss; "tangent", over the last
             steps the sensitivities against a tangent that is carried forwards.
 
+    Returns:
+        An `Influence`, in the measurement's units per unit of weight.
+
     Raises:
         ReplayError: an optimizer whose derivative was not derived, or a loop that did what is not known.
         ModelMismatchError, MeasurementError, LossError, StoreError, StoreExistsError, KeptAxesError, ValueError.

@@ -30,7 +30,9 @@ ALONG = 1.5  # the derivative of a batch's losses along a direction, or the grad
 
 @dataclass(frozen=True)
 class Plan:
-    """disk: bytes of the store, and of a step. peak: bytes in memory beside the process as it stands. sweeps: times that
+    """What a question will take, printed as a table. Made by `attrib.plan`.
+
+    disk: bytes of the store, and of a step. peak: bytes in memory beside the process as it stands. sweeps: times that
     the run is gone through, `at_once` queries each. training, seconds: what the run took and what attributing it should
     take here, within a factor of about two; NaN where the run does not say. buffers: bytes a step, before compression, of
     those that training changes. shares: what a share is in the run. groups: G; passes: what shares by example take beyond
@@ -102,6 +104,9 @@ def plan(
         queries: Q.
         memory, groups: as for `attrib.attribute`.
         question: "accounting", `attrib.attribute`; "influence"; or "difference", of the run and another like it.
+
+    Returns:
+        A `Plan`: bytes on disk and in memory, seconds on this machine, sweeps through the run.
 
     Raises:
         ValueError: `queries` is no count, there is no such question, or the memory does not hold one query.

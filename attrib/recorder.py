@@ -94,6 +94,8 @@ def record(
         ...         recorder.zero_grad()
         ...         loss(model, x, y).mean().backward()
         ...         recorder.step(index, x, y)
+        >>> attrib.open_run("new.zarr").steps
+        12
     """
     captured = CaptureOptions(capture, check_every, penalty, remainder, shares)
     options = RecordOptions(captured, overwrite, resume, block, states_every, constants, rule)

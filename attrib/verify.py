@@ -54,6 +54,10 @@ def verify(
     every step it visits, and the measurement identity with them. With `model` and `loss`, as they were recorded, the split
     is checked on a few steps: each share, along a random direction, against the derivative of its own example's loss.
 
+    Returns:
+        `failure`: what is wrong, also of a model that does not fit, in words, or None. `identities`: name -> (steps checked,
+        largest relative gap). `chunks`: how many were read.
+
     Example:
         >>> found = attrib.verify(run, model=model, loss=loss)
         >>> found.failure is None, list(found.identities)

@@ -93,7 +93,7 @@ class Outcomes:
 
 
 def open_outcomes(path: Any) -> Outcomes:
-    """Open what `Outcomes.save` or `retrain_subsets(store=path)` wrote, whether or not all is done.
+    """Open what `Outcomes.save` or `retrain_subsets(store=path)` wrote, whether or not all is done (`missing`).
 
     Raises:
         StoreError: nothing there, something else, or damaged.

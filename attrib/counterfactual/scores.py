@@ -109,7 +109,11 @@ def random_subsets(run: Run, share: float, count: int, seed: int = 0) -> list[np
     """Sets of examples drawn at random without replacement, to be left out.
 
     Args:
+        run: from `attrib.open_run`.
         share: of the run's examples, at least one. count: of the sets. seed: of the draws.
+
+    Returns:
+        The ids of each set, an array in the order of the run's examples: `subsets` of `attrib.retrain_subsets`.
 
     Raises:
         ValueError: a share that is not between 0 and 1, or no count.

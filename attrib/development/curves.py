@@ -66,13 +66,16 @@ def interpolate(
     changes (running statistics) along it too.
 
     Args:
+        run, state: where the line begins; states are 0 .. T. other, other_state: where it ends.
+        model, measurement, dtype: as for `attrib.evaluate`.
         points: evenly spaced, both ends among them; at least 3.
 
     Returns:
-        (position, query), position 0 at the first state and 1 at the second.
+        (position, query) in the measurement's units, position 0 at the first state and 1 at the second.
 
     Raises:
         ModelMismatchError: the runs are not of one architecture, or not of the model's. ValueError: fewer than 3 points.
+        MeasurementError. IndexError: no such state.
 
     Example:
         >>> line = attrib.interpolate(run, 0, changed, 12, model, measurement)
@@ -92,6 +95,8 @@ def interpolate(
 def barrier(line: xr.DataArray) -> xr.DataArray:
     """(query,): how far a loss along a line (position, query) rises above the straight line between its ends; 0 at least.
 
+    In the line's units; a ValueError where it is none, as `attrib.interpolate` gives it.
+
     Example:
         >>> import xarray as xr
         >>> line = xr.DataArray([[1.0], [4.0], [3.0]], dims=("position", "query"))
@@ -103,6 +108,8 @@ def barrier(line: xr.DataArray) -> xr.DataArray:
 
 def convexity_gap(line: xr.DataArray) -> xr.DataArray:
     """(query,): the largest barrier on any part of a line (position, query); 0 where the loss is convex along it.
+
+    In the line's units; a ValueError where it is none, as `attrib.interpolate` gives it.
 
     Example:
         >>> import xarray as xr

@@ -34,6 +34,8 @@ class Intervention:
     (B,) is an array. The replay is recorded with `weighted(loss)`: the weight of an example, d sum(changed) / d its
     loss, is the last tensor of every batch.
 
+    What an intervention cannot do to a run `attrib.replay` refuses, with a ReplayError, before it trains.
+
     Example:
         >>> class Halved(attrib.intervention.Intervention):
         ...     def begin(self, run, model, optimizer):

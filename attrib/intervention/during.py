@@ -23,6 +23,10 @@ _FLAGS = ("amsgrad", "foreach", "fused")  # of what state there is, and of who c
 class Freeze(Window):
     """Parameters that the optimizer leaves alone: no update, no weight decay, accumulators as they are.
 
+    Args:
+        groups: names or patterns of the parameters, not all of them.
+        steps: during which, a slice of the run's; None for all.
+
     Example:
         >>> frozen = attrib.intervention.Freeze("hidden.*", steps=slice(4, None))
         >>> again = attrib.replay(run, 0, frozen, model=model, loss=loss, store="again.zarr")
@@ -54,6 +58,10 @@ class Freeze(Window):
 class Drop(Window):
     """Examples left out of their batches; a mean is over those that remain. Where the loss draws random numbers, those that
     remain draw others than before: `Reweight` with 0 keeps them.
+
+    Args:
+        examples: their ids; of every batch some must remain.
+        steps: during which, a slice of the run's; None for all.
 
     Example:
         >>> without = attrib.intervention.Drop([3, 14])
@@ -92,7 +100,8 @@ class Reweight(Window):
     `weighted(loss)`: pass that one to `attrib.attribute`.
 
     Args:
-        weights: example id -> weight; 1 for all others.
+        weights: example id -> weight, finite; 1 for all others.
+        steps: during which, a slice of the run's; None for all.
 
     Example:
         >>> half = attrib.intervention.Reweight({3: 0.5})
@@ -124,6 +133,7 @@ class Options(Window):
 
     Args:
         values: option -> its value, or a function of the step and the recorded value.
+        steps: during which, a slice of the run's; None for all.
         groups: names or patterns of the parameters whose options they are.
 
     Example:
@@ -173,6 +183,7 @@ class Penalty(Window):
     Args:
         function: model -> scalar; it must draw no random numbers.
         weight: its factor.
+        steps: during which, a slice of the run's; None for all.
 
     Example:
         >>> sparse = attrib.intervention.Penalty(lambda model: model.output.weight.abs().sum(), weight=0.1)
@@ -195,7 +206,8 @@ class Suppress(Window):
 
     Args:
         groups: names or patterns of the parameters.
-        weight: of the pull.
+        weight: of the pull, above 0.
+        steps: during which, a slice of the run's; None for all.
 
     Example:
         >>> weaker = attrib.intervention.Suppress("hidden.weight", 0.5)

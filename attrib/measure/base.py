@@ -14,7 +14,7 @@ class Measurement:
     """One number per row of a batch: query q depends on the model and on row q alone.
 
     rows: (model, *batch) -> (Q,). batch: tensors with Q rows. name, units: for labels. names: what the queries are
-    called, one each, or nothing.
+    called, one each, or nothing; a MeasurementError where there are more or fewer.
 
     Example:
         >>> def entropy(model, x):

@@ -35,7 +35,14 @@ def log_prob(x: Inputs, y: Tensor, names: Sequence[str] = ()) -> Measurement:
 
 
 def loss(x: Inputs, y: Tensor, loss: Callable[..., Tensor] | None = None, names: Sequence[str] = ()) -> Measurement:
-    """Loss of each test example, in the loss's units: cross-entropy (nats) or `loss(model, x, y) -> (Q,)`.
+    """Loss of each test example, (Q,), in the loss's units: cross-entropy, in nats and summed over T, or one of one's own.
+
+    Args:
+        x, y, names: as for `log_prob`.
+        loss: `loss(model, x, y) -> (Q,)`, unreduced; None for cross-entropy.
+
+    Raises:
+        MeasurementError: not a batch, or of different lengths.
 
     Example:
         >>> losses = attrib.measure.loss(x_test, y_test, loss)
@@ -48,7 +55,13 @@ def loss(x: Inputs, y: Tensor, loss: Callable[..., Tensor] | None = None, names:
 
 
 def logit(x: Inputs, y: Tensor, names: Sequence[str] = ()) -> Measurement:
-    """The model's output for class `y`: (Q, ...), (Q,) or (Q, T) int -> (Q,), summed over T.
+    """The model's output for class `y`, (Q,), in its own units; over T they are summed.
+
+    Args:
+        x, y, names: as for `log_prob`.
+
+    Raises:
+        MeasurementError: not a batch, or of different lengths.
 
     Example:
         >>> torch.equal(attrib.measure.logit(x_test, y_test)(model), model(x_test)[[0, 1], y_test])
@@ -58,7 +71,14 @@ def logit(x: Inputs, y: Tensor, names: Sequence[str] = ()) -> Measurement:
 
 
 def margin(x: Inputs, y: Tensor, names: Sequence[str] = ()) -> Measurement:
-    """The output for class `y` minus the largest other output: positive where the prediction is right.
+    """The output for class `y` minus the largest other one, (Q,), in their units: positive where the prediction is right;
+    over T they are summed.
+
+    Args:
+        x, y, names: as for `log_prob`.
+
+    Raises:
+        MeasurementError: not a batch, or of different lengths.
 
     Example:
         >>> margin = attrib.measure.margin(x_test, y_test)

@@ -24,9 +24,15 @@ from .quadrature import check_count
 
 @dataclass(frozen=True)
 class Secant:
-    """The discrete chain rule on `substeps` equal pieces of the step, averaged.
+    """A discrete gradient (McLachlan, Quispel, Robidoux 1999) of the whole network, by a discrete chain rule: what it sends
+    back times the update is the change of the measurement, exactly, kinks or not.
 
-    Complete for every number of substeps; the split tends to the path integral as they grow.
+    Args:
+        substeps: equal pieces of a step, which are averaged. The sum is exact for every number of them; the split tends to
+            the path integral as they grow, from which one step differs at second order.
+
+    Raises:
+        ValueError: no count.
 
     Example:
         >>> result = attrib.attribute(run, model, measurement, loss=loss, path=attrib.Secant(substeps=2))

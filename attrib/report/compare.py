@@ -11,7 +11,9 @@ from ..result import Result
 
 @dataclass(frozen=True)
 class Comparison:
-    """queries: a row per query that both have: final values, and how alike the contributions of the common examples are:
+    """Two results beside each other, printed as tables. Made by `compare`.
+
+    queries: a row per query that both have: final values, and how alike the contributions of the common examples are:
     correlation, rank correlation, and the share of the `n` largest in size that is common. groups: (query, group) with the
     net change by each result. n: as it was chosen.
 
@@ -34,6 +36,10 @@ class Comparison:
 
 def compare(a: Result, b: Result, n: int = 10) -> Comparison:
     """Compare query by query: by their names where both have some, else by their numbers.
+
+    Args:
+        a, b: from `attrib.attribute`, of the same measurement, of one run or of two.
+        n: how many of the largest contributions are looked for in both.
 
     Raises:
         ValueError: they have no query in common.

@@ -12,6 +12,12 @@ def export(result: Labelled, path: str | Path, *axes: str, overwrite: bool = Fal
 
     One query is held at a time; numbers in .csv are written so that they read back the same.
 
+    Args:
+        result: any of attrib's.
+        path: of the file, in a folder that is there.
+        axes: some of "step", "example", "group", as for `result.by`.
+        overwrite: replace the file that is there.
+
     Raises:
         ValueError: another ending. KeptAxesError: the axes were not kept. MissingExtraError: no pyarrow. StoreExistsError:
         something is there and overwrite is False.

@@ -17,6 +17,12 @@ def to_json(value: Any, indent: int | None = None) -> str:
     """JSON in which a number that is not finite is null, and numpy's numbers are numbers; whole ones that are rounded where
     all numbers are floats, as in JavaScript, are strings.
 
+    Args:
+        value: dicts, lists, tuples, texts, numbers, None, each within the other. indent: of nested lines; None for one line.
+
+    Raises:
+        TypeError: something else.
+
     Example:
         >>> attrib.report.to_json({"gap": float("nan"), "steps": np.int64(12)})
         '{"gap": null, "steps": 12}'

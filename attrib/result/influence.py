@@ -20,7 +20,8 @@ CHAOTIC = 1e3  # growth of the sensitivity from which on no derivative predicts 
 
 
 class Influence(Labelled):
-    """Made by `attrib.influence` or `attrib.open_result`.
+    """Derivatives of a measurement by the weight of each example's loss: positive where more of it raises the measurement.
+    They do not add up to anything. Made by `attrib.influence` or `attrib.open_result`.
 
     dataset: xarray.Dataset with final, tangent, swept, restored (query); lost, rescaled (query, example); growth (query,
         state), the norm of the sensitivity to the parameters; one array of influences per set of axes that was kept; where
