@@ -24,10 +24,11 @@ class DrawnRows:
     """A loader's batch sampler that remembers what it handed out.
 
     Example:
-        >>> rows = DrawnRows(loader)  # doctest: +SKIP
-        >>> for batch in loader:  # doctest: +SKIP
-        ...     index = rows.next()
-        >>> rows.remove()  # doctest: +SKIP
+        >>> loader = DataLoader(torch.arange(6), batch_size=4)
+        >>> rows = DrawnRows(loader)
+        >>> [rows.next() for batch in loader]
+        [tensor([0, 1, 2, 3]), tensor([4, 5])]
+        >>> rows.remove()
     """
 
     def __init__(self, loader: Any) -> None:

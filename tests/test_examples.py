@@ -63,10 +63,14 @@ def recorded() -> dict[str, Any]:
     run, measurement = attrib.open_run("run.zarr"), attrib.measure.log_prob(x_test, y_test)
     subsets = attrib.random_subsets(run, 0.2, 4)
     drop = attrib.intervention.Drop([3, 14])
-    values = dict(x=x, y=y, x_test=x_test, y_test=y_test, loader=loader, model=model, optimizer=optimizer, loss=loss)
+    packages = dict(attrib=attrib, torch=torch, nn=nn, np=np)
+    data = dict(x=x, y=y, x_test=x_test, y_test=y_test, loader=loader)
     return dict(
-        **dict(attrib=attrib, torch=torch, nn=nn, np=np),
-        **values,
+        **packages,
+        **data,
+        model=model,
+        optimizer=optimizer,
+        loss=loss,
         measurement=measurement,
         subsets=subsets,
         result=attrib.attribute(run, model, measurement, loss=loss),
@@ -95,6 +99,15 @@ def names(kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     return {**values, **runs, "model": model, "optimizer": optimizer}
 
 
+def modules() -> Iterator[str]:
+    """Those of attrib that have an example."""
+    root = Path(__file__).parent.parent
+    for folder, package in (("attrib", ()), ("kernels", ("attrib",))):
+        for file in sorted((root / folder).rglob("*.py")):
+            if ">>> " in file.read_text():
+                yield ".".join((*package, *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+
+
 OTHERS = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # what they warn of is theirs
 
 
@@ -102,10 +115,26 @@ OTHERS = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # what they w
 def test_every_public_object_has_an_example_that_runs(name: str, names: dict[str, Any]) -> None:
     if name in SLOW:
         pytest.importorskip(SLOW[name])
-    tests = [test for test in DocTestFinder().find(OBJECTS[name], name, globs=names) if test.examples]
-    assert name in [test.name for test in tests], f"{name} has no example"
+    assert name in executed(name, OBJECTS[name], names), f"{name} has no example"
+
+
+def test_all_other_examples_run(names: dict[str, Any]) -> None:
+    """Those of the modules inside, each with the names of its module."""
+    public, ran = {id(value) for value in OBJECTS.values()}, []
+    for path in modules():
+        module = import_module(path)
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", None) == path and id(value) not in public:
+                ran += executed(f"{path}.{name}", value, {**vars(module), **names})
+    assert "attrib.kernels.changes.find_changes" in ran
+
+
+def executed(name: str, value: Any, names: dict[str, Any]) -> list[str]:
+    """Run the examples of an object and of its methods; the names of those that have some."""
+    tests = [test for test in DocTestFinder().find(value, name, globs=names) if test.examples]
     runner, report = DocTestRunner(optionflags=ELLIPSIS | NORMALIZE_WHITESPACE), []
     for test in tests:
         assert not [example for example in test.examples if example.options.get(SKIP)], f"{test.name} skips an example"
         runner.run(test, out=report.append)
     assert runner.failures == 0, "".join(report)
+    return [test.name for test in tests]

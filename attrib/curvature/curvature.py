@@ -51,10 +51,10 @@ class Curvature:
         active: names of the parameters that have a gradient, all at first.
 
     Example:
-        >>> curvature = Curvature(Functional(model, loss, layout, torch.float32))  # doctest: +SKIP
-        >>> losses, along, hessian = curvature.products(
-        ...     theta, (x, y), torch.ones(len(x)), theta[None]
-        ... )  # doctest: +SKIP
+        >>> curvature = Curvature(Functional(model, loss, run.layout, torch.float64))
+        >>> products = curvature.products(run.vector(12), (x, y), torch.ones(24), run.vector(0)[None])
+        >>> products.losses.shape, products.along.shape, products.hessian.shape
+        (torch.Size([24]), torch.Size([1, 24]), torch.Size([1, 75]))
     """
 
     def __init__(self, function: Functional, slices: int | None = None, kind: str = "exact") -> None:

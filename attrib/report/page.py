@@ -55,8 +55,8 @@ def write(
         StoreExistsError: there is a file that is no report.
 
     Example:
-        >>> attrib.report.write(result, "report.html", describe=lambda i: f"example {i}", tag=lambda i: int(y[i]))
-        PosixPath('report.html')
+        >>> attrib.report.write(result, "report.html", describe=lambda i: f"example {i}", tag=lambda i: int(y[i])).name
+        'report.html'
     """
     if not isinstance(result, Labelled):
         raise TypeError(
