@@ -93,6 +93,7 @@ def names(kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     folder, values = kept
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
     runs = {name: attrib.open_run(f"{name}.zarr") for name in ("run", "changed")}
     model, optimizer = deepcopy((values["model"], values["optimizer"]))
     torch.manual_seed(0)
@@ -126,7 +127,8 @@ def test_all_other_examples_run(names: dict[str, Any]) -> None:
         for name, value in vars(module).items():
             if getattr(value, "__module__", None) == path and id(value) not in public:
                 ran += executed(f"{path}.{name}", value, {**vars(module), **names})
-    assert "attrib.kernels.changes.find_changes" in ran
+    assert {"attrib.kernels.changes.find_changes", "attrib.report.figures.timeline"} <= set(ran)
+    import_module("matplotlib.pyplot").close("all")
 
 
 def executed(name: str, value: Any, names: dict[str, Any]) -> list[str]:

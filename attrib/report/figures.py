@@ -35,6 +35,10 @@ def timeline(result: Labelled, query: int = 0, ax: Any = None) -> Any:
 
     Raises:
         KeptAxesError: it was not kept along steps and groups.
+
+    Example:
+        >>> attrib.report.figures.timeline(result, query=1).get_ylabel()
+        'change per step (nats)'
     """
     ax = _axes(ax)
     other = stacked(ax, result.timeline().isel(query=query), result.trace.isel(query=query))
@@ -56,6 +60,11 @@ def cumulative(result: Result, query: int = 0, n: int = 8, describe: Describe | 
 
     Raises:
         KeptAxesError: the result was not kept along step and example.
+
+    Example:
+        >>> ax = attrib.report.figures.cumulative(result, n=3, describe=lambda i: f"example {i}")
+        >>> ax.get_ylabel()
+        'contribution so far (nats)'
     """
     values = result.select([query]).by("step", "example")[0]
     ax = _axes(ax)
@@ -89,6 +98,10 @@ def heat_map(result: Result, query: int = 0, n: int = 30, describe: Describe | N
 
     Raises:
         KeptAxesError: the result was not kept along step and example.
+
+    Example:
+        >>> attrib.report.figures.heat_map(result, n=10).get_ylabel()
+        '10 of 24 train examples'
     """
     values = result.select([query]).by("step", "example")[0]
     ax = _axes(ax)
@@ -113,6 +126,11 @@ def gross_net(result: Result, query: int = 0, ax: Any = None) -> Any:
     """Per group, what its updates changed in all (net) and the sum of the sizes of the changes of each step (gross).
 
     A group whose net is far below its gross worked without lasting effect on this measurement.
+
+    Example:
+        >>> ax = attrib.report.figures.gross_net(result)
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['hidden.weight', 'hidden.bias', 'output.weight', 'output.bias']
     """
     ax = _axes(ax)
     changes = result.timeline().isel(query=query)
@@ -135,6 +153,11 @@ def waterfall(result: Result, query: int = 0, tag: Describe | None = None, ax: A
 
     Raises:
         KeptAxesError: with a tag, where the result was not kept along the examples.
+
+    Example:
+        >>> ax = attrib.report.figures.waterfall(result, tag=lambda i: f"class {y[i]}")
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['initial', 'class 1', 'class 0', 'class 2', 'decay', 'inherited', 'residual', 'final']
     """
     chosen = result.select([query])
     terms = chosen.ledger().terms.isel(query=0)
