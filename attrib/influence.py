@@ -69,12 +69,14 @@ def influence(
 ) -> Influence:
     """Differentiate the final measurement by the weight of each example's loss, at every step, through every group.
 
-    A derivative, for a counterfactual: `attrib.attribute` says what happened, `attrib.difference` why two runs differ.
+    A derivative (Maclaurin, Duvenaud, Adams 2015; Hara, Nitanda, Maehara 2019), for a counterfactual: `attrib.attribute`
+    says what happened, `attrib.difference` why two runs differ.
 
     Args:
         run: from `attrib.open_run`, of SGD, Adam or AdamW; of a replay that gave losses weights, the derivative at these.
-        model: of the recorded architecture; given back as it was. loss: as given to `attrib.record`.
+        model: of the recorded architecture; given back as it was.
         measurement: `model -> (Q,)`, or one of `attrib.measure`.
+        loss: as given to `attrib.record`.
         curvature: of the loss, "exact"; or "gauss-newton", of what it makes of the model's outputs alone: stabler where
             training is chaotic, and then no longer the derivative.
         weights: of all losses, that it is taken at: the run is trained again with it, in `store`, or a place that is removed

@@ -41,11 +41,15 @@ class Change(NamedTuple):
 class Phases:
     """What `phases` found; printed, or shown in a notebook, as a table.
 
-    changes: in order, K of them; their steps are borders of bins, `width` steps each.
-    bounds: K + 2 steps: the first of every phase, then the last of all.
-    sums: (K + 1, G) table in the measurement's units, a row per phase, indexed by (first, last) step: what each group's
-    updates changed in it.
-    refused: the smallest p value of a split that was not accepted; nan where no segment was long enough for one.
+    Args:
+        changes: in order, K of them: step, low, high, p_value, explained; their steps are borders of bins.
+        bounds: K + 2 steps: the first of every phase, then the last of all.
+        sums: (K + 1, G) table in the measurement's units, a row per phase, indexed by (first, last) step: what each group's
+            updates changed in it.
+        refused: the smallest p value of a split that was not accepted; nan where no segment was long enough for one.
+        level: that p values were held against.
+        width: steps of a bin.
+        units: of the measurement.
 
     Example:
         >>> found = attrib.phases(result)
@@ -97,7 +101,8 @@ def phases(
     level: float = 0.01,
     seed: int = 0,
 ) -> Phases:
-    """Where the training run changed what it does to a measurement, by group of parameters.
+    """Where the training run changed what it does to a measurement, by group of parameters: binary segmentation of means
+    (Scott and Knott 1974), each change tested against permutations (Matteson and James 2014).
 
     Args:
         result: an `attrib.Result`, whose `timeline()` is taken, or an array with dimensions "group" and one of steps, in

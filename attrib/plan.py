@@ -32,13 +32,20 @@ ALONG = 1.5  # the derivative of a batch's losses along a direction, or the grad
 class Plan:
     """What a question will take, printed as a table. Made by `attrib.plan`.
 
-    disk: bytes of the store, and of a step. peak: bytes in memory beside the process as it stands. sweeps: times that
-    the run is gone through, `at_once` queries each. training, seconds: what the run took and what attributing it should
-    take here, within a factor of about two; NaN where the run does not say. buffers: bytes a step, before compression, of
-    those that training changes. shares: what a share is in the run. groups: G; passes: what shares by example take beyond
-    the usual at each step, where the losses of its batch depend on each other: one per query and group, or one per example
-    where that is fewer; 0 where they do not; along: the seconds of these passes, in `seconds` where shares are by
-    example. question: that is asked.
+    Args:
+        steps, queries: T and Q.
+        disk, disk_per_step: bytes of the store, and of a step.
+        sweeps, at_once: times that the run is gone through, and the queries of each.
+        peak: bytes in memory, beside the process as it stands.
+        training, seconds: what the run took and what the answer should take here, within a factor of about two; NaN where
+            the run does not say.
+        buffers: bytes a step, before compression, of those that training changes.
+        shares: what a share is in the run.
+        groups: G.
+        passes: what shares by example take beyond the usual at each step, where the losses of its batch depend on each
+            other: one per query and group, or one per example where that is fewer; 0 where they do not.
+        along: the seconds of these passes, part of `seconds` where shares are by example.
+        question: that is asked.
 
     Example:
         >>> plan = attrib.plan(run, queries=100)

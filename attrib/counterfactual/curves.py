@@ -31,10 +31,11 @@ def leave_out(
 
     Args:
         run, measurement, model, loss: as for `attrib.retrain_subsets`.
-        scores: as for `attrib.lds`, positive where the example raised the measurement. examples: the ids of an array's
-            columns; None: those of the run.
+        scores: as for `attrib.lds`, positive where the example raised the measurement.
         shares: of the run's examples that are left out, between 0 and 1.
-        draws: of random examples for each share. seed: of the draws.
+        draws: of random examples for each share.
+        seed: of the draws.
+        examples: the ids of an array's columns; None: those of the run.
         options: of `attrib.retrain_subsets`: store, executor, ...
 
     Returns:

@@ -28,7 +28,8 @@ def lds(
     level: float = 0.95,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Linear datamodelling score: the rank correlation over subsets of summed scores and real outcomes, per query.
+    """Linear datamodelling score: the rank correlation over subsets of summed scores and real outcomes, per query
+    (Park et al. 2023, with subsets that are left out in the place of those that are kept).
 
     Args:
         scores: of every example for every query, positive where it raised the measurement: a DataArray with dimensions
@@ -36,7 +37,9 @@ def lds(
         subsets: the ids that were left out, one list per outcome; None: those of `outcomes`.
         outcomes: from `attrib.retrain_subsets`, or an array (S, Q) of measurements after leaving the subsets out.
         examples: (N,) the ids of an array's columns; None: those of the outcomes, or 0 to N - 1.
-        resamples: of the subsets, with replacement, for the intervals. level: what these hold. seed: of the draws.
+        resamples: of the subsets, with replacement, for the intervals.
+        level: what these hold, 0 to 1.
+        seed: of the draws.
 
     Returns:
         lds, low, high (query), and mean, mean_low, mean_high over the queries; NaN where all outcomes, or all predictions,
@@ -83,7 +86,8 @@ def mislabelled_auc(scores: Any, mislabelled: Collection[int | str], *, examples
 
     Args:
         scores: as for `lds`, of measurements that such examples lower, such as log-probabilities of clean data.
-        mislabelled: their ids. examples: as for `lds`.
+        mislabelled: their ids.
+        examples: as for `lds`.
 
     Returns:
         (query,): the area under the curve, 0.5 for chance; ties count half.
@@ -110,7 +114,9 @@ def random_subsets(run: Run, share: float, count: int, seed: int = 0) -> list[np
 
     Args:
         run: from `attrib.open_run`.
-        share: of the run's examples, at least one. count: of the sets. seed: of the draws.
+        share: of the run's examples, at least one.
+        count: of the sets.
+        seed: of the draws.
 
     Returns:
         The ids of each set, an array in the order of the run's examples: `subsets` of `attrib.retrain_subsets`.

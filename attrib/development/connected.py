@@ -34,7 +34,7 @@ def connectivity(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
-    """A loss on the straight lines between all pairs of states.
+    """A loss on the straight lines between all pairs of states: linear mode connectivity (Frankle et al. 2020).
 
     Args:
         points: name -> (run, state); at least two, of one architecture.

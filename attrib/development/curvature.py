@@ -34,10 +34,11 @@ def curvature(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
-    """Largest eigenvalues and eigenvectors of the Hessian of the mean loss, at states of a run.
+    """Largest eigenvalues and eigenvectors of the Hessian of the mean loss, at states of a run (Lanczos 1950).
 
     Args:
-        run: from `attrib.open_run`. model: of the recorded architecture, in its mode; left as it is.
+        run: from `attrib.open_run`.
+        model: of the recorded architecture, in its mode; left as it is.
         loss: `loss(model, *batch) -> (B,)`.
         batch: the examples whose mean loss it is, such as all that were trained on.
         states: 0 .. T; None for all.

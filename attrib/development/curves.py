@@ -66,7 +66,8 @@ def interpolate(
     changes (running statistics) along it too.
 
     Args:
-        run, state: where the line begins; states are 0 .. T. other, other_state: where it ends.
+        run, state: where the line begins; states are 0 .. T.
+        other, other_state: where it ends.
         model, measurement, dtype: as for `attrib.evaluate`.
         points: evenly spaced, both ends among them; at least 3.
 
@@ -93,7 +94,8 @@ def interpolate(
 
 
 def barrier(line: xr.DataArray) -> xr.DataArray:
-    """(query,): how far a loss along a line (position, query) rises above the straight line between its ends; 0 at least.
+    """(query,): how far a loss along a line (position, query) rises above the straight line between its ends; 0 at least
+    (Frankle et al. 2020).
 
     In the line's units; a ValueError where it is none, as `attrib.interpolate` gives it.
 
@@ -107,7 +109,8 @@ def barrier(line: xr.DataArray) -> xr.DataArray:
 
 
 def convexity_gap(line: xr.DataArray) -> xr.DataArray:
-    """(query,): the largest barrier on any part of a line (position, query); 0 where the loss is convex along it.
+    """(query,): the largest barrier on any part of a line (position, query); 0 where the loss is convex along it
+    (Juneja et al. 2023).
 
     In the line's units; a ValueError where it is none, as `attrib.interpolate` gives it.
 

@@ -43,9 +43,12 @@ PROBLEMS = {
 class Loss:
     """`loss(model, inputs, divisor=1) -> (B,)`, inputs being what the Trainer calls the model with, labels among them.
 
-    kind: "tokens", "classes", "flags" or "values"; None for what type and number of the labels say, as transformers reads
-    it. shift: whether tokens are labels of the place before. smoothing: e. feeds: whether the model is given the labels,
-    of which an encoder-decoder makes its own inputs. It pickles.
+    Args:
+        kind: "tokens", "classes", "flags" or "values"; None for what type and number of the labels say, as transformers
+            reads it.
+        shift: whether tokens are labels of the place before.
+        smoothing: e, the share of the loss that goes to all classes alike.
+        feeds: whether the model is given the labels, of which an encoder-decoder makes its own inputs.
 
     Example:
         >>> def model(input_ids):

@@ -28,9 +28,14 @@ class Average(Protocol):
 class Ema:
     """An exponential moving average, as `torch.optim.swa_utils.AveragedModel` keeps with `get_ema_multi_avg_fn(decay)`.
 
-    decay: what stays of it in an update. start: the state (steps made) that it is a copy of: 1 where it is first updated
-    after the first step, as torch's copies then; 0 for one that begins at the initial parameters and moves from there on.
-    every: steps between updates.
+    Args:
+        decay: what stays of it in an update, 0 to 1.
+        start: the state (steps made) that it is a copy of: 1 where it is first updated after the first step, as torch's
+            copies then; 0 for one that begins at the initial parameters and moves from there on.
+        every: steps between updates.
+
+    Raises:
+        MeasurementError: no share, or no counts of steps.
 
     Example:
         >>> [attrib.measure.Ema(0.75, start=2).weight(state) for state in (1, 2, 3, 4)]
@@ -52,8 +57,14 @@ class Ema:
 
 @dataclass(frozen=True)
 class Swa:
-    """The mean of every `every`-th state (steps made) from `start` on, as `torch.optim.swa_utils.AveragedModel` keeps by
-    default; before it, the states themselves.
+    """The mean of states of the run, as `torch.optim.swa_utils.AveragedModel` keeps by default.
+
+    Args:
+        start: the first of them (steps made); before it, the average is the state itself.
+        every: steps from one of them to the next.
+
+    Raises:
+        MeasurementError: no counts of steps.
 
     Example:
         >>> [attrib.measure.Swa(start=2).weight(state) for state in (1, 2, 3, 5)]

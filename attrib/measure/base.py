@@ -13,8 +13,14 @@ from ..errors import MeasurementError
 class Measurement:
     """One number per row of a batch: query q depends on the model and on row q alone.
 
-    rows: (model, *batch) -> (Q,). batch: tensors with Q rows. name, units: for labels. names: what the queries are
-    called, one each, or nothing; a MeasurementError where there are more or fewer.
+    Args:
+        rows: (model, *batch) -> (Q,).
+        batch: tensors with Q rows.
+        name, units: for labels.
+        names: what the queries are called, one each, or nothing.
+
+    Raises:
+        MeasurementError: names for more or fewer than Q.
 
     Example:
         >>> def entropy(model, x):

@@ -13,9 +13,11 @@ from ..result import Result
 class Comparison:
     """Two results beside each other, printed as tables. Made by `compare`.
 
-    queries: a row per query that both have: final values, and how alike the contributions of the common examples are:
-    correlation, rank correlation, and the share of the `n` largest in size that is common. groups: (query, group) with the
-    net change by each result. n: as it was chosen.
+    Args:
+        queries: a row per query that both have: final values, and how alike the contributions of the common examples are:
+            correlation, rank correlation, and the share of the `n` largest in size that is common.
+        groups: a row per query and group, with the net change by each result.
+        n: as it was chosen.
 
     Example:
         >>> other = attrib.attribute(changed, model, measurement, loss=loss)

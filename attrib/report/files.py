@@ -18,7 +18,8 @@ def to_json(value: Any, indent: int | None = None) -> str:
     all numbers are floats, as in JavaScript, are strings.
 
     Args:
-        value: dicts, lists, tuples, texts, numbers, None, each within the other. indent: of nested lines; None for one line.
+        value: dicts, lists, tuples, texts, numbers, None, each within the other.
+        indent: of nested lines; None for one line.
 
     Raises:
         TypeError: something else.
