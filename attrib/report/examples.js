@@ -53,9 +53,10 @@ function showExamples() {
 
 // what a search found, and where it could not look
 function showFound(count, total, left) {
-  const said = `${many(count, "example")} found, ${page.words.rest} ${value(total, true)}.`;
+  const what = [...now.words.map((word) => `“${word}”`), ...(now.tag ? [`tag ${now.tag}`] : [])].join(" and ");
+  const said = `${what}: ${many(count, "example")} found, ${page.words.rest} ${value(total, true)}.`;
   const beyond = left ? ` Not searched: ${many(left, "example")} that no table of this query shows.` : "";
-  $("found").textContent = now.words.length || now.tag ? said + beyond : "";
+  $("found").textContent = what ? said + beyond : "";
 }
 
 function listenToSearch() {

@@ -25,7 +25,7 @@ from ..result import Difference, Labelled
 from .beside import Beside, beside, changes_of, matched
 from .shown import LETTERS, Describe, Shown, show, tagged
 from .thin import Bins, bin_steps, by_tag, fold_groups
-from .words import words_of
+from .words import TOKENS, words_of
 
 RANKS = 10  # rows of the tables of largest and of smallest contributions
 FINE = 512  # bins of the timeline, at most
@@ -37,7 +37,6 @@ TEXTS = 1 << 20  # letters that describe examples; of each, and of each query:
 LONG = 4000  # at most, where that many fit
 RANKED = 40_000_000  # sums of windows that are ranked for a query: a second's work
 SERIES, BARS = 8, 24  # groups in the timeline and in the bars
-TOKENS = "tokens"  # what attrib.measure.tokens calls itself
 
 
 class Chosen(NamedTuple):

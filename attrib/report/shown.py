@@ -77,7 +77,8 @@ def _cut(text: str, letters: int = LETTERS) -> str:
     """At most so many letters, and no word in part unless it is endless."""
     if len(text) <= letters:
         return text
-    start = re.sub(r"(?<!\S)\S{1,40}\Z", "", text[: letters - 2])  # one more: where it is a space, the last word is whole
+    # a letter more than stays: where it is a space, the word before it is whole
+    start = re.sub(r"(?<!\S)\S{1,40}\Z", "", text[: letters - 2])
     return start[: letters - 3].rstrip() + "..."
 
 

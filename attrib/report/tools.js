@@ -97,7 +97,7 @@ function folding(text) {
   const more = element("button", "", "more");
   const show = () => {
     const open = unfolded.has(text);
-    letters.textContent = open ? text : `${words(text, FOLD)} … `;
+    letters.textContent = open ? text : `${words(text, FOLD)} …`;
     more.textContent = open ? "less" : "more";
     more.setAttribute("aria-expanded", open);
   };

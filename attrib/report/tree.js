@@ -3,7 +3,7 @@
 let branches = [];  // of the tree as it stands in the page: the groups below each, and the elements that hold its numbers
 
 function grown(names) {
-  const root = { name: "", children: new Map(), groups: [] };
+  const root = { name: "", children: new Map(), groups: range(names.length) };
   names.forEach((name, g) => {
     let node = root;
     name.split(".").forEach((part, k, parts) => {

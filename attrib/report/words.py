@@ -11,8 +11,8 @@ from ..result import Difference, Influence, Labelled
 class Words(NamedTuple):
     """title, answer: per query. asked, silent: what the page answers, and what it does not. term: of one example. ledger,
     examples: heads of sections. raised, lowered: of the tables. rest: of all others, their number before it. timeline: what
-    its bars are; change: the title of their axis. trace: its line. layers: what the bars of groups are. token: of the shades of tokens, where each is a query. signs: of what
-    positive is, and more that is needed to read the page."""
+    its bars are; change: the title of their axis. trace: its line. layers: what the bars of groups are. token: of the
+    shades of tokens, where each is a query. signs: of what positive is, and more that is needed to read the page."""
 
     title: str
     answer: str
@@ -116,14 +116,16 @@ _DIFFERENCE = Words(
     ),
 )
 
+TOKENS = "tokens"  # what attrib.measure.tokens calls itself
+_MEASURED = {TOKENS: "the log-probability of the token"}  # where the name alone says too little in a sentence
 _OF: dict[str, Words] = {"accounting": _ACCOUNT, Influence.question: _INFLUENCE, Difference.question: _DIFFERENCE}
 
 
 def words_of(result: Labelled) -> Words:
     """Those of a result, with what is the same for all of its queries filled in."""
-    steps = result.dataset.sizes["step"]
+    steps, measurement = result.dataset.sizes["step"], str(result.dataset.attrs.get("measurement", "measurement"))
     known = {
-        "measurement": str(result.dataset.attrs.get("measurement", "measurement")),
+        "measurement": _MEASURED.get(measurement, measurement),
         "steps": f"{steps} step{'' if steps == 1 else 's'}",
         "via": str(result.dataset.attrs.get("via", "")),
         "meaning": str(result.dataset.attrs.get("meaning", "")).partition(": ")[2],
