@@ -1,7 +1,8 @@
-"""How large the report page is, how long it takes to write and to open, for 20 queries x 2000 steps x 4000 examples.
+"""How large the report page is, how long it takes to write and to open, for 20 queries x 2000 steps x 4000 examples, and for
+200 queries x 60 steps x 10 000 examples, each query a token, of 300 tensors.
 
-The contributions are made up: examples of very different weight, in phases, under noise; `describe` gives text, or images of
-32 x 32 pixels. Opening is timed in a headless Chromium, if there is one.
+The contributions are made up: examples of very different weight, in phases, under noise; `describe` gives text, a
+page of it, or images of 32 x 32 pixels. Opening is timed in a headless Chromium, if there is one.
 """
 
 import argparse
@@ -38,9 +39,10 @@ def make(queries: int, steps: int, examples: int, groups: int, seed: int = 0) ->
         "contribution_step_example": (("query", "step", "example"), contributions),
         "contribution_step_group": (("query", "step", "group"), by_group),
     }
+    names = [f"block.{g // 8}.part{g % 8 // 2}.{g % 2}" for g in range(groups)]
     coordinates = {"query": range(queries), "step": range(steps), "update_step": range(steps), "state": range(steps + 1),
-                   "example": range(examples), "group": [f"block.{g}.weight" for g in range(groups)]}  # fmt: skip
-    return attrib.Result(xr.Dataset(variables, coordinates, {"measurement": "log_prob", "units": "nats"}))
+                   "example": range(examples), "group": names}  # fmt: skip
+    return attrib.Result(xr.Dataset(variables, coordinates, {"measurement": "tokens", "units": "nats"}))
 
 
 def opening(path: Path) -> float:
@@ -64,20 +66,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--examples", type=int, default=4000)
     options = parser.parse_args()
-    image = np.random.default_rng(1)
+    image, words = np.random.default_rng(1), [f"word{k}" for k in range(5000)]
+    usual = options.queries, options.steps, options.examples
     describe = {
         "text": lambda e: f"{e % 113} + {e // 113} = {(e % 113 + e // 113) % 113}",
+        "long": lambda e: " ".join(words[k] for k in np.random.default_rng(e).integers(0, len(words), 400)),
         "image": lambda e: (image.integers(0, 255, (32, 32, 3), dtype=np.uint8), f"a {e % 10}"),
     }
-    print("| groups | described by | size | written in | opened in |\n|---|---|---|---|---|")
+
+    def tag(example: int) -> str:
+        return f"class {example % 10}"
+
+    print("| queries | steps | examples | groups | described by | size | written in | opened in |\n" + "|---" * 8 + "|")
     with tempfile.TemporaryDirectory() as folder:
-        for groups, kind in ((6, "text"), (6, "image"), (160, "image")):
-            result = make(options.queries, options.steps, options.examples, groups)
+        rows = [(*usual, 6, "text"), (*usual, 6, "image"), (*usual, 160, "image"), (200, 60, 10_000, 300, "long")]
+        for *sizes, kind in rows:
+            result = make(*sizes)
             start = time.perf_counter()
-            path = attrib.report.write(result, Path(folder) / "report.html", describe[kind], progress=False)
+            path = attrib.report.write(result, Path(folder) / "report.html", describe[kind], tag=tag, progress=False)
             seconds = time.perf_counter() - start
             opened = f"{opening(path):.1f} s" if CHROMIUM.exists() else "no browser"
-            print(f"| {groups} | {kind} | {path.stat().st_size / 1e6:.2f} MB | {seconds:.1f} s | {opened} |")
+            size = path.stat().st_size / 1e6
+            print("".join(f"| {n} " for n in sizes) + f"| {kind} | {size:.2f} MB | {seconds:.1f} s | {opened} |")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, the result included")
 
 

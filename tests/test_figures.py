@@ -224,3 +224,22 @@ def test_terminal_timeline_adds_up(result: attrib.Result) -> None:
         np.testing.assert_allclose(sum(values), changes.values[:, k].sum(), rtol=1e-9)
     assert found["measurement"][-1] == float(result.final[1])
     assert len(text.timeline(result, 1, 7).splitlines()) == 9
+
+
+def test_three_hundred_groups_are_printed_as_the_few_that_count() -> None:
+    many, other = (make(queries=2, steps=6, examples=5, groups=300, seed=seed) for seed in (0, 1))
+    head, *lines = text.timeline(many, 0, 3).splitlines()
+    assert "other 293 groups" in head
+    assert max(map(len, [head, *lines])) < 200
+    assert len(text.binned(many, 0, 3)["groups"]) == 300  # for other programs, all
+    numbers = [float(n) for n in lines[-1].split()[1:]]
+    np.testing.assert_allclose(sum(numbers), float(many.timeline()[0].sum()), atol=8 * 5e-5)  # as printed
+    found = attrib.report.compare(many, other)
+    shown = str(found).split("net change per group\n")[1].splitlines()[1:]
+    assert len(shown) == 2 * 12
+    assert "other 289 groups" in shown[11]
+    for column, one in ((-2, many), (-1, other)):
+        total = sum(float(line.split()[column]) for line in shown[:12])
+        np.testing.assert_allclose(total, float(one.timeline()[0].sum()), atol=12 * 5e-5)  # as printed
+    apart = found.groups[found.groups["query"] == "0"].set_index("group").eval("abs(a - b)")
+    assert set(apart.nlargest(11).index) == {line.split()[1] for line in shown[:11]}

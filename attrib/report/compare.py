@@ -32,8 +32,24 @@ class Comparison:
     def __str__(self) -> str:
         lines = [self.queries.to_string(float_format="{:.4f}".format, index=False)]
         if len(self.groups):
-            lines += ["", "net change per group", self.groups.to_string(float_format="{:+.4f}".format, index=False)]
+            shown = _largest(self.groups).to_string(float_format="{:+.4f}".format, index=False)
+            lines += ["", "net change per group", shown]
         return "\n".join(lines)
+
+
+def _largest(groups: pd.DataFrame, most: int = 12) -> pd.DataFrame:
+    """Of each query the groups that differ most, and what is left as one."""
+    twins = groups.groupby(["query", "group"]).cumcount()  # of queries with one name
+    tables = []
+    for _, table in groups.groupby(["query", twins], sort=False):
+        order = np.argsort(-(table["a"] - table["b"]).abs().to_numpy(), kind="stable")
+        kept = order if len(order) <= most else order[: most - 1]
+        rest = table.iloc[order[len(kept) :]]
+        tables.append(table.iloc[np.sort(kept)])
+        if len(rest):
+            others = {"query": rest["query"].iloc[0], "group": f"other {len(rest)} groups"}
+            tables.append(pd.DataFrame([{**others, "a": rest["a"].sum(), "b": rest["b"].sum()}]))
+    return pd.concat(tables, ignore_index=True)
 
 
 def compare(a: Result, b: Result, n: int = 10) -> Comparison:

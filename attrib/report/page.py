@@ -1,6 +1,6 @@
 """The report: one HTML file that needs no network, with everything in it (extra `report`).
 
-`payload` makes the numbers, page.html, page.css and page.js show them; plotly.js and the numbers stand in the file
+`payload` makes the numbers, page.html, page.css and SCRIPTS show them; plotly.js and the numbers stand in the file
 compressed. Nothing from the data is ever parsed as HTML: the page sets it as text.
 """
 
@@ -16,6 +16,7 @@ from .files import check_file, replacing, to_json
 from .payload import payload
 from .shown import Describe
 
+SCRIPTS = ("tools.js", "charts.js", "tree.js", "tokens.js", "examples.js", "page.js")  # one after the other, one script
 MARK = '<meta name="generator" content="attrib">'
 
 
@@ -71,7 +72,7 @@ def write(
         "mark": MARK,
         "title": escape(title or f"{result.question.capitalize()}: {page['measurement']} - attrib"),
         "style": _part("page.css"),
-        "script": _part("page.js"),
+        "script": "\n".join(map(_part, SCRIPTS)),
         "library": _packed(library),
         "page": _packed(to_json(page)),
     }

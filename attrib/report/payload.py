@@ -2,7 +2,7 @@
 
     timeline  (Q, F, groups)   change per fine bin of steps              trace (Q, F + 1)
     layers    (Q, B, groups)   what is said of examples, and of what is no example's, per bin of the steps that
-                               windows are made of
+                               windows are made of; `tree`, of every group, (Q, b, G)
     examples  (b, n) a query   contributions of the examples that stand in the page; b = B, or 1 where they were not kept
                                along the steps
 
@@ -23,17 +23,18 @@ from ..ledger import said, terms_of
 from ..optim import describe_options
 from ..result import Difference, Labelled
 from .beside import Beside, beside, changes_of, matched
-from .shown import Describe, Shown, show, tagged
+from .shown import LETTERS, Describe, Shown, show, tagged
 from .thin import Bins, bin_steps, by_tag, fold_groups
-from .words import words_of
+from .words import TOKENS, words_of
 
 RANKS = 10  # rows of the tables of largest and of smallest contributions
 FINE = 512  # bins of the timeline, at most
 WINDOWS = 128  # bins that windows are made of, at most
 NUMBERS = 600_000  # contributions of examples in the page, all queries together
-SUMS = 200_000  # numbers of the timeline, and of the groups' bars, all queries together
+SUMS = 200_000  # numbers of the timeline, of the groups' bars, and of their tree, all queries together
 IMAGES = 1 << 20  # bytes of pictures in the page
-TEXTS = 1 << 20  # letters that describe examples
+TEXTS = 1 << 20  # letters that describe examples; of each, and of each query:
+LONG = 4000  # at most, where that many fit
 RANKED = 40_000_000  # sums of windows that are ranked for a query: a second's work
 SERIES, BARS = 8, 24  # groups in the timeline and in the bars
 
@@ -63,7 +64,9 @@ def payload(
     by_steps = result.has("step", "example")
     bins = table.bins if by_steps else fine.merged(_windows(result))
     notices = _notices(result, fine, bins, table)
-    shown, omitted = _descriptions(_sizes(dataset["example"].values, table, really), describe)
+    ids = dataset["example"].values
+    tags, size = None if tag is None else tagged(tag, ids), _sizes(ids, table, really)
+    shown, omitted = _descriptions(size, describe)
     if omitted:
         notices.append(f"{omitted} examples are shown without their picture or text, for the size of this file.")
     return {
@@ -74,7 +77,8 @@ def payload(
         "facts": _facts(result),
         "notices": notices,
         "identities": result.ledger().identities,
-        "queries": _queries(result, describe_query, tag),
+        "queries": _queries(result, describe_query, tags),
+        "tokens": dataset.attrs.get("measurement") == TOKENS,  # a query is a token of a text
         "edges": (fine.edges + first).tolist(),
         "windows": np.searchsorted(fine.edges, bins.edges).tolist(),  # where among the edges
         "timeline": _floats(fine.sum(changes.values, 1)),
@@ -84,10 +88,11 @@ def payload(
         "ranks": RANKS,
         "by_steps": by_steps,
         "tables": [
-            {"ids": [str(e) for e in dataset["example"].values[at].tolist()], "values": _floats(values),
+            {"ids": [str(e) for e in ids[at].tolist()], "values": _floats(values),
              "others": _floats(others), "left": dataset.sizes["example"] - len(at)} for at, values, others in table.queries
         ],
         "shown": shown,
+        "tags": {str(e): t for e, t in zip(ids.tolist(), tags or (), strict=False) if e in size},
         "really": [{**each._asdict(), "ids": [str(e) for e in each.ids], "terms": each.terms.tolist()} for each in really],
     }  # fmt: skip
 
@@ -156,10 +161,10 @@ def _sizes(ids: np.ndarray, table: Chosen, really: list[Beside]) -> dict[Any, fl
 def _descriptions(size: dict[Any, float], describe: Describe | None) -> tuple[dict[str, Shown], int]:
     """id -> what is shown, the most important examples first, and how many are left out or lack their picture."""
     shown: dict[str, Shown] = {}
-    images, letters, omitted = IMAGES, TEXTS, 0
+    images, letters, omitted, each = IMAGES, TEXTS, 0, _letters(len(size))
     order = sorted(size, key=lambda e: -size[e]) if describe is not None else []
     for n, e in enumerate(order):
-        found = show(describe, e)
+        found = show(describe, e, each)
         images, letters = images - len(found.image), letters - len(found.text)
         if letters < 0:
             return shown, omitted + len(order) - n
@@ -167,6 +172,11 @@ def _descriptions(size: dict[Any, float], describe: Describe | None) -> tuple[di
             found, omitted = found._replace(image=""), omitted + 1
         shown[str(e)] = found
     return shown, omitted
+
+
+def _letters(count: int) -> int:
+    """How many letters of a text, so that `count` of them fit."""
+    return max(LETTERS, min(LONG, TEXTS // max(1, count)))
 
 
 # steps and groups
@@ -206,24 +216,36 @@ def _layers(result: Labelled, bins: Bins) -> dict[str, Any] | None:
     return {
         "groups": [str(g) for g in folded["train examples"]["group"].values],
         "rows": [{"name": name, "values": _floats(bins.sum(values.values, 1))} for name, values in folded.items()],
+        "tree": _tree(rows, bins),
+    }
+
+
+def _tree(rows: dict[str, xr.DataArray], bins: Bins) -> dict[str, Any]:
+    """The same of every group, (Q, b, G); b = B, or 1 where that is too much: the sum of all steps."""
+    first, *_ = rows.values()
+    by_window = len(rows) * first.sizes["query"] * first.sizes["group"] * bins.count <= SUMS
+    kept = bins if by_window else Bins(bins.steps, bins.steps)
+    return {
+        "groups": [str(g) for g in first["group"].values],
+        "values": [_floats(kept.sum(values.values, 1)) for values in rows.values()],
+        "by_window": by_window,
     }
 
 
 # facts
 
 
-def _queries(result: Labelled, describe_query: Describe | None, tag: Describe | None) -> list[dict[str, Any]]:
-    ids = result.dataset["example"].values
-    tags = None if tag is None else tagged(tag, ids)
-    found = []
+def _queries(result: Labelled, describe_query: Describe | None, tags: list[str] | None) -> list[dict[str, Any]]:
+    found, letters = [], _letters(result.dataset.sizes["query"])
     for q, (name, number) in enumerate(zip(result.names, result.dataset["query"].values, strict=True)):
-        one, shown = result.select([q]), show(describe_query, int(number))
+        one, shown = result.select([q]), show(describe_query, int(number), letters)
         sums, ledger = [] if tags is None else by_tag(one.by("example").values[0], tags), one.ledger()
         terms = {said(term): value for term, value in ledger.to_pandas().iloc[0].to_dict().items()}
         sizes = {said(term): size for term, size in ledger.sizes.items()}
         found.append(
-            {"name": name, "shown": shown, "terms": terms, "tags": sums, "sizes": sizes, "warning": one.warning}
-        )
+            {"name": name, "number": int(number), "shown": shown, "terms": terms, "tags": sums, "sizes": sizes,
+             "warning": one.warning}
+        )  # fmt: skip
     return found
 
 

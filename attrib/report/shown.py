@@ -5,6 +5,7 @@
 string).
 """
 
+import re
 from base64 import b64encode
 from collections.abc import Callable
 from io import BytesIO
@@ -17,7 +18,7 @@ from .extras import need
 
 Describe = Callable[[Any], Any]
 PIXELS = 96  # larger images are scaled down to this
-LETTERS = 300  # longer text is cut
+LETTERS = 300  # longer text is cut, between words
 NAME = 32  # a longer id loses its middle where there is little room
 
 
@@ -28,8 +29,8 @@ class Shown(NamedTuple):
     image: str = ""
 
 
-def show(describe: Describe | None, which: int | str) -> Shown:
-    """What is shown of an example or query.
+def show(describe: Describe | None, which: int | str, letters: int = LETTERS) -> Shown:
+    """What is shown of an example or query, of its text so many letters.
 
     Raises:
         DescriptionError: `describe` failed, or returned neither text nor an image nor a pair of them.
@@ -38,8 +39,8 @@ def show(describe: Describe | None, which: int | str) -> Shown:
         return Shown("")
     value = ask(describe, which)
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str):
-        return Shown(_cut(value[1]), _uri(_pixels(value[0], which)))
-    return Shown(_cut(value)) if isinstance(value, str) else Shown("", _uri(_pixels(value, which)))
+        return Shown(_cut(value[1], letters), _uri(_pixels(value[0], which)))
+    return Shown(_cut(value, letters)) if isinstance(value, str) else Shown("", _uri(_pixels(value, which)))
 
 
 def said(describe: Describe | None, example: int | str) -> str:
@@ -72,8 +73,13 @@ def ask(function: Describe, which: int | str) -> Any:
         ) from error
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."
+def _cut(text: str, letters: int = LETTERS) -> str:
+    """At most so many letters, and no word in part unless it is endless."""
+    if len(text) <= letters:
+        return text
+    # a letter more than stays: where it is a space, the word before it is whole
+    start = re.sub(r"(?<!\S)\S{1,40}\Z", "", text[: letters - 2])
+    return start[: letters - 3].rstrip() + "..."
 
 
 def _uri(pixels: np.ndarray) -> str:

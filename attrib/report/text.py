@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 
 from ..result import Labelled, Result
-from .thin import bin_steps
+from .thin import bin_steps, fold_groups
 
 BAR = 24
+COLUMNS = 8  # groups beside each other
 
 
 def largest(result: Result, query: int, n: int, describe: Callable[[Any], str]) -> str:
@@ -31,10 +32,11 @@ def bars(table: pd.DataFrame, describe: Callable[[Any], str]) -> str:
     return "\n".join(lines)
 
 
-def binned(result: Labelled, query: int, bins: int) -> dict[str, Any]:
+def binned(result: Labelled, query: int, bins: int, groups: int | None = None) -> dict[str, Any]:
     """The timeline in so many bins of steps: edges (B + 1), the measurement or sensitivity at each, and per group what
-    stands in each bin (B,)."""
+    stands in each bin (B,); at most so many `groups`, those that move most and the others as one."""
     changes, trace = result.timeline()[query], result.trace[query]
+    changes = changes if groups is None else fold_groups(changes, groups)
     parts = bin_steps(changes.shape[0], bins)
     sums = parts.sum(changes.values, 0)
     return {
@@ -46,8 +48,8 @@ def binned(result: Labelled, query: int, bins: int) -> dict[str, Any]:
 
 def timeline(result: Labelled, query: int, bins: int = 12) -> str:
     """The measurement and what each group's updates changed, bin by bin of steps; of a difference or an influence the
-    sensitivity, and what stands at the steps."""
-    found = binned(result, query, bins)
+    sensitivity, and what stands at the steps. Of many groups those that move most are apart."""
+    found = binned(result, query, bins, COLUMNS)
     edges, groups, name = found["edges"], found["groups"], str(result.trace.name)
     width = max(10, *(len(g) + 2 for g in groups))
     lines = ["steps".ljust(14) + name.rjust(13) + "".join(g.rjust(width) for g in groups)]

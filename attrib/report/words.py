@@ -11,8 +11,8 @@ from ..result import Difference, Influence, Labelled
 class Words(NamedTuple):
     """title, answer: per query. asked, silent: what the page answers, and what it does not. term: of one example. ledger,
     examples: heads of sections. raised, lowered: of the tables. rest: of all others, their number before it. timeline: what
-    its bars are; change: the title of their axis. trace: its line. layers: what the bars of groups are. signs: of what
-    positive is, and more that is needed to read the page."""
+    its bars are; change: the title of their axis. trace: its line. layers: what the bars of groups are. token: of the
+    shades of tokens, where each is a query. signs: of what positive is, and more that is needed to read the page."""
 
     title: str
     answer: str
@@ -28,6 +28,7 @@ class Words(NamedTuple):
     change: str
     trace: str
     layers: str
+    token: str
     signs: tuple[str, ...]
 
 
@@ -47,6 +48,7 @@ _ACCOUNT = Words(
     trace="{measurement}",
     layers="Contributions of the gradients that the window's batches supplied, of weight decay, and of a remainder where "
     "there is one.",
+    token="change from the start of the training to its end",
     signs=(
         "A positive contribution raised the measurement. Units are the measurement's.",
         "The timeline stands on the step that moved the parameters, tables and bars on the step whose batch supplied the "
@@ -74,6 +76,7 @@ _INFLUENCE = Words(
     change="influence",
     trace=_SENSITIVITY,
     layers="Influence of all examples of the window's batches, through the gradients of each group.",
+    token="log-probability at the end",
     signs=(
         "A positive influence: weighing more, the example raises the measurement; weighing less, or left out, it lowers "
         "it, to first order. Units: the measurement's per unit of weight, 1 of which each example has.",
@@ -101,6 +104,7 @@ _DIFFERENCE = Words(
     change="change",
     trace=_SENSITIVITY,
     layers="What was done otherwise at the steps of the window, by examples and by what is no example's.",
+    token="change from the base to the changed run",
     signs=(
         "A positive term: by it the changed run is above the base. Units are the measurement's.",
         "By cause, an example has what was done to it and what followed from that; by reaction, every example has what it "
@@ -112,14 +116,16 @@ _DIFFERENCE = Words(
     ),
 )
 
+TOKENS = "tokens"  # what attrib.measure.tokens calls itself
+_MEASURED = {TOKENS: "the log-probability of the token"}  # where the name alone says too little in a sentence
 _OF: dict[str, Words] = {"accounting": _ACCOUNT, Influence.question: _INFLUENCE, Difference.question: _DIFFERENCE}
 
 
 def words_of(result: Labelled) -> Words:
     """Those of a result, with what is the same for all of its queries filled in."""
-    steps = result.dataset.sizes["step"]
+    steps, measurement = result.dataset.sizes["step"], str(result.dataset.attrs.get("measurement", "measurement"))
     known = {
-        "measurement": str(result.dataset.attrs.get("measurement", "measurement")),
+        "measurement": _MEASURED.get(measurement, measurement),
         "steps": f"{steps} step{'' if steps == 1 else 's'}",
         "via": str(result.dataset.attrs.get("via", "")),
         "meaning": str(result.dataset.attrs.get("meaning", "")).partition(": ")[2],
