@@ -139,7 +139,7 @@ class Writer:
         if not self._records:
             self._due = max(self._due, now + COMMIT_SECONDS)
         self._records.append(record)
-        self._last, self._generators = theta_after, generators().numpy()
+        self._last, self._generators = theta_after, generators(whole=True).numpy()
         if len(self._records) == self._store.lengths.block:
             self._submit(self._piece(full=True))
             self._start, self._records, self._placed = self.steps, [], []
