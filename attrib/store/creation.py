@@ -24,7 +24,7 @@ from .lease import Lease
 from .metadata import HEADER
 from .owner import check_target, clear
 from .place import Place, beside, discard, locate, occupied, settle, writable
-from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, PASS_FACTS, STATE_BYTES, block_steps, create
+from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, PASS_FACTS, STATE_BYTES, Lengths, block_steps, create
 from .sealing import SealingStore, create_digests
 
 FACT_NAMES = {"facts": FACTS, "passes": PASS_FACTS}
@@ -64,14 +64,6 @@ class Placed(NamedTuple):
     ids: np.ndarray
     rows: np.ndarray
     passes: tuple[Places, ...]
-
-
-class Lengths(NamedTuple):
-    """Steps per block, between stored states, between stored accumulators."""
-
-    block: int
-    states_every: int
-    frame: int
 
 
 @dataclass

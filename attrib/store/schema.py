@@ -47,7 +47,7 @@ Everything about one step can be rebuilt from these: the coefficients of the upd
 state, so they are not stored a second time.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import zarr
 from zarr.abc.store import Store
@@ -96,6 +96,20 @@ NAMES = {
 }  # at the root of a run
 
 
+class Lengths(NamedTuple):
+    """Steps per block, between stored states, between stored accumulators."""
+
+    block: int
+    states_every: int
+    frame: int
+
+    def rows(self, steps: int, complete: bool) -> dict[str, int]:
+        """Of arrays that grow with the steps, by their first dimension: how many belong to so many of them."""
+        every = self.states_every
+        states = steps + 1 if every == 1 else -(-steps // every) + complete
+        return {"step": steps, "state": states, "frame": -(-steps // self.frame)}
+
+
 def create(
     group: zarr.Group,
     name: str,
@@ -131,9 +145,11 @@ def writable_array(store: Store, name: str) -> zarr.Array:
     return zarr.open_array(store, path=name, mode="r+", zarr_format=3).with_config(_EVERY_CHUNK)
 
 
-def continued(array: zarr.Array, store: Store) -> zarr.Array:
-    """One that is read through a store that checks it, to be written to in another."""
+def continued(array: zarr.Array, store: Store, rows: int | None = None) -> zarr.Array:
+    """One that is read through a store that checks it, to be written to in another. rows: of another length."""
     metadata: Any = array.metadata
+    if rows is not None:
+        metadata = metadata.update_shape((rows, *array.shape[1:]))
     return zarr.Array(zarr.AsyncArray(metadata, StorePath(store, array.path))).with_config(_EVERY_CHUNK)
 
 

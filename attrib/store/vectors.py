@@ -7,7 +7,6 @@ takes either kind of frame; what is not full is compressed by zarr, so that its 
 """
 
 import struct
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from io import FileIO
 from math import prod
@@ -18,12 +17,12 @@ import numpy as np
 import zarr
 
 from .checked import CheckedStore
+from .chunks import as_now
 from .seal import begun
 from .sealing import SealingStore
 
 AS_IT_IS = 0x26  # lz4, sorted by bits, "not compressed": the flags of such a frame as Blosc makes it
 BLOCK = 8192  # of a frame, in bytes, at most: Blosc reads so much at a time
-CODECS = ["bytes", "blosc", "crc32c"]
 SLICE = 1 << 20  # bytes that the cache of a core holds
 TAIL = 4  # bytes of the checksum
 
@@ -36,9 +35,7 @@ def head(size: int, itemsize: int) -> bytes:
 def are_vectors(array: zarr.Array) -> bool:
     """Whether full chunks of an array can be such frames."""
     metadata: Any = array.metadata
-    names = [codec.to_dict()["name"] for codec in metadata.codecs]
-    dimensions = metadata.dimension_names or ("",)
-    return array.ndim == 2 and dimensions[-1] == "parameter" and names == CODECS and sys.byteorder == "little"
+    return array.ndim == 2 and (metadata.dimension_names or ("",))[-1] == "parameter" and as_now(array)
 
 
 def put(store: SealingStore, array: zarr.Array, start: int, rows: Sequence[np.ndarray]) -> int:

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import zarr
 
 from ..ending import at_end
 from ..errors import StoreError
 from ..generators import generators
-from . import vectors
+from . import chunks, vectors
 from .creation import PADDING, OpenStore, Placed, StepRecord, create_store, lengths_of, numbers, padded
 from .owner import check_target, read_header
 from .place import locate
+from .reader import dimensions
 from .resumption import Reopened
 from .schema import COMMIT_SECONDS, COMMIT_SHARE, FACTS
 
@@ -261,6 +263,8 @@ class Writer:
             self._put_block(piece, follows)
         if piece.last and (piece.facts["complete"] if every > 1 else not piece.records):
             self._put_vectors("theta", -(-piece.stop // every), [piece.after])
+        if piece.last:
+            self._trim(piece)
         committed = piece.stop - (every == 1 and not follows)
         counts = {"committed_steps": committed, "written_steps": piece.stop}
         # in no chunk: one that is replaced is there for this header and for the one before
@@ -330,14 +334,22 @@ class Writer:
         return width
 
     def _put(self, name: str, start: int, values: np.ndarray) -> None:
-        array = self._store.arrays[name]
-        array.resize((start + len(values), *values.shape[1:]))
-        array[start:] = values
+        chunks.put(self._grown(name, start + len(values)), start, values)
+
+    def _grown(self, name: str, rows: int) -> zarr.Array:
+        array = self._store.arrays[name] = chunks.grown(self._store.arrays[name], rows)
+        return array
+
+    def _trim(self, piece: Piece) -> None:
+        """Of the run that ends: its arrays hold its steps and no more."""
+        rows = self._store.lengths.rows(piece.stop, bool(piece.facts["complete"]))
+        for name, array in self._store.arrays.items():
+            self._store.arrays[name] = chunks.trimmed(array, rows[dimensions(array)[0]])
+        self._store.examples.trim()
 
     def _put_vectors(self, name: str, start: int, rows: list[np.ndarray]) -> None:
         """(P,) each. What fills chunks is not copied."""
-        array = self._store.arrays[name]
-        array.resize((start + len(rows), len(rows[0])))
+        array = self._grown(name, start + len(rows))
         done = vectors.put(self._store.sealing, array, start, rows)
         if done < len(rows):
-            array[start + done :] = self._stacked(name, rows[done:])
+            chunks.put(array, start + done, self._stacked(name, rows[done:]))
