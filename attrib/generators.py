@@ -42,7 +42,8 @@ def generators(whole: bool = False) -> Tensor:
 
 def _memory() -> bytes | None:
     """Of numpy's global generator; None where it is of another kind."""
-    generator: Any = np.random.get_bit_generator()  # what users' models draw from
+    numpys: Any = np.random
+    generator = numpys.get_bit_generator()  # what users' models draw from
     if type(generator) is not np.random.MT19937:
         return None
     return ctypes.string_at(generator.ctypes.state_address, 4 * _WORDS + 4)  # its words, and which is next

@@ -1,11 +1,15 @@
 """Ctrl-C in long work: the first asks to stop at the next place where what was done is whole, the second stops at once."""
 
-import _signal  # what `signal` calls, but for its enumerations, which take ten times as long: this is done at every step
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
+from typing import Any
+
+# what `signal` calls, but for its enumerations, which take ten times as long: this is done at every step
+_signal: Any = import_module("_signal")
 
 
 class Request:

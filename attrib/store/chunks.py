@@ -7,11 +7,11 @@ as long as that when the run is closed.
 
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import product
 from typing import Any, cast
 
 import google_crc32c
-import numcodecs
 import numpy as np
 import zarr
 from zarr.core.buffer import default_buffer_prototype
@@ -20,7 +20,8 @@ from zarr.core.sync import sync
 from .schema import continued
 
 TAIL = 4
-_BLOSC = numcodecs.Blosc("lz4", 5, numcodecs.Blosc.BITSHUFFLE)  # as `schema.compressors`
+_blosc: Any = import_module("numcodecs.blosc")
+_BLOSC = _blosc.Blosc("lz4", 5, _blosc.BITSHUFFLE)  # as `schema.compressors`
 
 
 def grown(array: zarr.Array, rows: int) -> zarr.Array:
