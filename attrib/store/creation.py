@@ -17,6 +17,7 @@ from zarr.core.sync import sync
 
 from ..errors import StoreError, StoreExistsError
 from ..inputs import Inputs
+from .chunks import trimmed
 from .disk import Disk
 from .examples import ExampleTables, Places
 from .ids import IdTable
@@ -24,6 +25,7 @@ from .lease import Lease
 from .metadata import HEADER
 from .owner import check_target, clear
 from .place import Place, beside, discard, locate, occupied, settle, writable
+from .reader import dimensions
 from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, PASS_FACTS, STATE_BYTES, Lengths, block_steps, create
 from .sealing import SealingStore, create_digests
 
@@ -91,6 +93,13 @@ class OpenStore:
             places.append(self.examples.place(ids[first : first + each.size], each.inputs))
             first += each.size
         return Placed(ids, np.concatenate([at.rows for at in places]), tuple(places))
+
+    def trim(self, steps: int, complete: bool) -> None:
+        """The run ends: its arrays hold its steps, its inputs and no more."""
+        rows = self.lengths.rows(steps, complete)
+        for name, array in self.arrays.items():
+            self.arrays[name] = trimmed(array, rows[dimensions(array)[0]])
+        self.examples.trim()
 
     def keep(self) -> None:
         """The first step is made."""

@@ -41,6 +41,10 @@
     buffers/*    [step, entry]                 the same after each step; of a type that numpy lacks as integers
     digests      [chunk]                       of all chunks of full blocks, see `seal`
 
+While a run is recorded its arrays are longer than what is in them (`chunks`); how many of their rows count the header says,
+and when the run is closed they have no others. Every chunk has a digest, and all but those of vectors, (row, parameter), a
+checksum that any reader of Zarr sees to.
+
 In the header, with the counts of what is committed, stands the state of all generators after the last step, `generators`.
 
 Everything about one step can be rebuilt from these: the coefficients of the update follow from the gradients and the last

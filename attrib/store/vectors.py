@@ -5,8 +5,8 @@ as long over it as a digest and four times as long as the file. So a chunk that 
 Blosc all the same, one that says "as it is": 16 bytes, then the chunk. Every reader of Zarr takes either kind of frame; what
 is not full is compressed, so that its rest takes no room. `compact` compresses all.
 
-There is no checksum behind it, as behind all other chunks and in runs of before: CRC32C is read at 12 GB a second, which
-made the half of what writing a chunk took, and the digest that attrib compares (30 GB a second) finds all that it does.
+There is no checksum behind it, as there is behind all other chunks and was in runs of before: at 12 GB a second CRC32C takes
+a third to a half of the time of the write itself, and the digest that attrib compares (30 GB a second) finds as much.
 """
 
 import struct

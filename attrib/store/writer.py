@@ -24,7 +24,6 @@ from . import chunks, vectors
 from .creation import PADDING, OpenStore, Placed, StepRecord, create_store, lengths_of, numbers, padded
 from .owner import check_target, read_header
 from .place import locate
-from .reader import dimensions
 from .resumption import Reopened
 from .schema import COMMIT_SECONDS, COMMIT_SHARE, FACTS
 
@@ -264,7 +263,7 @@ class Writer:
         if piece.last and (piece.facts["complete"] if every > 1 else not piece.records):
             self._put_vectors("theta", -(-piece.stop // every), [piece.after])
         if piece.last:
-            self._trim(piece)
+            self._store.trim(piece.stop, bool(piece.facts["complete"]))
         committed = piece.stop - (every == 1 and not follows)
         counts = {"committed_steps": committed, "written_steps": piece.stop}
         # in no chunk: one that is replaced is there for this header and for the one before
@@ -339,13 +338,6 @@ class Writer:
     def _grown(self, name: str, rows: int) -> zarr.Array:
         array = self._store.arrays[name] = chunks.grown(self._store.arrays[name], rows)
         return array
-
-    def _trim(self, piece: Piece) -> None:
-        """Of the run that ends: its arrays hold its steps and no more."""
-        rows = self._store.lengths.rows(piece.stop, bool(piece.facts["complete"]))
-        for name, array in self._store.arrays.items():
-            self._store.arrays[name] = chunks.trimmed(array, rows[dimensions(array)[0]])
-        self._store.examples.trim()
 
     def _put_vectors(self, name: str, start: int, rows: list[np.ndarray]) -> None:
         """(P,) each. What fills chunks is not copied."""
