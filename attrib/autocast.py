@@ -8,8 +8,8 @@ It rounds what matrix products and convolutions read and return, forwards and ba
 leaves alone. Everything that attrib computes by itself is computed without it, whatever surrounds the call.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -60,12 +60,16 @@ def current(device: str) -> Autocast | None:
     return Autocast(device, torch.get_autocast_dtype(device), cached=torch.is_autocast_cache_enabled())
 
 
-@contextmanager
-def switched_off() -> Iterator[None]:
+def switched_off() -> AbstractContextManager[Any]:
     """Within it no autocast is on."""
     on = [device for device in DEVICES if torch.is_autocast_enabled(device)]
+    return _without(on) if on else nullcontext()
+
+
+@contextmanager
+def _without(devices: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
-        for device in on:
+        for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
 

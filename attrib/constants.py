@@ -70,17 +70,20 @@ def to_array(t: Tensor) -> np.ndarray:
     Raises:
         TypeError: it does not hold its values as plain numbers: sparse, quantized, on the device "meta", ...
     """
-    described = f"{type(t).__name__} of {t.dtype}, {t.layout} on {t.device}"
     if t.is_quantized:  # whose numbers are not its values
-        raise TypeError(described)
+        raise TypeError(_described(t))
     try:
-        t = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        held = t.detach().cpu().resolve_conj().resolve_neg().contiguous()
         try:
-            return t.numpy()
+            return held.numpy()
         except TypeError:
-            return t.view(_BITS[t.itemsize]).numpy()
+            return held.view(_BITS[held.itemsize]).numpy()
     except (RuntimeError, TypeError, KeyError) as error:  # NotImplementedError is a RuntimeError
-        raise TypeError(described) from error
+        raise TypeError(_described(t)) from error
+
+
+def _described(t: Tensor) -> str:
+    return f"{type(t).__name__} of {t.dtype}, {t.layout} on {t.device}"
 
 
 def to_tensor(array: np.ndarray, dtype: str) -> Tensor:

@@ -36,6 +36,10 @@ class Layout:
     @property
     def size(self) -> int:
         """P, the number of parameters."""
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
         return int(self.bounds[-1])
 
     @cached_property
@@ -52,13 +56,14 @@ class Layout:
 
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Tensors in the order of `names` -> a new vector (P,)."""
-        parts = [t.detach().reshape(-1) for t in tensors]
-        size, dtype = sum(map(len, parts)), parts[0].dtype
-        plain = all(t.dtype == dtype and t.device.type == "cpu" for t in parts)
-        if not plain or size * dtype.itemsize < LARGE:
-            return torch.cat(parts)
-        memory = np.empty(size * dtype.itemsize, np.uint8)
-        return torch.cat(parts, out=torch.from_numpy(memory).view(dtype))
+        with torch.no_grad():
+            parts = [t.reshape(-1) for t in tensors]
+            dtype = parts[0].dtype
+            large = self.size * dtype.itemsize >= LARGE
+            if not large or not all(t.dtype == dtype and t.device.type == "cpu" for t in parts):
+                return torch.cat(parts)
+            memory = np.empty(self.size * dtype.itemsize, np.uint8)
+            return torch.cat(parts, out=torch.from_numpy(memory).view(dtype))
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (..., P) -> views by name, (..., *shape)."""

@@ -232,8 +232,10 @@ class Recorder(Announcing):
             seconds = (began - self._left) + (time.perf_counter() - moved)
             after = self._layout.flatten(self._parameters)
             self._guard.stepped(after, self.optimizer)
-            self._settled, self._announced.ids = captured.settled, record.ids.dtype
-            self._writer.update_header(settled=settled_facts(self._settled))
+            if captured.settled is not self._settled:
+                self._settled = captured.settled
+                self._writer.update_header(settled=settled_facts(self._settled))
+            self._announced.ids = record.ids.dtype
             self._forget()
             log = {**captured.log, "seconds": seconds, **self._inspect(step, record, after)}
             buffers = packed(self._guard.buffers.before)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -76,11 +77,15 @@ class Capture:
                 step may be taken again.
         """
         heard = self.listeners.heard(step.sizes[0], len(step.passes)).beside(step.elsewhere)
-        with self.listeners.deaf(), torch.enable_grad(), switched_off():
+        due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
+        runs = due or self._stores or self._options.penalty is not None or heard.norms is not None  # the model, or may
+        with ExitStack() as stack:
+            if runs:
+                for context in (self.listeners.deaf(), torch.enable_grad(), switched_off()):
+                    stack.enter_context(context)
             step = self._settled(step, heard)
             trial = self._trial(step, heard, self._shares)
             watched = self._watched(trial)
-            due = step.number < CHECK_FIRST or step.number % self._options.check_every == 0
             fits = due or (self._stores and watched is None) or _unknown(trial)
             trial, fit = _fitted(trial) if fits else (trial, _assumed(trial))
             self._note(trial, fit)
@@ -137,7 +142,8 @@ class Capture:
             settled.draws.settled(step.number, heard.before, heard.behind)
         batches = [announced.batch for announced in step.passes]
         forwards = check_forwards(heard.forwards, batches, settled.forwards, step.number)
-        step = replace(step, settled=replace(settled, forwards=forwards))
+        if forwards != settled.forwards:
+            step = replace(step, settled=replace(settled, forwards=forwards))
         if step.number:
             check_autocast(step, heard)
             return step
@@ -149,7 +155,7 @@ class Capture:
         for announced in step.passes:
             factor = 1 / announced.batch.size / len(step.passes) if shares.coarse else 1.0
             start = heard.start if announced.random is None else announced.random
-            passes.append(PassTrial(announced.batch, start, shares.at(step.active, factor, step.buffers), factor))
+            passes.append(PassTrial(announced.batch, start, shares, step.active, step.buffers, factor))
         trial = Trial(step, heard, tuple(passes), step.gradient, None)
         trial = late(trial) or trial if step.settled.late else trial
         penalty = self._options.penalty
@@ -213,7 +219,7 @@ def _unknown(trial: Trial) -> bool:
 
 
 def _captured(trial: Trial, fit: Fit, arrays: Arrays, factor_scales: np.ndarray | None = None) -> Captured:
-    draws, heard = fit.settled.draws, trial.heard
+    settled, draws, heard = fit.settled, fit.settled.draws, trial.heard
     if draws.stochastic and not heard.passes and not heard.forwards:
         raise BatchIdentityError(
             f"the random numbers of the loss cannot be drawn again: got no forward pass of the model, expected one to be "
@@ -221,6 +227,8 @@ def _captured(trial: Trial, fit: Fit, arrays: Arrays, factor_scales: np.ndarray 
             f"recorder.batch(index, *batch). The step was refused."
         )
     random = [draws.stored(each.start) for each in trial.passes]
+    if not settled.coupled and trial.passes[0].run.coupled:
+        settled = replace(settled, coupled=True)
     return Captured(
         scales=fit.scales,
         factor_scales=fit.scales if factor_scales is None else factor_scales,
@@ -228,5 +236,5 @@ def _captured(trial: Trial, fit: Fit, arrays: Arrays, factor_scales: np.ndarray 
         penalty=trial.penalty,
         random=[None if state is None else state.numpy() for state in random],
         log=fit.log,
-        settled=replace(fit.settled, coupled=fit.settled.coupled or trial.shares.coupled),
+        settled=settled,
     )

@@ -1,7 +1,8 @@
 """The batch and the split identity of a step, held against passes of the recorder's own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import log2
 from typing import NamedTuple
 
@@ -23,13 +24,19 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class PassTrial:
-    """One pass of a step on trial. start: the generators' state before it. shares: at the active parameters of the step, of
-    `factor` times the loss."""
+    """One pass of a step on trial. start: the generators' state before it. run: the gradients of the run, of which `shares`
+    are those at the active parameters and the buffers of the step, of `factor` times the loss."""
 
     batch: Batch
     start: Tensor
-    shares: Gradients
+    run: Gradients
+    active: frozenset[str]
+    buffers: Mapping[str, Tensor]
     factor: float = 1.0
+
+    @cached_property
+    def shares(self) -> Gradients:
+        return self.run.at(self.active, self.factor, self.buffers)  # where nothing is computed nobody asks
 
     def total(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses (b,), the gradient of their sum (P,), both divided by the factor, and the generators' state behind them."""
@@ -88,7 +95,7 @@ def _nearer(each: PassTrial, near: float, sizes: Sequence[int]) -> PassTrial:
     wanted = near * each.factor
     multiples = _multiples(wanted, (1 / each.batch.size / len(sizes), 1 / sum(sizes), 1.0))
     factor = next((m for m in multiples if abs(wanted / m - 1) < 0.01), wanted)
-    return replace(each, shares=each.shares.at(each.shares.active, factor), factor=factor)
+    return replace(each, factor=factor)
 
 
 def _multiples(near: float, known: Sequence[float]) -> list[float]:

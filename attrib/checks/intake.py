@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -85,11 +86,13 @@ def check_batch(index: Any, args: tuple[Any, ...], before: np.dtype[Any] | None 
             f"training loop, as torch.as_tensor does arrays, dict() and tuple() do other trees."
         ) from None
     _check_rows(batch, args)
-    return ids, batch.map(ordinary)
+    return ids, batch.map(ordinary) if any(t.is_inference() for t in batch.tensors) else batch
 
 
 def _check_rows(batch: Batch, args: tuple[Any, ...]) -> None:
     """Raise BatchError where a tensor has neither a row per example, nor one for all, nor was said to be shared."""
+    if batch.rows and all(batch.rows):
+        return
     said = [isinstance(leaf, Shared) for leaf in leaves_of(args)]
     for leaf, rows, known, where in zip(batch.leaves, batch.rows, said, places(batch.tree), strict=True):
         if isinstance(leaf, Tensor) and not rows and not known and leaf.dim() and len(leaf) != 1:
@@ -163,13 +166,13 @@ def check_ids(index: Any) -> np.ndarray:
         raise BatchError(f"index is not a list of ids: got shape {ids.shape}, expected (B,) with B of at least 1.")
     if ids.dtype.kind in "UOST":  # of the list itself, since numpy makes strings of the numbers in it and cuts NULs off
         return _strings(np.array(ids if isinstance(index, np.ndarray) else list(index), dtype=object))
-    if not np.issubdtype(ids.dtype, np.integer):
+    if ids.dtype.kind not in "iu":
         raise BatchError(
             f"index is not integer: got {ids.dtype}, expected int64 ids of the training examples, or strings."
         )
     if ids.dtype == np.uint64 and (ids > np.iinfo(np.int64).max).any():
         raise BatchError(f"an id is too large: got {ids.max()}, expected at most 2**63 - 1, at slot {ids.argmax()}.")
-    if (ids < 0).any():
+    if ids.min() < 0:
         raise BatchError(f"an id is negative: got {ids.min()}, expected ids of 0 or more, at slot {ids.argmin()}.")
     return ids.astype(np.int64)
 
@@ -202,20 +205,20 @@ def check_gradient(layout: Layout, parameters: Sequence[Tensor], step: int) -> T
     Raises:
         BatchIdentityError: no parameter has a gradient. LossError: a gradient is not finite.
     """
-    if all(p.grad is None for p in parameters):
+    grads = [p.grad for p in parameters]
+    if all(g is None for g in grads):
         raise BatchIdentityError(
             "no parameter has a gradient: got p.grad None everywhere, expected loss(...).backward() before step."
         )
-    for name, p in zip(layout.names, parameters, strict=True):
-        if p.grad is not None and p.grad.is_sparse:
+    for name, g in zip(layout.names, grads, strict=True):
+        if g is not None and g.is_sparse:
             raise BatchIdentityError(
                 f"a gradient is sparse, expected a dense one, at parameter {name!r}, step {step}. Build the embedding with "
                 f"sparse=False. The step was refused."
             )
-    gradient = layout.flatten(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)
-    if (
-        not torch.isfinite(gradient.sum()) and not torch.isfinite(gradient).all()
-    ):  # a sum is read faster, and may overflow
+    gradient = layout.flatten(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True))
+    # a sum is read faster, and may overflow
+    if not isfinite(gradient.sum().item()) and not torch.isfinite(gradient).all():
         bad = next(n for n, part in layout.slices() if not torch.isfinite(gradient[part]).all())
         raise LossError(
             f"the gradient is not finite, expected finite numbers, at parameter {bad!r}, step {step}. "

@@ -28,7 +28,9 @@ class NormWatch:
             self.gradients += 1
 
     def _norms(self, gradient: Tensor) -> Tensor:
-        return torch.stack([torch.linalg.vector_norm(gradient, n) for n in ((2, 1) if self._accounts else (2,))])
+        if not self._accounts:
+            return torch.linalg.vector_norm(gradient, 2).view(1)
+        return torch.stack([torch.linalg.vector_norm(gradient, n) for n in (2, 1)])
 
     def left(self) -> Tensor:
         """(K,) float64: the norms as the last backward pass left them; of a gradient that none of it made, as it is."""
@@ -72,10 +74,11 @@ class NormWatch:
         known = [p for p in self._parameters if id(p) in self._raw and p.grad is not None]
         if not known:
             return 1.0
-        before = torch.stack([self._raw[id(p)] for p in known]).double()
-        now = torch.stack([self._norms(p.grad) for p in known if p.grad is not None]).double()
+        before = torch.stack([self._raw[id(p)] for p in known])
+        now = torch.stack([self._norms(p.grad) for p in known if p.grad is not None])
         if torch.equal(before, now):
             return 1.0
+        before, now = before.double(), now.double()
         factor = float(now[:, 0].norm() / before[:, 0].norm())
         off = (now - factor * before).abs()
         if bool((off <= torch.finfo(known[0].dtype).eps ** 0.5 * now.norm(dim=0)).all()):

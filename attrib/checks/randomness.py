@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ..autocast import DEVICES, Autocast, current
 from ..errors import ChangedOutsideError
 from ..functional import wrappers
-from ..generators import generators
+from ..generators import drew_beyond_torch, generators
 
 log = logging.getLogger("attrib")
 
@@ -29,7 +29,7 @@ class ForwardPass:
         self.reached: bool | None = None
 
     def listen(self, output: Any) -> None:
-        for t in tree_leaves(output):
+        for t in (output,) if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(t, Tensor) and t.requires_grad:
                 with suppress(RuntimeError):  # of a tensor that takes no hooks
                     t.register_hook(self._reach)
@@ -68,8 +68,8 @@ class RandomWatch:
             if not self.announced:  # what nothing was announced for is asked for once at most
                 self.calls = self.calls[-KEPT:]
             self.calls.append(ForwardPass(self.announced - 1, self.before))
-            on = current(next((p.device.type for p in module.parameters()), "cpu"))
-            self.autocasts = tuple(dict.fromkeys((on, *self.autocasts)))
+            device = next((p.device.type for p in module.parameters()), "cpu") if any(map(current, DEVICES)) else "cpu"
+            self.autocasts = tuple(dict.fromkeys((current(device), *self.autocasts)))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         heard = not torch.compiler.is_compiling() and not self.busy and torch.is_grad_enabled()
@@ -135,8 +135,8 @@ class Draws:
         Raises:
             ChangedOutsideError: the loss draws numbers now, and did not then.
         """
-        torchs = len(torch.get_rng_state())
-        drew, beyond = not torch.equal(before, after), not torch.equal(before[torchs:], after[torchs:])
+        drew = not torch.equal(before, after)
+        beyond = drew and drew_beyond_torch(before, after)
         if step == 0:
             if drew:
                 log.info("the loss draws random numbers: the generators' state is recorded with every step")

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -39,6 +40,15 @@ def weights_of(kind: str, sizes: Sequence[int]) -> np.ndarray:
     if kind == "mean":
         return 1 / (len(count) * count)
     return np.full(len(count), 1 / count.sum() if kind == "pooled" else 1.0)
+
+
+@lru_cache(1024)
+def _agreed(kinds: tuple[str, ...], sizes: tuple[int, ...]) -> np.ndarray:
+    """What all of the kinds say, (M,); NaN where they differ. Steps are of few shapes, and each asks."""
+    found = [weights_of(kind, sizes) for kind in kinds]
+    if found and all(np.array_equal(found[0], other) for other in found):
+        return found[0]
+    return np.full(len(sizes), np.nan)
 
 
 @dataclass(frozen=True)
@@ -113,10 +123,7 @@ class Reduction:
 
     def expected(self, sizes: Sequence[int], clip: float) -> np.ndarray:
         """(M,): the scales where the shares are not computed; NaN where they are not known, to be fitted when they are."""
-        found = [] if self.common else [clip * weights_of(kind, sizes) for kind in self.kinds]
-        if found and all(np.array_equal(found[0], other) for other in found):
-            return found[0]
-        return np.full(len(sizes), np.nan)
+        return clip * _agreed(() if self.common else self.kinds, tuple(sizes))
 
     def fit(self, gradient: Tensor, totals: Totals, clip: float, bound: ShareBound) -> tuple[np.ndarray, "Reduction"]:
         """The scales (M,) from p.grad (P,), and what is known then: one of REDUCTIONS where the gap that leaves is within

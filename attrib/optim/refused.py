@@ -21,6 +21,8 @@ def check_group_options(optimizer: torch.optim.Optimizer, when: str = "") -> Non
     """Raise UnsupportedOptimizerError at an option that cannot be replayed. when: such as ", step 3"."""
     for number, group in enumerate(optimizer.param_groups):
         for name, value in _options(group):
+            if not isinstance(value, Tensor | np.floating) and name != "capturable":
+                continue
             refusal = _refusal(group, name, value)
             if refusal is not None:
                 expected, advice = refusal

@@ -113,15 +113,14 @@ class Rules:
 
 def read_hyper(rules: Rules, optimizer: torch.optim.Optimizer) -> np.ndarray:
     """(K, H + 1) float64: the rule's numbers for each parameter tensor before the step, and whether it takes part."""
-    rows = np.zeros((len(rules.owners), rules.width))
-    tensor = 0
+    rows: list[tuple[float, ...]] = []
+    state, filled = optimizer.state, rules.width - 1
     for group in optimizer.param_groups:
-        values = rules[tensor].values(group) if group["params"] else ()
+        values = rules[len(rows)].values(group) if group["params"] else ()
         for p in group["params"]:
-            numbers = (*values, *rules[tensor].counted(group, optimizer.state.get(p, {})))
-            rows[tensor, : len(numbers)], rows[tensor, -1] = numbers, p.grad is not None
-            tensor += 1
-    return rows
+            numbers = (*values, *rules[len(rows)].counted(group, state.get(p, {})))
+            rows.append((*numbers, *(0.0,) * (filled - len(numbers)), p.grad is not None))
+    return np.array(rows, np.float64)
 
 
 def read_state(

@@ -8,6 +8,7 @@
 - `ids`: ids that are strings, and the numbers that stand for them
 - `creation`: the group and arrays that fit the first step, or nothing
 - `writer`: append steps, commit blocks, on a thread of its own; `resumption`: go on where a run ended early
+- `chunks`: rows of all else, written past zarr
 - `vectors`: parameters, gradients and accumulators, written from where they lie; `compaction`: a finished run in less room
 - `reader`: open, check that every committed chunk is there and is the one that was written, read
 - `rows`: what is stored of a step by itself

@@ -17,6 +17,7 @@ from zarr.core.sync import sync
 
 from ..errors import StoreError, StoreExistsError
 from ..inputs import Inputs
+from .chunks import trimmed
 from .disk import Disk
 from .examples import ExampleTables, Places
 from .ids import IdTable
@@ -24,7 +25,8 @@ from .lease import Lease
 from .metadata import HEADER
 from .owner import check_target, clear
 from .place import Place, beside, discard, locate, occupied, settle, writable
-from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, PASS_FACTS, STATE_BYTES, block_steps, create
+from .reader import dimensions
+from .schema import CHUNK_BYTES, DIMENSIONS, FACTS, PASS_FACTS, STATE_BYTES, Lengths, block_steps, create
 from .sealing import SealingStore, create_digests
 
 FACT_NAMES = {"facts": FACTS, "passes": PASS_FACTS}
@@ -66,14 +68,6 @@ class Placed(NamedTuple):
     passes: tuple[Places, ...]
 
 
-class Lengths(NamedTuple):
-    """Steps per block, between stored states, between stored accumulators."""
-
-    block: int
-    states_every: int
-    frame: int
-
-
 @dataclass
 class OpenStore:
     """The store of a run that is being recorded. shares: names of the arrays of stored shares. slots, passes: of a step.
@@ -99,6 +93,13 @@ class OpenStore:
             places.append(self.examples.place(ids[first : first + each.size], each.inputs))
             first += each.size
         return Placed(ids, np.concatenate([at.rows for at in places]), tuple(places))
+
+    def trim(self, steps: int, complete: bool) -> None:
+        """The run ends: its arrays hold its steps, its inputs and no more."""
+        rows = self.lengths.rows(steps, complete)
+        for name, array in self.arrays.items():
+            self.arrays[name] = trimmed(array, rows[dimensions(array)[0]])
+        self.examples.trim()
 
     def keep(self) -> None:
         """The first step is made."""
@@ -211,6 +212,7 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
             dims,
             fill,
             attributes={"facts": list(FACT_NAMES[name])} if name in FACT_NAMES else None,
+            checksum=len(shape) > 1 or dims[-1] != "parameter",  # of vectors, see there
         )
 
     entries = min(size, max(1, STATE_BYTES // (n * kind.itemsize)))

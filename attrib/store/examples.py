@@ -15,6 +15,7 @@ from zarr.core.sync import sync
 from ..inputs import Form, Inputs, counts
 from ..kernels.hashing import combine, hash_rows
 from ..kernels.keys import KeyTable
+from . import chunks
 from .schema import CHUNK_BYTES, continued, create
 
 FILE_BYTES = 64 << 10
@@ -98,6 +99,13 @@ class ExampleTables:
             if tables.shared is not None:
                 tables.shared.commit()
 
+    def trim(self) -> None:
+        """No more rows will come: the arrays hold those that were written and no more."""
+        for tables in self._tables.values():
+            tables.rows.trim()
+            if tables.shared is not None:
+                tables.shared.trim()
+
     @property
     def facts(self) -> dict[str, Any]:
         """For the header, per kind: the form, and the number of rows written so far."""
@@ -160,14 +168,19 @@ class ExampleTable:
     def commit(self) -> None:
         """Write the rows that wait; if a write fails, they wait on."""
         if self._next > self._start:
-            for array, pending in zip(self._arrays, self._pending, strict=True):
+            for n, (array, pending) in enumerate(zip(self._arrays, self._pending, strict=True)):
                 values = np.concatenate(pending)
-                array.resize((self._start + len(values), *array.shape[1:]))
-                array[self._start :] = values
+                grown = chunks.grown(array, self._start + len(values))
+                self._arrays[n] = grown
+                chunks.put(grown, self._start, values)
             self.written = self._next
             self._next = self._start = -(-self._next // self._chunk) * self._chunk
             for pending in self._pending:
                 pending.clear()
+
+    def trim(self) -> None:
+        """To the rows that were written."""
+        self._arrays = [chunks.trimmed(array, self.written) for array in self._arrays]
 
 
 def _key(form: Form) -> str:

@@ -24,7 +24,7 @@ from .metadata import HEADER
 from .owner import KINDS, read_header
 from .passes import Passes
 from .place import folder_bytes, locate, readable
-from .schema import DIGESTS, FACTS, FORMAT
+from .schema import DIGESTS, FACTS, FORMAT, Lengths
 from .seal import Unsealed
 
 WIDTHS = {"slot": "slots", "pass": "passes"}  # axes that grow: axis -> how long it is, in the header
@@ -126,7 +126,7 @@ class Reader:
         for the caller to fill."""
         array = self.array(name)
         if rows is None:
-            chosen = slice(0, array.shape[0]) if array.ndim else slice(0, 0)
+            chosen = slice(0, self.committed(name) if array.ndim else 0)
         else:
             chosen = slice(rows, rows + 1) if isinstance(rows, int) else rows
         if array.ndim and chosen.stop > array.shape[0]:
@@ -223,12 +223,9 @@ class Reader:
         if first == "row":
             table, kind = name.split("/")[:2]
             return int(self.header["rows" if table == "examples" else table][int(kind)])
-        every, frame = (int(self.header[key]) for key in ("states_every", "frame"))
-        states = self.steps + 1 if every == 1 else -(-self.steps // every) + self.complete
+        lengths = Lengths(*(int(self.header[name]) for name in Lengths._fields))
         known = {
-            "step": self.steps,
-            "state": states,
-            "frame": -(-self.steps // frame),
+            **lengths.rows(self.steps, self.complete),
             **dict(zip(("id", "utf8"), self.header["ids"], strict=True)),
         }
         return known.get(first, array.shape[0]) if array.ndim and first else 0

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import zarr
 
-from .creation import Lengths, OpenStore, PassRecord, Placed, StepRecord
+from .creation import OpenStore, PassRecord, Placed, StepRecord
 from .examples import ExampleTables, Places
 from .ids import IdTable
 from .lease import Lease
 from .place import locate, writable
 from .reader import Reader
-from .schema import DIGESTS, LOGS, continued
+from .schema import DIGESTS, LOGS, Lengths, continued
 from .sealing import SealingStore
 
 
@@ -56,9 +56,7 @@ def reopen(reader: Reader, held: Lease | None) -> Reopened:
     """
     place, header = locate(reader.target), {k: v for k, v in reader.header.items() if k not in ("sealed", "seal")}
     sealing = SealingStore(writable(place), header["id"], growing=True, attributes=reader.store.attributes)
-    words = reader.store.closed()
-    sealing.resume(words)
-    continued(reader.array(DIGESTS), sealing).resize((len(words),))
+    sealing.resume(reader.store.closed())
     group = zarr.open_group(sealing, mode="r+", zarr_format=3)
     stepwise = [
         n

@@ -41,13 +41,17 @@
     buffers/*    [step, entry]                 the same after each step; of a type that numpy lacks as integers
     digests      [chunk]                       of all chunks of full blocks, see `seal`
 
+While a run is recorded its arrays are longer than what is in them (`chunks`); how many of their rows count the header says,
+and when the run is closed they have no others. Every chunk has a digest, and all but those of vectors, (row, parameter), a
+checksum that any reader of Zarr sees to.
+
 In the header, with the counts of what is committed, stands the state of all generators after the last step, `generators`.
 
 Everything about one step can be rebuilt from these: the coefficients of the update follow from the gradients and the last
 state, so they are not stored a second time.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import zarr
 from zarr.abc.store import Store
@@ -96,6 +100,20 @@ NAMES = {
 }  # at the root of a run
 
 
+class Lengths(NamedTuple):
+    """Steps per block, between stored states, between stored accumulators."""
+
+    block: int
+    states_every: int
+    frame: int
+
+    def rows(self, steps: int, complete: bool) -> dict[str, int]:
+        """Of arrays that grow with the steps, by their first dimension: how many belong to so many of them."""
+        every = self.states_every
+        states = steps + 1 if every == 1 else -(-steps // every) + complete
+        return {"step": steps, "state": states, "frame": -(-steps // self.frame)}
+
+
 def create(
     group: zarr.Group,
     name: str,
@@ -106,8 +124,9 @@ def create(
     fill: int = 0,
     states: bool = False,
     attributes: dict[str, Any] | None = None,
+    checksum: bool = True,
 ) -> zarr.Array:
-    """An array with fast lossless compression and a checksum on every chunk.
+    """An array with fast lossless compression and, unless that is left to the digests alone, a checksum on every chunk.
 
     fill: what stands beyond its edge. states: rows (state, parameter) of a run that is not recorded any more; those of one
     parameter are stored side by side, of which a slower compressor leaves three quarters.
@@ -120,7 +139,7 @@ def create(
         dimension_names=dimensions,
         fill_value=fill,
         filters=(TransposeCodec(order=(1, 0)),) if states else (),
-        compressors=compressors("zstd" if states else "lz4"),
+        compressors=compressors("zstd" if states else "lz4")[: 1 + checksum],
         config=_EVERY_CHUNK,
         attributes=attributes,
     )
@@ -131,9 +150,11 @@ def writable_array(store: Store, name: str) -> zarr.Array:
     return zarr.open_array(store, path=name, mode="r+", zarr_format=3).with_config(_EVERY_CHUNK)
 
 
-def continued(array: zarr.Array, store: Store) -> zarr.Array:
-    """One that is read through a store that checks it, to be written to in another."""
+def continued(array: zarr.Array, store: Store, rows: int | None = None) -> zarr.Array:
+    """One that is read through a store that checks it, to be written to in another. rows: of another length."""
     metadata: Any = array.metadata
+    if rows is not None:
+        metadata = metadata.update_shape((rows, *array.shape[1:]))
     return zarr.Array(zarr.AsyncArray(metadata, StorePath(store, array.path))).with_config(_EVERY_CHUNK)
 
 

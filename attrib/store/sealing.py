@@ -17,6 +17,7 @@ from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import WrapperStore
 
+from . import chunks
 from .disk import Disk
 from .metadata import HEADER, Document
 from .schema import DIGESTS, create, writable_array
@@ -40,6 +41,8 @@ class SealingStore(WrapperStore[Store]):
         self.recent: dict[str, Words] = {k: words_of(v) for k, v in facts["recent"].items()} if facts else {}
         self._closed = int(facts["closed"]) if facts else 0
         self._chain = xxhash.xxh3_64()
+        self._digests: zarr.Array | None = None  # the array
+        self._tail = np.zeros(0, np.uint64)  # of the digests that count those in its last chunk
         self._new: dict[str, Words] = {}
         self._waiting: dict[str, Any] = {}
         self.root: Attributes = {}  # other attributes of the root
@@ -67,6 +70,9 @@ class SealingStore(WrapperStore[Store]):
 
     def put(self, key: str, parts: Iterable[Any]) -> None:
         """The same of a chunk that comes in parts, and not by way of zarr."""
+        if key.startswith(DIGESTS + "/"):
+            self._put(key, parts)
+            return
         state = begun(self._id, key)
 
         def noted() -> Iterator[Any]:
@@ -111,7 +117,7 @@ class SealingStore(WrapperStore[Store]):
             self._put_header(before, {**now, **both}, before["sealed"]["arrays"])  # new ones do not count yet
             for key, content in self._waiting.items():
                 self._put(key, [content])
-        lengths = self._closed, self._chain
+        lengths = self._closed, self._chain, self._tail
         if full:
             self._append(np.array([word for words in now.values() for word in words], dtype=np.uint64))
             now = {}
@@ -119,7 +125,7 @@ class SealingStore(WrapperStore[Store]):
         try:
             self._put_header(facts, now)
         except BaseException:
-            self._closed, self._chain = lengths
+            self._closed, self._chain, self._tail = lengths
             raise
         self.recent = now
         self._new.clear()
@@ -128,6 +134,9 @@ class SealingStore(WrapperStore[Store]):
     def resume(self, digests: np.ndarray) -> None:
         """Go on from the digests (n,) uint64 of the full blocks of a store that was opened again."""
         self._chain.update(digests.tobytes())
+        self._digests = writable_array(self, DIGESTS)
+        count = self._digests.chunks[0]
+        self._tail = digests[len(digests) // count * count :]
 
     def move(self, place: Any) -> None:
         """The folder has another name now."""
@@ -139,10 +148,12 @@ class SealingStore(WrapperStore[Store]):
             self._store.flush()
 
     def _append(self, words: np.ndarray) -> None:
-        array = writable_array(self, DIGESTS)
-        array.resize((self._closed + len(words),))
-        array[self._closed :] = words
-        self._closed, self._chain = self._closed + len(words), self._chain.copy()
+        array = writable_array(self, DIGESTS) if self._digests is None else self._digests
+        first, closed, tail = self._closed - len(self._tail), self._closed + len(words), np.append(self._tail, words)
+        self._digests = array = chunks.grown(array, closed)
+        chunks.put(array, first, tail)
+        full = (closed - first) // array.chunks[0] * array.chunks[0]
+        self._closed, self._chain, self._tail = closed, self._chain.copy(), tail[full:]
         self._chain.update(words.tobytes())
 
     def _put_header(self, facts: Attributes, recent: dict[str, Words], arrays: dict[str, str] | None = None) -> None:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import zarr
 
 from ..ending import at_end
 from ..errors import StoreError
 from ..generators import generators
-from . import vectors
+from . import chunks, vectors
 from .creation import PADDING, OpenStore, Placed, StepRecord, create_store, lengths_of, numbers, padded
 from .owner import check_target, read_header
 from .place import locate
@@ -139,7 +140,7 @@ class Writer:
         if not self._records:
             self._due = max(self._due, now + COMMIT_SECONDS)
         self._records.append(record)
-        self._last, self._generators = theta_after, generators().numpy()
+        self._last, self._generators = theta_after, generators(whole=True).numpy()
         if len(self._records) == self._store.lengths.block:
             self._submit(self._piece(full=True))
             self._start, self._records, self._placed = self.steps, [], []
@@ -261,6 +262,8 @@ class Writer:
             self._put_block(piece, follows)
         if piece.last and (piece.facts["complete"] if every > 1 else not piece.records):
             self._put_vectors("theta", -(-piece.stop // every), [piece.after])
+        if piece.last:
+            self._store.trim(piece.stop, bool(piece.facts["complete"]))
         committed = piece.stop - (every == 1 and not follows)
         counts = {"committed_steps": committed, "written_steps": piece.stop}
         # in no chunk: one that is replaced is there for this header and for the one before
@@ -330,14 +333,15 @@ class Writer:
         return width
 
     def _put(self, name: str, start: int, values: np.ndarray) -> None:
-        array = self._store.arrays[name]
-        array.resize((start + len(values), *values.shape[1:]))
-        array[start:] = values
+        chunks.put(self._grown(name, start + len(values)), start, values)
+
+    def _grown(self, name: str, rows: int) -> zarr.Array:
+        array = self._store.arrays[name] = chunks.grown(self._store.arrays[name], rows)
+        return array
 
     def _put_vectors(self, name: str, start: int, rows: list[np.ndarray]) -> None:
         """(P,) each. What fills chunks is not copied."""
-        array = self._store.arrays[name]
-        array.resize((start + len(rows), len(rows[0])))
+        array = self._grown(name, start + len(rows))
         done = vectors.put(self._store.sealing, array, start, rows)
         if done < len(rows):
-            array[start + done :] = self._stacked(name, rows[done:])
+            chunks.put(array, start + done, self._stacked(name, rows[done:]))
