@@ -2,21 +2,23 @@
 
 At the second call of one kind the function is followed once more and the ATen operations that it makes, forward and
 backward, are noted as a graph (torch.fx). The graph is compared once with the function itself on other inputs, and from
-then on run in its place. Where Python reads a value of what it computes (`mask.all()`, lengths), the graph gives that value too, and
-its results count where it is what it was; else, and where the shape of a result depends on values, the function is called.
+then on run in its place. Where Python reads a value of what it computes (`mask.all()`, lengths), the graph gives that value
+too, and its results count where it is what it was; else, and where the shape of a result depends on values, the function is
+called.
 """
 
 import logging
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .generators import drew_beyond_torch, generators, set_generators
 
@@ -65,13 +67,15 @@ class Tape(TorchDispatchMode):
         self._moving.update(self.graph.nodes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _shaped_by_values(func, tree_flatten((args, kwargs))[0], self.moves):
+        if torch.Tag.dynamic_output_shape in func.tags and _shaped_by_values(
+            func, tree_flatten((args, kwargs))[0], self.moves
+        ):
             raise TypeError(f"the shape of {func} depends on values")
         out = func(*args, **(kwargs or {}))
         if torch.Tag.data_dependent_output in func.tags:
             self.guard(args, kwargs)
             return out
-        node = self.graph.call_function(func, *tree_map(self._node, (tuple(args), kwargs or {})))
+        node = self.graph.call_function(func, self._node(tuple(args)), self._node(kwargs or {}))
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         if drawn or not self._moving.isdisjoint(node.all_input_nodes):
             self._moving.add(node)
@@ -95,6 +99,11 @@ class Tape(TorchDispatchMode):
         return id(t) in self._known and self._known[id(t)][0] in self._moving
 
     def _node(self, value: Any) -> Any:
+        """Of a tensor its node, of what holds some the same of these. (A pytree would take as long as all the rest.)"""
+        if isinstance(value, list | tuple):
+            return type(value)(self._node(v) for v in value)
+        if isinstance(value, dict):
+            return {key: self._node(v) for key, v in value.items()}
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._known:
@@ -107,8 +116,8 @@ class Tape(TorchDispatchMode):
     def _first_call(self) -> fx.Node | None:
         return next((n for n in self.graph.nodes if n.op != "placeholder"), None)
 
-    def module(self, outputs: Sequence[Tensor]) -> fx.GraphModule:
-        """Gives the outputs, then what was read."""
+    def closed(self, outputs: Sequence[Tensor]) -> fx.Graph:
+        """It gives the outputs, then what was read."""
         self.graph.output([self._node(t) for t in (*outputs, *(t for t, _ in self.guards))])
         for node in self.graph.nodes:
             if node.target is torch.ops.aten.detach.default:
@@ -116,14 +125,12 @@ class Tape(TorchDispatchMode):
             if node.target in VIEWS:  # of strides that may be others where the graph is mapped
                 node.target = torch.ops.aten.reshape.default
         self.graph.eliminate_dead_code()
-        return fx.GraphModule(torch.nn.Module(), self.graph)
+        return self.graph
 
 
 def _shaped_by_values(func: Any, leaves: list[Any], moves: Callable[[Any], bool]) -> bool:
-    """Whether the shape of what a call returns may be another for other values of what moves. (Indexing is tagged so, and is
-    so by masks alone.)"""
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
+    """Whether the shape of what a call returns, one that is tagged so, may be another for other values of what moves.
+    (Indexing is tagged so, and is so by masks alone.)"""
     if func is torch.ops.aten.index.Tensor:
         leaves = [t for t in leaves[1:] if isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8)]
     return any(map(moves, leaves))
@@ -139,14 +146,25 @@ class Taped:
         with tape, _Reads(tape):
             leaves, self._spec = tree_flatten(function(given))
         outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self._graph, self.outside = tape.module(outputs), tape.constants
+        self._graph, self.outside = tape.closed(outputs), tape.constants
         self._constants = [_Here() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.read = [value for _, value in tape.guards]
 
-    def tensors(self, *inputs: Tensor) -> list[Tensor]:
-        """Those of the result, then what was read."""
-        found: list[Tensor] = self._graph.forward(*inputs, *self.outside)  # a module's call takes half as long again
-        return found
+    @cached_property
+    def _code(self) -> Callable[..., list[Tensor]]:
+        """The tensors of the result, then what was read. (A module's call takes half as long again.)"""
+        forward: Callable[..., list[Tensor]] = fx.GraphModule(torch.nn.Module(), self._graph).forward
+        return forward
+
+    def once(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The same, operation by operation: for a single time code is not worth making."""
+        values, given = dict[fx.Node, Any](), iter((*inputs, *self.outside))
+        for node in self._graph.nodes:
+            args, kwargs = (fx.node.map_arg(a, values.__getitem__) for a in (node.args, node.kwargs))
+            if node.op == "output":
+                return tuple(args[0])
+            values[node] = next(given) if node.op == "placeholder" else node.target(*args, **kwargs)
+        raise AssertionError("a graph ends in its output")
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Any] | None:
         """The leaves of the result; None where something that was read is not what it was, or the graph does not fit it. The
@@ -154,7 +172,7 @@ class Taped:
         start = generators() if self.read else None
         try:
             with torch.no_grad():
-                found = self.tensors(*inputs)
+                found = self._code(*inputs, *self.outside)
             kept = len(found) - len(self.read)
             fits = all(map(torch.equal, found[kept:], self.read))
         except (RuntimeError, IndexError):

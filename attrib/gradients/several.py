@@ -67,7 +67,7 @@ def _together(function: Function, inputs: Sequence[Tensor], common: int) -> Tape
         if single is None or single.read:
             return None
         # gradients are added up in place, which cannot be mapped where the first of them is the same for all steps
-        pure = torch.func.functionalize(lambda *given: tuple(single.tensors(*given)), remove="mutations")
+        pure = torch.func.functionalize(single.once, remove="mutations")
         over = torch.vmap(pure, (*[0] * own, *[None] * common))
         with _silent():
             several = taped(lambda given: over(*given), inputs)
