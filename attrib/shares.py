@@ -199,7 +199,8 @@ class Shares(Recomputed):
                     at = min(lo, len(alike) - count)  # the last may be gone through again: all are of one size
                     some = alike[at : at + count]
                     several = [steps[n] for n in some]
-                    together = shares.contract_steps(self._thetas(several), self._batches(several), sensitivity[some])
+                    here = slice(some[0], some[-1] + 1) if some[-1] - some[0] == count - 1 else some  # or a copy
+                    together = shares.contract_steps(self._thetas(several), self._batches(several), sensitivity[here])
                     if together is None:
                         break
                     found |= zip(some, self._scaled(several, *together, gradient[some], factor), strict=True)
