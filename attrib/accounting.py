@@ -24,7 +24,7 @@ from .buffers import at_owners, with_buffers
 from .layout import Layout
 from .optim import Segments, decay_rates, entrywise_decay, explained, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
-from .sensitivity import Adjoint, Products, Terms, Traced, along_tensors
+from .sensitivity import Adjoint, Products, Terms, Traced, along_tensors, dots
 from .steps import Steps
 
 LIMIT_STEPS = 2  # that the limit is looked at, side by side
@@ -241,7 +241,7 @@ def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
 
     leverage = vectors.new_zeros(vectors.shape[:2])
     for _, part in layout.slices():
-        leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
+        leverage += dots(vectors[..., part].abs(), theta[:-1, part].double().abs())
     moved, replayed, before, *some = along_tensors(layout, vectors, along)
     return Along(moved, replayed, before, some[0] if some else moved - replayed, leverage.cpu().numpy())
 

@@ -66,8 +66,15 @@ class Terms:
 def along_tensors(layout: Layout, vectors: Tensor, along: Callable[[slice], Sequence[Tensor]]) -> np.ndarray:
     """vectors (n, Q, P) times V others, over each parameter tensor: (V, n, Q, K). along: the entries of a tensor -> V times
     (n, p), float64."""
-    sums = [vectors[..., part] @ torch.stack(list(along(part)), 2) for _, part in layout.slices()]
-    return torch.stack(sums, 2).cpu().numpy().transpose(3, 0, 1, 2)
+    sums = [torch.stack([dots(vectors[..., part], v) for v in along(part)]) for _, part in layout.slices()]
+    return torch.stack(sums, 3).cpu().numpy()
+
+
+def dots(vectors: Tensor, others: Tensor) -> Tensor:
+    """(n, Q, p), (n, p) -> (n, Q). Of one query each product is a matrix of a row, which no library is fast at."""
+    if vectors.shape[1] == 1:
+        return (vectors * others.unsqueeze(1)).sum(2)
+    return (vectors @ others.unsqueeze(2)).squeeze(2)
 
 
 class Sensitivity(Protocol):

@@ -3,12 +3,14 @@ that they are held against."""
 
 import itertools
 import logging
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .checks import fit_scale, split_bound, split_gaps
 from .constants import is_low, wide
 from .gradients import random_weights
@@ -49,15 +51,27 @@ def drawn(steps: range) -> frozenset[int]:
     return frozenset(int(random.integers(a, b)) for a, b in itertools.pairwise(cuts))
 
 
+def _alike(steps: Sequence[RecordedStep]) -> list[list[int]]:
+    """The positions of those steps of one pass without random numbers that may be taken together."""
+    found: dict[Any, list[int]] = {}
+    for n, step in enumerate(steps):
+        if len(step.passes) == 1 and step.passes[0].random is None:
+            (only,) = step.passes
+            found.setdefault((only.kind, only.shared, only.size, step.active), []).append(n)
+    return list(found.values())
+
+
 class Shares(Recomputed):
     """The contributions of a step's examples, by the run's capture; see `Recomputed`."""
 
     _said = False
 
-    def contract(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
-        """From U (Q, P), and <U, gradient> (Q, K) of the recorded gradient of the examples."""
+    def contract(self, steps: Sequence[RecordedStep], sensitivity: Tensor, gradient: np.ndarray) -> list[Contributions]:
+        """Of each step, from U (n, Q, P), and <U, gradient> (n, Q, K) of the recorded gradient of the examples."""
         by_capture = {"gradients": self._stored, "factors": self._factored, "replay": self._replayed}
-        return by_capture[self.run.capture](step, sensitivity, gradient)
+        single = by_capture[self.run.capture]
+        known = self._together(steps, sensitivity, gradient) if self.run.capture == "replay" else {}
+        return [known[n] if n in known else single(step, sensitivity[n], gradient[n]) for n, step in enumerate(steps)]
 
     def split(
         self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray | float
@@ -169,6 +183,62 @@ class Shares(Recomputed):
         found *= np.repeat(scales, [p.size for p in step.passes])[:, None]
         return Contributions(found, scales, float(torch.cat(losses).mean()))
 
+    # several steps at once
+
+    def _together(
+        self, steps: Sequence[RecordedStep], sensitivity: Tensor, gradient: np.ndarray
+    ) -> dict[int, Contributions]:
+        """Of the steps that can be taken together, by position: of one pass each and of one kind, and without random
+        numbers."""
+        found: dict[int, Contributions] = {}
+        for alike in _alike(steps):
+            step = steps[alike[0]]
+            with self._pass(step, 0) as (shares, batch, factor):
+                count = shares.steps_at_once(self._theta(step), batch, sensitivity.shape[1], len(alike))
+                for lo in range(0, len(alike), count) if count > 1 else ():
+                    at = min(lo, len(alike) - count)  # the last may be gone through again: all are of one size
+                    some = alike[at : at + count]
+                    several = [steps[n] for n in some]
+                    here = slice(some[0], some[-1] + 1) if some[-1] - some[0] == count - 1 else some  # or a copy
+                    together = shares.contract_steps(self._thetas(several), self._batches(several), sensitivity[here])
+                    if together is None:
+                        break
+                    found |= zip(some, self._scaled(several, *together, gradient[some], factor), strict=True)
+        return found
+
+    def _thetas(self, steps: Sequence[RecordedStep]) -> Tensor:
+        return torch.stack([self._theta(step) for step in steps])
+
+    def _batches(self, steps: Sequence[RecordedStep]) -> list[Batch]:
+        """Of each step, or one where it is the same for all."""
+        passes = [step.passes[0] for step in steps]
+        passes = passes[:1] if all(p.same_inputs(passes[0]) for p in passes[1:]) else passes
+        return [self.run.inputs(p).map(lambda t: t.to(self._device)) for p in passes]
+
+    def _scaled(
+        self, steps: Sequence[RecordedStep], losses: Tensor, products: Tensor, gradient: np.ndarray, factor: float
+    ) -> list[Contributions]:
+        found, mean = products.cpu().numpy(), (losses.double() / factor).mean(1).tolist()
+        found /= factor
+        recorded = np.array([step.passes[0].scale for step in steps])
+        sums, sizes = found.sum(2), np.abs(found).sum((2, 3))
+        fits = self._fits(recorded[:, None, None] * (sums @ self._member), gradient, np.abs(recorded)[:, None] * sizes)
+        whole = [
+            recorded[n : n + 1] if fits[n] else self._scales(step, found[n], gradient[n])
+            for n, step in enumerate(steps)
+        ]
+        found *= np.concatenate(whole)[:, None, None, None]
+        return [Contributions(*each) for each in zip(found, whole, mean, strict=True)]
+
+    def _fits(self, sums: np.ndarray, gradient: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """(...): whether shares (..., Q, G) sum to p.grad, as far as U sees it, (..., Q, K); sizes (..., Q)."""
+        # to few bits p.grad is rounded once where it is summed, by half of eps
+        eps = float(torch.finfo(self._precision).eps)
+        bound = eps if is_low(self._precision) else split_bound(self._precision)
+        off = np.abs(sums - gradient @ self._member)
+        fits: np.ndarray = (off <= bound * sizes[..., None]).all((-2, -1))
+        return fits
+
     # the common factors of a step
 
     def _scales(self, step: RecordedStep, found: np.ndarray, gradient: np.ndarray) -> np.ndarray:
@@ -179,8 +249,7 @@ class Shares(Recomputed):
             return recorded  # p.grad is not their sum
         sums = [found[:, p.slots].sum(1) for p in step.passes]
         seen = [s @ self._member for s in sums]
-        wanted = gradient @ self._member
-        sizes = [np.abs(found[:, p.slots]).sum((1, 2))[:, None] for p in step.passes]
+        sizes = [np.abs(found[:, p.slots]).sum((1, 2)) for p in step.passes]
 
         def fits(scales: np.ndarray | None) -> bool:
             if scales is None or np.isnan(scales).any():
@@ -188,14 +257,11 @@ class Shares(Recomputed):
             each = scales.tolist()
             total = sum(scale * s for scale, s in zip(each, seen, strict=True))
             size = sum(abs(scale) * s for scale, s in zip(each, sizes, strict=True))
-            # to few bits p.grad is rounded once where it is summed, by half of eps
-            eps = float(torch.finfo(self._precision).eps)
-            bound = eps if is_low(self._precision) else split_bound(self._precision)
-            return bool((np.abs(total - wanted) <= bound * size).all())
+            return bool(self._fits(np.asarray(total), gradient, np.asarray(size)))
 
         if fits(recorded):
             return recorded
-        fitted = self._seen(seen, wanted) if len(seen) == 1 else None
+        fitted = self._seen(seen, gradient @ self._member) if len(seen) == 1 else None
         if not fits(fitted):
             fitted = self._refitted(step)
         if fitted is not None and (np.isnan(recorded).any() or fits(fitted)):

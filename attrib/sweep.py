@@ -69,14 +69,15 @@ class Work:
         steps = self.steps(piece)
         products = self._products(steps, traced.sensitivity)
         terms = self.sensitivity.terms(steps, traced, products)
-        each, backwards, splits = list(steps), [], {}
+        each, splits = list(steps), {}
+        contributed = self.shares.contract(each, traced.sensitivity, products.gradient)
         for n in reversed(range(len(each))):
-            step, sensitivity = each[n], traced.sensitivity[n]
-            contributions = self.shares.contract(step, sensitivity, products.gradient[n])
-            backwards.append(contributions)
-            if self.split and (split := self._split(step, sensitivity, contributions, terms.seen_at(n))) is not None:
-                splits[step.number] = split
-        tallies = self.account.tallies(each, backwards[::-1], products.gradient, terms, splits)
+            split = (
+                self._split(each[n], traced.sensitivity[n], contributed[n], terms.seen_at(n)) if self.split else None
+            )
+            if split is not None:
+                splits[each[n].number] = split
+        tallies = self.account.tallies(each, contributed, products.gradient, terms, splits)
         return [replace(tally, coupled=True) for tally in tallies] if self.shares.coupled else tallies
 
     def summed(self, piece: range, traced: Traced) -> list[Tally]:

@@ -131,7 +131,7 @@ def _split(run: Run, model: nn.Module, loss: Callable[..., Tensor], found: Verif
         along = random_weights(run.layout.size, number, torch.zeros(0, dtype=torch.float64))[None]
         gradient = [(along[:, part] @ step.examples[part].double()).numpy() for _, part in run.layout.slices()]
         along = along.to(next(model.parameters()).device)
-        split = shares.split(step, along, shares.contract(step, along, np.stack(gradient, 1)), 0.0)
+        split = shares.split(step, along, shares.contract([step], along[None], np.stack(gradient, 1)[None])[0], 0.0)
         assert split is not None
         found.note("split", split.gap)
         if split.group is not None:

@@ -5,6 +5,7 @@
 - `recurrence`: an optimizer step with frozen coefficients, forwards and backwards
 - `factors`: gradients of single examples in the form that layers give them, one file for each kind
 - `contraction`: sensitivities times per-example gradients, float64 accumulation
+- `compiled`: its loops that numba compiles, loaded when they are needed
 - `hashing`: one 64-bit word per row of an array
 - `keys`: a table from such words to rows, that grows
 """

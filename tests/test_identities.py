@@ -353,4 +353,4 @@ def test_verify_has_the_split_where_it_has_a_loss(tmp_path: Path, monkeypatch: P
 
 
 def _moved(found: Any) -> Any:
-    return found._replace(values=np.roll(found.values, 1, axis=1))
+    return [step._replace(values=np.roll(step.values, 1, axis=1)) for step in found]

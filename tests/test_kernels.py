@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from attrib.kernels.contraction import contract_rows, row_dots
+from attrib.kernels.contraction import COMPILED, contract_rows, nonzero_rows, row_dots
 from attrib.kernels.hashing import combine, hash_rows
 from attrib.kernels.keys import SMALLEST, KeyTable
 from attrib.kernels.recurrence import Coefficients, Matrix
@@ -28,13 +28,22 @@ def test_contraction_is_the_sum_over_each_tensor(q: int, b: int, sizes: list[int
     np.testing.assert_allclose(contract_rows(u, g, bounds), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("width", [5000, COMPILED // 3 + 1])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_row_dots_accumulate_in_float64(dtype: type) -> None:
+def test_row_dots_accumulate_in_float64(dtype: type, width: int) -> None:
     random = np.random.default_rng(0)
-    a, b = random.normal(size=(2, 3, 5000)).astype(dtype)
+    a, b = random.normal(size=(2, 3, width)).astype(dtype)
     want = (a.astype(np.float64) * b.astype(np.float64)).sum(1)
     # float32 accumulation would be off by about 1e-5
     np.testing.assert_allclose(row_dots(a, b), want, rtol=1e-11, atol=1e-11)
+
+
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 9))
+def test_rows_are_nonzero_where_any_of_their_numbers_is(seed: int, width: int) -> None:
+    random = np.random.default_rng(seed)
+    rows = random.normal(size=(40, width)).astype(np.float32) * (random.random(size=(40, width)) < 0.1)
+    want = [any(v != 0 for v in row) for row in rows.tolist()]
+    assert nonzero_rows(rows).tolist() == want
 
 
 @given(seed=st.integers(0, 10**6), width=st.integers(1, 20), kind=st.sampled_from(["f4", "f8", "i8", "u1"]))

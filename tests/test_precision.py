@@ -164,14 +164,19 @@ def test_shares_that_are_wrong_by_more_than_what_the_model_rounds_are_found(
     model = Net((ROUNDED | EXACT)[name])
     run = record(model, MemoryStore())
     explain(run, model).check()
-    contract = examples.ExampleGradients.contract
+    contract, of_steps = examples.ExampleGradients.contract, examples.ExampleGradients.contract_steps
     wrong = 1e-2 if name in ROUNDED else 1e-6
 
     def exchanged(self: Any, *given: Any) -> tuple[Tensor, Tensor]:
         losses, found = contract(self, *given)
         return losses, found + wrong * (found.flip(1) - found)
 
+    def exchanged_of_steps(self: Any, *given: Any) -> tuple[Tensor, Tensor] | None:
+        found = of_steps(self, *given)
+        return None if found is None else (found[0], found[1] + wrong * (found[1].flip(2) - found[1]))
+
     monkeypatch.setattr(examples.ExampleGradients, "contract", exchanged)
+    monkeypatch.setattr(examples.ExampleGradients, "contract_steps", exchanged_of_steps)
     with pytest.raises(errors.SplitIdentityError):
         explain(run, model).check()
 
@@ -253,9 +258,10 @@ def test_contributions_that_cancel_are_allowed_their_rounding_and_no_wrong_share
     contract = Shares.contract
 
     def wrong(self: Shares, *asked: Any) -> Any:
-        contributions = contract(self, *asked)
-        contributions.values[:, 5] *= 1.001  # one of 64
-        return contributions
+        found = contract(self, *asked)
+        for contributions in found:
+            contributions.values[:, 5] *= 1.001  # one of 64
+        return found
 
     monkeypatch.setattr(Shares, "contract", wrong)
     with pytest.raises(errors.CompletenessError, match="the terms do not add up"):

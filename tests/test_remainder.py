@@ -107,9 +107,9 @@ def sensitivities(monkeypatch: pytest.MonkeyPatch, attribute: Callable[[], attri
     found: dict[int, np.ndarray] = {}
     before = attrib.shares.Shares.contract
 
-    def contract(self: Any, step: Any, sensitivity: Tensor, gradient: np.ndarray) -> Any:
-        found[step.number] = sensitivity.numpy().copy()
-        return before(self, step, sensitivity, gradient)
+    def contract(self: Any, steps: Any, sensitivity: Tensor, gradient: np.ndarray) -> Any:
+        found.update((step.number, u.numpy().copy()) for step, u in zip(steps, sensitivity, strict=True))
+        return before(self, steps, sensitivity, gradient)
 
     monkeypatch.setattr(attrib.shares.Shares, "contract", contract)
     result = attribute()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy.stats import rankdata
 
 from ..run import Run
 from .outcomes import Outcomes
@@ -104,7 +103,7 @@ def mislabelled_auc(scores: Any, mislabelled: Collection[int | str], *, examples
     bad, clean = int(flags.sum()), int((~flags).sum())
     if not bad or not clean:
         raise ValueError(f"there is nothing to tell apart: got {bad} of {bad + clean} mislabelled, at mislabelled_auc.")
-    ranks = rankdata(-table.values, axis=1)[:, flags].sum(1)
+    ranks = ranked(-table.values)[:, flags].sum(1)
     area = (ranks - bad * (bad + 1) / 2) / (bad * clean)
     return xr.DataArray(area, {"query": table["query"].values}, name="auc")
 
@@ -181,9 +180,17 @@ def members(subsets: Sequence[Collection[Any]], examples: np.ndarray, where: str
     return found
 
 
+def ranked(values: np.ndarray) -> np.ndarray:
+    """(R, S) -> of each row the ranks, ties at their mean."""
+    from scipy.stats import rankdata  # a third of the time that importing attrib would take
+
+    found: np.ndarray = rankdata(values, axis=1)
+    return found
+
+
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(R, S), (R, S) -> (R,): Pearson's correlation of the ranks, ties at their mean; NaN where all of one are equal."""
-    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (rankdata(x, axis=1), rankdata(y, axis=1)))
+    a, b = (ranks - ranks.mean(1, keepdims=True) for ranks in (ranked(x), ranked(y)))
     size = np.sqrt((a * a).sum(1) * (b * b).sum(1))
     return np.divide((a * b).sum(1), size, out=np.full(len(size), np.nan), where=size > 0)
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
-from scipy.stats import rankdata
 
 from ..result import Result
 
@@ -47,6 +46,8 @@ def similarity(results: Mapping[str, Result], *axes: str, kind: str = "cosine") 
         raise ValueError(f"the results share no labels: got none in common along {axes}, expected some, at similarity.")
     rows = np.stack([a.values.reshape(len(a), -1) for a in shared], 1)  # (Q, runs, n)
     if kind == "rank":
+        from scipy.stats import rankdata  # slow to import
+
         rows = rankdata(rows, axis=-1)
         rows = rows - rows.mean(-1, keepdims=True)
     sizes = np.linalg.norm(rows, axis=-1, keepdims=True)

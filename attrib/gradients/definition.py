@@ -115,6 +115,17 @@ class Gradients(ABC):
         the first of its tensors; None tells all tensors apart.
         """
 
+    def steps_at_once(self, theta: Tensor, batch: Batch, queries: int, most: int) -> int:
+        """How many of `most` steps like this one are best contracted together; 1 where that cannot be."""
+        return 1
+
+    def contract_steps(
+        self, theta: Tensor, batches: Sequence[Batch], directions: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """`contract` of n steps at once: (n, P), their batches, of one shape, or one for all, U (n, Q, P) -> losses (n, B)
+        and products (n, Q, B, K). None where they have to be gone through one by one."""
+        return None
+
     def rows(self, theta: Tensor, batch: Batch) -> Tensor:
         """(P,), batch -> the share of each example, (B, P)."""
         batch = Batch.of(batch)

@@ -8,8 +8,8 @@ size.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .assignment import Assignment, Trace, calls_of, kind_of, ownership
 from .definition import Gradients
 from .forms import Form, Forms
 from .mapped import agree, rows_by_vmap
+from .several import NotTogetherError, Several, at_once
 from .terms import Reached, Term, contract, factors_of, names_of, sites_of, terms_at
 
 log = logging.getLogger("attrib")
@@ -32,11 +33,21 @@ log = logging.getLogger("attrib")
 ROWS_BYTES = 32 << 20  # gradient rows held at once
 
 
+class Passed(NamedTuple):
+    """losses (B,); terms of all sites; of parameters at volatile ones how far off they are read; parameters that go along
+    U."""
+
+    losses: Tensor
+    terms: list[Term]
+    gaps: dict[str, Tensor]
+    whole: list[str]
+
+
 class ExampleGradients(Gradients):
     """Per-example gradients of `loss(model, *batch) -> (B,)`, one loss per example. Args: as of `Gradients`."""
 
     def _begin(self, slices: int | None) -> None:
-        self.vector = LossVector(self._loss, self.layout)
+        self.vector, self._several = LossVector(self._loss, self.layout), Several()
         self._forms = Forms(self._loss, self.vector, slices or slice_bytes(self.layout.size, self._loss.dtype.itemsize))
 
     def at(self, active: frozenset[str], factor: float = 1.0, buffers: Mapping[str, Tensor] | None = None) -> Self:
@@ -142,13 +153,32 @@ class ExampleGradients(Gradients):
         self, theta: Tensor, batch: Batch, directions: dict[str, Tensor], form: Form
     ) -> tuple[Tensor, list[Term], list[str]]:
         """Losses, terms of all sites, and the parameters that go along U; from a traced graph once there is one."""
-        moving = [n for n in self.layout.names if n in self.active]
         if form.reason is not None:
-            return self.vector.values(theta, batch), [], moving
-        count, buffers = len(self.layout.names), self._loss.buffers
+            return self.vector.values(theta, batch), [], self._moving
+        function = self._pass(theta, batch, form)
+        inputs = self._inputs(theta, directions, batch.tensors)
+        run = function(inputs) if batch.numbers else self._programs(self._kind(inputs, batch), function, inputs)
+        losses, terms, gaps, whole = run  # numbers may anneal
+        return check_losses(losses, batch), terms, sorted({*whole, *self._forms.misread(gaps)})
+
+    @property
+    def _moving(self) -> list[str]:
+        return [n for n in self.layout.names if n in self.active]
+
+    def _inputs(self, theta: Tensor, directions: dict[str, Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of `_pass`."""
+        parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
+        return [*parameters, *(directions[n] for n in self._moving), *self._loss.buffers.values(), *tensors]
+
+    def _kind(self, inputs: Sequence[Tensor], batch: Batch) -> Any:
+        return kind_of_inputs(inputs), self.active, batch.kind, self._factor
+
+    def _pass(self, theta: Tensor, batch: Batch, form: Form) -> Callable[[Sequence[Tensor]], Passed]:
+        """One traced pass, as a function of the tensors that it depends on."""
+        count, moving, buffers = len(self.layout.names), self._moving, self._loss.buffers
         known: list[Assignment] = []  # from the call that comes before tracing
 
-        def function(inputs: Sequence[Tensor]) -> tuple[Tensor, list[Term], dict[str, Tensor], list[str]]:
+        def function(inputs: Sequence[Tensor]) -> Passed:
             named = zip(self.layout.names, inputs[:count], strict=True)
             parameters = {n: p.detach().requires_grad_(n in self.active) for n, p in named}
             along = dict(zip(moving, inputs[count : count + len(moving)], strict=True))
@@ -162,14 +192,49 @@ class ExampleGradients(Gradients):
                 along = {name: u for name, u in along.items() if name not in assignment.whole}
                 reached, gaps = _reached(trace, assignment)
                 found = [term for at in reached for term in terms_at(*at, along, size)]
-            return trace.losses.detach(), found, gaps, list(assignment.whole)
+            return Passed(trace.losses.detach(), found, gaps, list(assignment.whole))
 
-        parameters = [t.clone() for t in self.layout.unflatten(theta.detach()).values()]
-        inputs = [*parameters, *(directions[n] for n in moving), *buffers.values(), *batch.tensors]
-        kind = kind_of_inputs(inputs), self.active, batch.kind, self._factor
-        run = function(inputs) if batch.numbers else self._programs(kind, function, inputs)  # they may anneal
-        losses, terms, gaps, whole = run
-        return check_losses(losses, batch), terms, sorted({*whole, *self._forms.misread(gaps)})
+        return function
+
+    # several steps at once
+
+    def steps_at_once(self, theta: Tensor, batch: Batch, queries: int, most: int) -> int:
+        form = self._forms.of(theta, batch)
+        if form.reason is not None or not form.bytes or batch.numbers or self._loss.buffers or self.coarse:
+            return 1  # what draws numbers is not cut either
+        if next(self._forms.slices(form, batch))[0].size < batch.size:
+            return 1
+        tensors = theta.element_size() * self.layout.size + 8 * batch.size * len(self.layout.names)
+        return at_once(form.bytes * batch.size + queries * tensors, most)
+
+    def contract_steps(
+        self, theta: Tensor, batches: Sequence[Batch], directions: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        batch, common = batches[0], len(batches) == 1
+        single, names = self._pass(theta[0], batch, self._forms.of(theta[0], batch)), self._moving
+        number = {name: k for k, name in enumerate(self.layout.names)}
+
+        def function(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            passed = single(inputs)
+            if passed.gaps or passed.whole:
+                raise NotTogetherError("what is had of a parameter depends on the batch")
+            along = dict(zip(names, inputs[len(number) :], strict=False))
+            zeros = torch.zeros(directions.shape[1], batch.size, dtype=torch.float64, device=theta.device)
+            products = [zeros] * len(number)
+            for term in passed.terms:
+                products[number[term.name]] = products[number[term.name]] + contract(term, along[term.name])
+            return passed.losses, torch.stack(products)
+
+        tensors = (
+            batch.tensors if common else [torch.stack(each) for each in zip(*(b.tensors for b in batches), strict=True)]
+        )
+        named = {name: u.contiguous() for name, u in self.layout.unflatten(directions.to(theta.dtype)).items()}
+        inputs = self._inputs(theta, named, tensors)
+        found = self._several((self._kind(inputs, batch), common), function, inputs, len(tensors) if common else 0)
+        if found is None or not torch.isfinite(found[0]).all():
+            return None
+        losses, products = found
+        return losses, products.permute(0, 2, 3, 1)
 
     # written out
 

@@ -118,6 +118,8 @@ def carried(segments: Segments, momentum: Tensor, gradient: Tensor, theta: Tenso
 def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The transpose of a step over all its segments: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
     sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
+    if len(segments) == 1 and gradient.numel() <= CACHED:
+        return segments[0].coefficients.transpose(carry, gradient)
     sensitivity, before = torch.empty_like(gradient), torch.empty_like(carry)
     for segment in segments:
         at_once = max(1, CACHED // max(1, segment.entries.stop - segment.entries.start))

@@ -22,6 +22,7 @@ log = logging.getLogger("attrib")
 
 GRADIENT_BYTES = 32 << 20  # gradients (q, P) of the queries run side by side
 STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
+EVEN = 16  # steps of which more are a multiple: blocks fall into pieces of one length, and these into pieces of theirs
 NO_BUFFERS = Layout((), ())
 TRACED_BYTES = 32 << 20  # gradients (Q, P) of one step
 
@@ -212,7 +213,8 @@ class Measured:
 
     def steps_at_once(self) -> int:
         """Steps whose path gradients are computed side by side: it saves overhead, which matters for small models only."""
-        return max(1, STEPS_BYTES // (self.dtype.itemsize * max(1, self.layout.size * self.count)))
+        count = STEPS_BYTES // (self.dtype.itemsize * max(1, self.layout.size * self.count))
+        return max(1, count if count < EVEN else count - count % EVEN)
 
     def over_steps(self, single: Callable[[Tensor, Tensor], PathGradient]) -> Callable[[Tensor, Tensor], PathGradient]:
         """`single` takes theta0, theta1 (P,); the result takes (n, P) as well."""

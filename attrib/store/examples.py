@@ -14,7 +14,6 @@ from zarr.core.sync import sync
 
 from ..inputs import Form, Inputs, counts
 from ..kernels.hashing import combine, hash_rows
-from ..kernels.keys import KeyTable
 from . import chunks
 from .schema import CHUNK_BYTES, continued, create
 
@@ -124,6 +123,8 @@ class ExampleTable:
     """
 
     def __init__(self, arrays: list[zarr.Array], rows: int) -> None:
+        from ..kernels.keys import KeyTable  # numba, which reading does without
+
         self._arrays = arrays
         self._chunk = arrays[0].chunks[0]
         self._known = KeyTable()
