@@ -1,7 +1,7 @@
 """A measurement as a pure function of the flat parameter vector, and what every path makes of it."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from types import MappingProxyType
@@ -58,6 +58,11 @@ class Path(Protocol):
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two gradients (..., P) are the same but for rounding: some of torch's rules are not, mapped over rows."""
     return bool((a - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Along a new first dimension; a single one is not copied."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 def _again(made_of: tuple[Any, ...], chosen: slice | None, values: Tensor) -> "Measured":
@@ -214,6 +219,12 @@ class Measured:
         """Steps whose path gradients are computed side by side: it saves overhead, which matters for small models only."""
         return max(1, STEPS_BYTES // (self.dtype.itemsize * max(1, self.layout.size * self.count)))
 
+    @property
+    def traces(self) -> bool:
+        """Whether a step is worth tracing: a trace holds every intermediate result for a while, and gains little where the
+        gradients are large."""
+        return self.dtype.itemsize * self.layout.size * self.count <= TRACED_BYTES
+
     def over_steps(self, single: Callable[[Tensor, Tensor], PathGradient]) -> Callable[[Tensor, Tensor], PathGradient]:
         """`single` takes theta0, theta1 (P,); the result takes (n, P) as well."""
 
@@ -224,7 +235,7 @@ class Measured:
                 return single(theta0, theta1)
             if len(theta0) == 1 or not all(side_by_side):
                 steps = [single(a, b) for a, b in zip(theta0, theta1, strict=True)]
-                return PathGradient(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+                return PathGradient(*(stacked(parts) for parts in zip(*steps, strict=True)))
             over = mapped(single, 0, self.steps_at_once())
             if side_by_side:
                 return over(theta0, theta1)
@@ -236,8 +247,8 @@ class Measured:
                 side_by_side.append(False)
             return found if all(side_by_side) else either(theta0, theta1)
 
-        if self.dtype.itemsize * self.layout.size * self.count > TRACED_BYTES:
-            return either  # a trace holds every intermediate result for a while; here its gain would be small
+        if not self.traces:
+            return either
         programs = Programs()
 
         def traced(theta0: Tensor, theta1: Tensor) -> PathGradient:

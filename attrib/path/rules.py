@@ -83,7 +83,7 @@ ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     aten.tanh: slopes.tanh,
     aten.sigmoid: slopes.sigmoid,
     aten.silu: slopes.silu,
-    aten.gelu: _smooth(aten.gelu),
+    aten.gelu: slopes.gelu,
     aten.erf: _smooth(torch.erf),
     aten.sin: _smooth(torch.sin),
     aten.cos: _smooth(torch.cos),
@@ -166,8 +166,12 @@ def _multiply(c: Tensor, a: Any, b: Any, at: Middle) -> Iterator[Any]:
 
 
 def _matrix_product(c: Tensor, a: Any, b: Any, at: Middle) -> Iterator[Any]:
-    yield a, c @ at(b).transpose(-1, -2)
-    yield b, at(a).transpose(-1, -2) @ c
+    x, w = at(a), at(b)
+    yield a, c @ w.transpose(-1, -2)
+    if w.stride(-1) == 1:
+        yield b, x.transpose(-1, -2) @ c
+    else:  # a weight that is met transposed: its cotangent, too, is to lie in memory as the weight does
+        yield b, (c.transpose(-1, -2) @ x).transpose(-1, -2)
 
 
 def _addmm(c: Tensor, bias: Any, a: Any, b: Any, at: Middle, beta: float = 1.0, alpha: float = 1.0) -> Iterator[Any]:
