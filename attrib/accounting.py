@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .buffers import at_owners, with_buffers
+from .kernels.memory import converted, empty
 from .layout import Layout
 from .optim import Segments, decay_rates, entrywise_decay, explained, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
@@ -110,7 +111,7 @@ class Accounting:
         states = with_buffers(steps.theta, steps.buffers).to(self.measured.example.device)
         limit = self.limit(steps, states)
         path = self.integrated(states)
-        vectors, buffers = self.parted(path.gradient.double(), steps)
+        vectors, buffers = self.parted(path.gradient, steps)
         along = along_updates(self.measured.parameters, vectors, steps)
         coefficients = [segments for segments, _ in steps.updates]
         start, end = (t.double().cpu().numpy() for t in (path.start, path.end))
@@ -144,14 +145,16 @@ class Accounting:
         return PathGradient(*map(torch.cat, zip(*backwards[::-1], strict=True)))
 
     def parted(self, vectors: Tensor, steps: Steps) -> tuple[Tensor, np.ndarray | None]:
-        """Vectors (n, Q, P + E): those along the parameters, (n, Q, P), and what the buffers' changes do along the rest,
-        (n, Q, K), each at the tensor that it stands with; None where no buffer moves."""
+        """Vectors (n, Q, P + E): those along the parameters, (n, Q, P) float64, and what the buffers' changes do along the
+        rest, (n, Q, K), each at the tensor that it stands with; None where no buffer moves."""
         layout, buffers = self.measured.parameters, self.measured.buffers
         if not buffers.names:
-            return vectors, None
+            return converted(vectors, torch.float64), None
         moved = steps.buffers.double().diff(dim=0).to(vectors.device)
         each = over_tensors(buffers, vectors[..., layout.size :] * moved[:, None])
-        return vectors[..., : layout.size].contiguous(), at_owners(layout, buffers, each)
+        parameters = vectors[..., : layout.size]
+        doubled = empty(parameters.shape, torch.float64, vectors.device).copy_(parameters)
+        return doubled, at_owners(layout, buffers, each)
 
     def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor) -> "Pulled":
         """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P)."""
@@ -240,7 +243,7 @@ def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
         return [change, replayed, states[:-1], *some]
 
     leverage = vectors.new_zeros(vectors.shape[:2])
-    for _, part in layout.slices():
+    for _, part in layout.pieces():
         leverage += (vectors[..., part].abs() @ theta[:-1, part].double().abs().unsqueeze(2)).squeeze(2)
     moved, replayed, before, *some = along_tensors(layout, vectors, along)
     return Along(moved, replayed, before, some[0] if some else moved - replayed, leverage.cpu().numpy())

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGE = (
-    4 << 20
-)  # bytes from which numpy asks for huge pages and torch does not: a copy to them takes a third of the time
+from .kernels.memory import empty
+
+CACHED = 1 << 16  # entries worked on at once, to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,18 @@ class Layout:
         """Of each tensor its name and its part of the vector."""
         return self._slices
 
+    def pieces(self) -> Iterable[tuple[int, slice]]:
+        """Of each tensor in turn its number and its part of the vector, in pieces that fit the cache."""
+        for k, (_, part) in enumerate(self._slices):
+            for start in range(part.start, max(part.stop, part.start + 1), CACHED):
+                yield k, slice(start, min(start + CACHED, part.stop))
+
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Tensors in the order of `names` -> a new vector (P,)."""
         parts = [t.detach().reshape(-1) for t in tensors]
         size, dtype = sum(map(len, parts)), parts[0].dtype
         plain = all(t.dtype == dtype and t.device.type == "cpu" for t in parts)
-        if not plain or size * dtype.itemsize < LARGE:
-            return torch.cat(parts)
-        memory = np.empty(size * dtype.itemsize, np.uint8)
-        return torch.cat(parts, out=torch.from_numpy(memory).view(dtype))
+        return torch.cat(parts, out=empty([size], dtype)) if plain else torch.cat(parts)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (..., P) -> views by name, (..., *shape)."""

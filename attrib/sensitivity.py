@@ -64,9 +64,11 @@ class Terms:
 
 
 def along_tensors(layout: Layout, vectors: Tensor, along: Callable[[slice], Sequence[Tensor]]) -> np.ndarray:
-    """vectors (n, Q, P) times V others, over each parameter tensor: (V, n, Q, K). along: the entries of a tensor -> V times
+    """vectors (n, Q, P) times V others, over each parameter tensor: (V, n, Q, K). along: some entries of a tensor -> V times
     (n, p), float64."""
-    sums = [vectors[..., part] @ torch.stack(list(along(part)), 2) for _, part in layout.slices()]
+    sums: list[Any] = [0.0] * len(layout.names)
+    for k, part in layout.pieces():
+        sums[k] = sums[k] + vectors[..., part] @ torch.stack(list(along(part)), 1).transpose(1, 2)
     return torch.stack(sums, 2).cpu().numpy().transpose(3, 0, 1, 2)
 
 

@@ -20,7 +20,7 @@ from .statistics import Statistics
 
 log = logging.getLogger("attrib")
 
-GRADIENT_BYTES = 32 << 20  # gradients (q, P) of the queries run side by side
+GRADIENT_BYTES = 128 << 20  # gradients (q, P) of the queries run side by side
 STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
 NO_BUFFERS = Layout((), ())
 TRACED_BYTES = 32 << 20  # gradients (Q, P) of one step

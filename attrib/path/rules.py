@@ -110,7 +110,7 @@ MIDPOINT: set[Any] = {
     *(aten.gather, aten.index, aten.index_select, aten.embedding, aten.scatter),
     *(aten.select_scatter, aten.slice_scatter, aten.index_put, aten.scatter_add),
     # products
-    *(aten.baddbmm, aten.mv, aten.dot, aten.addmv, aten.matmul, aten.einsum, aten.convolution, aten.square),
+    *(aten.baddbmm, aten.mv, aten.dot, aten.addmv, aten.matmul, aten.einsum, aten.square),
 }
 
 
@@ -120,7 +120,7 @@ def _between(a: Any, b: Any, dtype: torch.dtype | None = None) -> Any:
     if not isinstance(a, Tensor) or not (a.is_floating_point() or a.dtype == torch.bool or dtype is not None):
         return a
     dtype = dtype or a.dtype
-    return (a.to(dtype) + b.to(dtype)) / 2
+    return (a.to(dtype) + b.to(dtype)).div_(2)
 
 
 def _float_inputs(node: fx.Node, ends: Ends, moving: set[fx.Node]) -> list[fx.Node]:
@@ -179,6 +179,15 @@ def _addmm(c: Tensor, bias: Any, a: Any, b: Any, at: Middle, beta: float = 1.0, 
     yield from _matrix_product(c * alpha, a, b, at)
 
 
+def _convolution(c: Tensor, x: Any, weight: Any, bias: Any, *how: Any, at: Middle) -> Iterator[Any]:
+    if isinstance(bias, fx.Node):
+        yield bias, c.sum([0, *range(2, c.dim())])
+    for n, operand in enumerate((x, weight)):
+        if isinstance(operand, fx.Node):
+            wanted = [k == n for k in range(3)]
+            yield operand, aten.convolution_backward(c, at(x), at(weight), None, *how, wanted)[n]
+
+
 def _where(c: Tensor, mask: Any, a: Any, b: Any, at: Middle) -> Iterator[Any]:
     """mask a + (1 - mask) b."""
     share = at(mask)
@@ -222,6 +231,7 @@ WRITTEN_OUT: dict[Any, Callable[..., Iterator[Any]]] = {
     aten.mm: _matrix_product,
     aten.bmm: _matrix_product,
     aten.addmm: _addmm,
+    aten.convolution: _convolution,
     aten.where: _where,
     aten.masked_fill: _masked_fill,
     aten.copy: lambda c, old, new, at, **_: iter([(new, _fit(c, at(new)))]),

@@ -47,6 +47,8 @@ class Secant:
                 before = chain.values(ends[0])
                 pieces.append(chain.between(*ends, before, after))
                 after = before
+            if count == 1:
+                return pieces[0]
             mean = sum(p.gradient for p in pieces[1:]) + pieces[0].gradient
             return PathGradient(mean / count, pieces[-1].start, pieces[0].end)
 
