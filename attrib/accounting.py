@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .buffers import at_owners, with_buffers
-from .kernels.memory import converted, empty
+from .kernels.memory import converted, empty, stacked
 from .layout import Layout
 from .optim import Segments, decay_rates, entrywise_decay, explained, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
@@ -120,7 +120,7 @@ class Accounting:
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         assert prepared.vectors is not None
-        pulled = self.pulled(steps, prepared, prepared.vectors, adjoint.state)
+        pulled = self.pulled(steps, prepared, prepared.vectors, adjoint.state, over=True)
         left = prepared._replace(vectors=None, **pulled.left)
         return Traced(pulled.sensitivity, left), Adjoint(pulled.carry)
 
@@ -156,17 +156,18 @@ class Accounting:
         doubled = empty(parameters.shape, torch.float64, vectors.device).copy_(parameters)
         return doubled, at_owners(layout, buffers, each)
 
-    def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor) -> "Pulled":
-        """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P)."""
+    def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor, over: bool = False) -> "Pulled":
+        """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P). over: they are not needed any
+        more, and U is written over them."""
         backwards, decays, missed = [], [], []
         for n in reversed(range(len(prepared.coefficients))):
             here = [segment.to(carry.device) for segment in prepared.coefficients[n]]
             if prepared.missed is not None:
                 missed.append(over_tensors(self.measured.parameters, carry * prepared.missed[n].to(carry)))
-            sensitivity, carry = pullback(here, carry, vectors[n])
+            sensitivity, carry = pullback(here, carry, vectors[n], over)
             backwards.append(sensitivity)
             decays.append(entrywise_decay(here, self.measured.parameters, sensitivity, partial(_before, steps, n)))
-        several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
+        several = vectors if over else stacked(backwards[::-1])
         return Pulled(several, carry, _stacked(decays[::-1]), np.stack(missed[::-1]) if missed else None)
 
     def limit(self, steps: Steps, states: Tensor) -> Limit | None:
@@ -230,7 +231,7 @@ class Accounting:
 def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
     """V (n, Q, P), of the n steps."""
     theta = steps.theta.to(vectors.device)
-    update = torch.stack([delta for _, delta in steps.updates]).to(vectors.device)
+    update = stacked([delta for _, delta in steps.updates]).to(vectors.device)
     rules = steps.block.trajectory.rules
     updates = steps.updates if rules.unmodelled and rules.low is None else []
     masks = [explained(rules, segments, delta) for segments, delta in updates]

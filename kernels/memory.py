@@ -25,3 +25,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
 def converted(t: Tensor, dtype: torch.dtype) -> Tensor:
     """`t.to(dtype)`, itself where it is of that type."""
     return t if t.dtype == dtype else empty(t.shape, dtype, t.device).copy_(t)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """As `torch.stack`; a single one is not copied."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]

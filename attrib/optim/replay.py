@@ -114,10 +114,12 @@ def carried(segments: Segments, momentum: Tensor, gradient: Tensor, theta: Tenso
     return out
 
 
-def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def pullback(segments: Segments, carry: Tensor, gradient: Tensor, over: bool = False) -> tuple[Tensor, Tensor]:
     """The transpose of a step over all its segments: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
-    sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
-    sensitivity, before = _like(gradient), _like(carry)
+    sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache.
+
+    over: U is written over Gbar, which nobody needs any more."""
+    sensitivity, before = gradient if over else _like(gradient), _like(carry)
     for segment in segments:
         at_once = max(1, CACHED // max(1, segment.entries.stop - segment.entries.start))
         for lo in range(0, len(carry), at_once):

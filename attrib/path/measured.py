@@ -1,7 +1,7 @@
 """A measurement as a pure function of the flat parameter vector, and what every path makes of it."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MeasurementError
 from ..functional import Functional, mapped, ordinary
+from ..kernels.memory import stacked
 from ..layout import Layout
 from ..measure import OfAverage
 from ..program import Programs, kind_of
@@ -58,11 +59,6 @@ class Path(Protocol):
 def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two gradients (..., P) are the same but for rounding: some of torch's rules are not, mapped over rows."""
     return bool((a - b).norm() <= torch.finfo(a.dtype).eps ** 0.5 * b.norm())
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Along a new first dimension; a single one is not copied."""
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 def _again(made_of: tuple[Any, ...], chosen: slice | None, values: Tensor) -> "Measured":
@@ -211,9 +207,10 @@ class Measured:
         found.count = chosen.stop - chosen.start
         return found
 
-    def at_once(self) -> int:
-        """Queries whose gradients fit the budget."""
-        return max(1, GRADIENT_BYTES // (self.dtype.itemsize * max(1, self.layout.size)))
+    def at_once(self) -> int | None:
+        """Queries whose gradients fit the budget; None for all of them: what is mapped in chunks is copied once more."""
+        found = max(1, GRADIENT_BYTES // (self.dtype.itemsize * max(1, self.layout.size)))
+        return found if found < self.count else None
 
     def steps_at_once(self) -> int:
         """Steps whose path gradients are computed side by side: it saves overhead, which matters for small models only."""

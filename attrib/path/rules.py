@@ -182,10 +182,24 @@ def _addmm(c: Tensor, bias: Any, a: Any, b: Any, at: Middle, beta: float = 1.0, 
 def _convolution(c: Tensor, x: Any, weight: Any, bias: Any, *how: Any, at: Middle) -> Iterator[Any]:
     if isinstance(bias, fx.Node):
         yield bias, c.sum([0, *range(2, c.dim())])
-    for n, operand in enumerate((x, weight)):
-        if isinstance(operand, fx.Node):
-            wanted = [k == n for k in range(3)]
-            yield operand, aten.convolution_backward(c, at(x), at(weight), None, *how, wanted)[n]
+    if isinstance(x, fx.Node):
+        yield x, aten.convolution_backward(c, at(x), at(weight), None, *how, [True, False, False])[0]
+    if isinstance(weight, fx.Node):
+        yield weight, _of_kernel(c, at(x), at(weight), *how)
+
+
+def _of_kernel(c: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, *how: Any) -> Tensor:
+    """By a product with the patches of the input where they are fewer than the kernels, which mapped over queries torch
+    copies several times."""
+    transposed, _, groups = how
+    if x.dim() == 4 and not transposed and groups == 1 and c.shape[0] * c.shape[2] * c.shape[3] <= c.shape[1]:
+        patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)
+        rows = c.flatten(2).transpose(0, 1).flatten(1)
+        return (rows @ patches.transpose(1, 2).flatten(0, 1)).view(weight.shape)
+    found: Tensor = aten.convolution_backward(
+        c, x, weight, None, stride, padding, dilation, *how, [False, True, False]
+    )[1]
+    return found
 
 
 def _where(c: Tensor, mask: Any, a: Any, b: Any, at: Middle) -> Iterator[Any]:

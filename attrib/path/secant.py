@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..functional import mapped
-from ..program import Programs
+from ..kernels.memory import stacked
+from ..program import Programs, kind_of
 from .kinds import Kind, graph_of, kinds_of, tensors_of
-from .measured import Measured, PathGradient, alike, stacked, warn_once
+from .measured import Measured, PathGradient, alike, warn_once
 from .quadrature import check_count
 
 
@@ -53,9 +54,8 @@ class Secant:
             return PathGradient(mean / count, pieces[-1].start, pieces[0].end)
 
         over = measured.over_steps(gradient)
-        if self.substeps > 1 or not measured.traces or measured.steps_at_once() > 1:
-            return over
-        return _Keeping(chain, over)
+        together = self.substeps > 1 or measured.steps_at_once() > 1
+        return over if together else _Keeping(chain, over, Programs() if measured.traces else _as_it_is)
 
 
 def _point(measured: Measured, theta0: Tensor, theta1: Tensor, share: float) -> Tensor:
@@ -76,8 +76,10 @@ class _Chain(NamedTuple):
 class _Keeping:
     """One step at a time, with the values at its start kept for the step before, which ends there. `over` takes several."""
 
-    def __init__(self, chain: _Chain, over: Callable[[Tensor, Tensor], PathGradient]) -> None:
-        self._chain, self._over, self._programs = chain, over, Programs()
+    def __init__(
+        self, chain: _Chain, over: Callable[[Tensor, Tensor], PathGradient], run: Callable[[Any, Any, Any], Any]
+    ) -> None:
+        self._chain, self._over, self._run = chain, over, run
         self._theta: Tensor | None = None  # the state whose values are kept
         self._values: Any = None
 
@@ -87,16 +89,20 @@ class _Keeping:
                 return self._over(theta0, theta1)
             return PathGradient(*(t[None] for t in self(theta0[0], theta1[0])))
         if self._theta is None or self._theta.dtype != theta1.dtype or not torch.equal(self._theta, theta1):
-            self._values = self._programs("values", lambda given: self._chain.values(*given), [theta1])
+            self._values = self._run(kind_of([theta1]), lambda given: self._chain.values(*given), [theta1])
         last, spec = tree_flatten(self._values)
 
         def step(given: Sequence[Tensor]) -> tuple[PathGradient, Any]:
             before, after = self._chain.values(given[0]), tree_unflatten(list(given[2:]), spec)
             return self._chain.between(*given[:2], before, after), before
 
-        found, self._values = self._programs("step", step, [theta0, theta1, *last])
+        found, self._values = self._run(kind_of([theta0, theta1]), step, [theta0, theta1, *last])
         self._theta = theta0.clone()
         return found
+
+
+def _as_it_is(kind: Any, function: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]) -> Any:
+    return function(inputs)
 
 
 def _trace(measured: Measured) -> _Chain:
