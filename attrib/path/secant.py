@@ -44,9 +44,9 @@ class Secant:
         def gradient(theta0: Tensor, theta1: Tensor) -> PathGradient:
             count, after, pieces = self.substeps, chain.values(theta1), []
             for k in reversed(range(count)):
-                ends = [_point(measured, theta0, theta1, n / count) for n in (k, k + 1)]
-                before = chain.values(ends[0])
-                pieces.append(chain.between(*ends, before, after))
+                first, last = (_point(measured, theta0, theta1, n / count) for n in (k, k + 1))
+                before = chain.values(first)
+                pieces.append(chain.between(first, last, before, after))
                 after = before
             if count == 1:
                 return pieces[0]
@@ -94,7 +94,7 @@ class _Keeping:
 
         def step(given: Sequence[Tensor]) -> tuple[PathGradient, Any]:
             before, after = self._chain.values(given[0]), tree_unflatten(list(given[2:]), spec)
-            return self._chain.between(*given[:2], before, after), before
+            return self._chain.between(given[0], given[1], before, after), before
 
         found, self._values = self._run(kind_of([theta0, theta1]), step, [theta0, theta1, *last])
         self._theta = theta0.clone()
