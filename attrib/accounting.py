@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .buffers import at_owners, with_buffers
-from .kernels.memory import converted, empty, stacked
+from .kernels.memory import stacked
 from .layout import Layout
 from .optim import Segments, decay_rates, entrywise_decay, explained, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
@@ -149,12 +149,10 @@ class Accounting:
         rest, (n, Q, K), each at the tensor that it stands with; None where no buffer moves."""
         layout, buffers = self.measured.parameters, self.measured.buffers
         if not buffers.names:
-            return converted(vectors, torch.float64), None
+            return vectors.double(), None
         moved = steps.buffers.double().diff(dim=0).to(vectors.device)
         each = over_tensors(buffers, vectors[..., layout.size :] * moved[:, None])
-        parameters = vectors[..., : layout.size]
-        doubled = empty(parameters.shape, torch.float64, vectors.device).copy_(parameters)
-        return doubled, at_owners(layout, buffers, each)
+        return vectors[..., : layout.size].double().contiguous(), at_owners(layout, buffers, each)
 
     def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor, over: bool = False) -> "Pulled":
         """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P). over: they are not needed any

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .constants import Constant, to_array, to_tensor
-from .kernels.memory import empty
 from .layout import Layout
 from .store import Reader
 
@@ -94,9 +93,7 @@ def with_buffers(theta: Tensor, buffers: Tensor) -> Tensor:
     if not buffers.shape[-1]:
         return theta
     dtype = torch.promote_types(theta.dtype, buffers.dtype)
-    found = empty((*theta.shape[:-1], theta.shape[-1] + buffers.shape[-1]), dtype, theta.device)
-    found[..., : theta.shape[-1]], found[..., theta.shape[-1] :] = theta, buffers
-    return found
+    return torch.cat([theta.to(dtype), buffers.to(theta.device, dtype)], -1)
 
 
 def at_owners(layout: Layout, buffers: Layout, each: np.ndarray) -> np.ndarray:

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 from attrib.kernels import slopes
-from attrib.kernels.memory import converted, empty, stacked
+from attrib.kernels.memory import empty, stacked
 from cases import MODELS
 from test_secant import model_query, query_of
 from torch import Tensor
 
 import attrib
-from attrib.buffers import with_buffers
 from attrib.layout import Layout
 from attrib.path import Measured, PathGradient, limit_bound, limit_gap, rules
 from attrib.path.graph import Graph
@@ -143,12 +142,7 @@ def test_sums_over_tensors_are_the_same_in_pieces(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("count", [3, 1 << 20])
 def test_fresh_memory_holds_what_is_put_there(count: int) -> None:
     t = torch.arange(2.0 * count).view(2, count)
-    assert converted(t, torch.float32) is t
-    doubled = converted(t, torch.float64)
-    assert doubled.dtype == torch.float64
-    assert torch.equal(doubled, t.double())
+    assert torch.equal(empty(t.shape, torch.float64).copy_(t), t.double())
     assert empty((2, 0, count), torch.bfloat16).shape == (2, 0, count)
     assert torch.equal(stacked([t]), t[None])
     assert torch.equal(stacked([t, t + 1]), torch.stack([t, t + 1]))
-    buffers = torch.tensor([[1.5], [2.5]], dtype=torch.float64)
-    assert torch.equal(with_buffers(t, buffers), torch.cat([t.double(), buffers], 1))

@@ -18,7 +18,6 @@ from ..batch import Batch
 from ..budget import slice_bytes
 from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
-from ..kernels.memory import converted
 from ..losses import check_losses
 from ..program import kind_of as kind_of_inputs
 from .along import LossVector, random_weights
@@ -69,7 +68,7 @@ class ExampleGradients(Gradients):
     ) -> tuple[Tensor, Tensor]:
         batch = Batch.of(batch)
         form = self._forms.of(theta, batch)
-        named = self.layout.unflatten(converted(directions, theta.dtype))
+        named = self.layout.unflatten(directions.to(theta.dtype))
         number = {name: k for k, name in enumerate(self.layout.names)}
         shape = len(number), len(directions), batch.size
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..batch import Batch
 from ..generators import generators, random_state
 from ..kernels.factors import Dense, Factor
-from ..kernels.memory import converted
 from ..losses import check_finite
 from ..program import kind_of as kind_of_inputs
 from .assignment import Trace, calls_of
@@ -47,7 +46,7 @@ class RowGradients(Gradients):
     ) -> tuple[Tensor, Tensor]:
         # all tensors are told apart, whatever their groups
         batch, start = Batch.of(batch), generators()
-        named = self.layout.unflatten(converted(directions, theta.dtype))
+        named = self.layout.unflatten(directions.to(theta.dtype))
         number = {name: k for k, name in enumerate(self.layout.names)}
         shape = len(number), len(directions), batch.size
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.memory import empty
 from ..kernels.recurrence import IDLE, Coefficients
 from ..layout import CACHED, Layout
 from .frozen import read_off
@@ -53,8 +52,8 @@ class Replay:
         after: the parameters after it, (P,), which a rule that is read off the update needs.
         """
         segments: Segments = []
-        delta = _like(theta)
-        state = {key: _like(value) for key, value in self.state.items()}
+        delta = torch.empty_like(theta)
+        state = {key: torch.empty_like(value) for key, value in self.state.items()}
         for piece, tensors, row in pieces_of(self.rules, self.layout, hyper):
             rule, g, before = self.rules[tensors.start], gradient[piece], theta[piece]
             known = {key: value[piece] for key, value in self.state.items()}
@@ -119,17 +118,13 @@ def pullback(segments: Segments, carry: Tensor, gradient: Tensor, over: bool = F
     sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache.
 
     over: U is written over Gbar, which nobody needs any more."""
-    sensitivity, before = gradient if over else _like(gradient), _like(carry)
+    sensitivity, before = gradient if over else torch.empty_like(gradient), torch.empty_like(carry)
     for segment in segments:
         at_once = max(1, CACHED // max(1, segment.entries.stop - segment.entries.start))
         for lo in range(0, len(carry), at_once):
             here = slice(lo, lo + at_once), segment.entries
             sensitivity[here], before[here] = segment.coefficients.transpose(carry[here], gradient[here])
     return sensitivity, before
-
-
-def _like(t: Tensor) -> Tensor:
-    return empty(t.shape, t.dtype, t.device)
 
 
 def explained(rules: Rules, segments: Segments, update: Tensor) -> Tensor | None:
