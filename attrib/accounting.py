@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .buffers import at_owners, with_buffers
+from .kernels.memory import stacked
 from .layout import Layout
 from .optim import Segments, decay_rates, entrywise_decay, explained, pullback
 from .path import Limit, Measured, Path, PathGradient, limit_bound, limit_gap
@@ -110,7 +111,7 @@ class Accounting:
         states = with_buffers(steps.theta, steps.buffers).to(self.measured.example.device)
         limit = self.limit(steps, states)
         path = self.integrated(states)
-        vectors, buffers = self.parted(path.gradient.double(), steps)
+        vectors, buffers = self.parted(path.gradient, steps)
         along = along_updates(self.measured.parameters, vectors, steps)
         coefficients = [segments for segments, _ in steps.updates]
         start, end = (t.double().cpu().numpy() for t in (path.start, path.end))
@@ -119,7 +120,7 @@ class Accounting:
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         assert prepared.vectors is not None
-        pulled = self.pulled(steps, prepared, prepared.vectors, adjoint.state)
+        pulled = self.pulled(steps, prepared, prepared.vectors, adjoint.state, over=True)
         left = prepared._replace(vectors=None, **pulled.left)
         return Traced(pulled.sensitivity, left), Adjoint(pulled.carry)
 
@@ -144,26 +145,27 @@ class Accounting:
         return PathGradient(*map(torch.cat, zip(*backwards[::-1], strict=True)))
 
     def parted(self, vectors: Tensor, steps: Steps) -> tuple[Tensor, np.ndarray | None]:
-        """Vectors (n, Q, P + E): those along the parameters, (n, Q, P), and what the buffers' changes do along the rest,
-        (n, Q, K), each at the tensor that it stands with; None where no buffer moves."""
+        """Vectors (n, Q, P + E): those along the parameters, (n, Q, P) float64, and what the buffers' changes do along the
+        rest, (n, Q, K), each at the tensor that it stands with; None where no buffer moves."""
         layout, buffers = self.measured.parameters, self.measured.buffers
         if not buffers.names:
-            return vectors, None
+            return vectors.double(), None
         moved = steps.buffers.double().diff(dim=0).to(vectors.device)
         each = over_tensors(buffers, vectors[..., layout.size :] * moved[:, None])
-        return vectors[..., : layout.size].contiguous(), at_owners(layout, buffers, each)
+        return vectors[..., : layout.size].double().contiguous(), at_owners(layout, buffers, each)
 
-    def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor) -> "Pulled":
-        """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P)."""
+    def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor, over: bool = False) -> "Pulled":
+        """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P). over: they are not needed any
+        more, and U is written over them."""
         backwards, decays, missed = [], [], []
         for n in reversed(range(len(prepared.coefficients))):
             here = [segment.to(carry.device) for segment in prepared.coefficients[n]]
             if prepared.missed is not None:
                 missed.append(over_tensors(self.measured.parameters, carry * prepared.missed[n].to(carry)))
-            sensitivity, carry = pullback(here, carry, vectors[n])
+            sensitivity, carry = pullback(here, carry, vectors[n], over)
             backwards.append(sensitivity)
             decays.append(entrywise_decay(here, self.measured.parameters, sensitivity, partial(_before, steps, n)))
-        several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
+        several = vectors if over else stacked(backwards[::-1])
         return Pulled(several, carry, _stacked(decays[::-1]), np.stack(missed[::-1]) if missed else None)
 
     def limit(self, steps: Steps, states: Tensor) -> Limit | None:
@@ -227,7 +229,7 @@ class Accounting:
 def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
     """V (n, Q, P), of the n steps."""
     theta = steps.theta.to(vectors.device)
-    update = torch.stack([delta for _, delta in steps.updates]).to(vectors.device)
+    update = stacked([delta for _, delta in steps.updates]).to(vectors.device)
     rules = steps.block.trajectory.rules
     updates = steps.updates if rules.unmodelled and rules.low is None else []
     masks = [explained(rules, segments, delta) for segments, delta in updates]
@@ -240,7 +242,7 @@ def along_updates(layout: Layout, vectors: Tensor, steps: Steps) -> Along:
         return [change, replayed, states[:-1], *some]
 
     leverage = vectors.new_zeros(vectors.shape[:2])
-    for _, part in layout.slices():
+    for _, part in layout.pieces():
         leverage += dots(vectors[..., part].abs(), theta[:-1, part].double().abs())
     moved, replayed, before, *some = along_tensors(layout, vectors, along)
     return Along(moved, replayed, before, some[0] if some else moved - replayed, leverage.cpu().numpy())

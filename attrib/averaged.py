@@ -127,7 +127,7 @@ class Averaged:
         measured = self.accounting.measured
         states = with_buffers(self.averages.at(steps), steps.buffers).to(measured.example.device)
         path = self.accounting.integrated(states)
-        vectors, buffers = self.accounting.parted(path.gradient.double(), steps)
+        vectors, buffers = self.accounting.parted(path.gradient, steps)
         (timeline,) = along_tensors(measured.parameters, vectors, lambda part: [states[1:, part] - states[:-1, part]])
         coefficients = [segments for segments, _ in steps.updates]
         start, end = (t.double().cpu().numpy() for t in (path.start, path.end))

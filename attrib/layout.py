@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGE = (
-    4 << 20
-)  # bytes from which numpy asks for huge pages and torch does not: a copy to them takes a third of the time
+from .kernels.memory import LARGE, empty
+
+CACHED = 1 << 16  # entries worked on at once, to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,12 @@ class Layout:
         """Of each tensor its name and its part of the vector."""
         return self._slices
 
+    def pieces(self) -> Iterable[tuple[int, slice]]:
+        """Of each tensor in turn its number and its part of the vector, in pieces that fit the cache."""
+        for k, (_, part) in enumerate(self._slices):
+            for start in range(part.start, max(part.stop, part.start + 1), CACHED):
+                yield k, slice(start, min(start + CACHED, part.stop))
+
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Tensors in the order of `names` -> a new vector (P,)."""
         with torch.no_grad():
@@ -62,8 +68,7 @@ class Layout:
             large = self.size * dtype.itemsize >= LARGE
             if not large or not all(t.dtype == dtype and t.device.type == "cpu" for t in parts):
                 return torch.cat(parts)
-            memory = np.empty(self.size * dtype.itemsize, np.uint8)
-            return torch.cat(parts, out=torch.from_numpy(memory).view(dtype))
+            return torch.cat(parts, out=empty([sum(map(len, parts))], dtype))
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector (..., P) -> views by name, (..., *shape)."""

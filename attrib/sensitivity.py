@@ -64,9 +64,11 @@ class Terms:
 
 
 def along_tensors(layout: Layout, vectors: Tensor, along: Callable[[slice], Sequence[Tensor]]) -> np.ndarray:
-    """vectors (n, Q, P) times V others, over each parameter tensor: (V, n, Q, K). along: the entries of a tensor -> V times
+    """vectors (n, Q, P) times V others, over each parameter tensor: (V, n, Q, K). along: some entries of a tensor -> V times
     (n, p), float64."""
-    sums = [torch.stack([dots(vectors[..., part], v) for v in along(part)]) for _, part in layout.slices()]
+    sums: list[Any] = [0.0] * len(layout.names)
+    for k, part in layout.pieces():
+        sums[k] = sums[k] + torch.stack([dots(vectors[..., part], v) for v in along(part)])
     return torch.stack(sums, 3).cpu().numpy()
 
 

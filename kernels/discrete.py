@@ -19,10 +19,12 @@ def logsumexp_weights(x0: Tensor, x1: Tensor, dim: int) -> Tensor:
     w_i = L(u_i0, u_i1) / L(S_0, S_1) with L the logarithmic mean, u = exp(x - shift) and S their sum, one
     shift for both ends. The logarithmic mean of e^a and e^b is the slope of exp between a and b.
     """
-    shift = torch.maximum(x0.amax(dim, keepdim=True), x1.amax(dim, keepdim=True))
-    shift = torch.where(torch.isinf(shift), torch.zeros_like(shift), shift)
-    a, b = x0 - shift, x1 - shift
-    return slopes.exp(a, b) / slopes.exp(a.logsumexp(dim, keepdim=True), b.logsumexp(dim, keepdim=True))
+    return _weights(x0, x1, *(x.logsumexp(dim, keepdim=True) for x in (x0, x1)))
+
+
+def _weights(x0: Tensor, x1: Tensor, sum0: Tensor, sum1: Tensor) -> Tensor:
+    shift = torch.maximum(sum0, sum1)
+    return slopes.exp(x0 - shift, x1 - shift) / slopes.exp(sum0 - shift, sum1 - shift)
 
 
 def logsumexp(c: Tensor, x0: Tensor, x1: Tensor, dim: int) -> Tensor:
@@ -36,9 +38,10 @@ def log_softmax(c: Tensor, x0: Tensor, x1: Tensor, dim: int) -> Tensor:
 
 def softmax(c: Tensor, x0: Tensor, x1: Tensor, dim: int) -> Tensor:
     """softmax = exp o log_softmax. Rows that are masked altogether (all -inf) get zeros."""
-    l0, l1 = x0.log_softmax(dim), x1.log_softmax(dim)
-    inward = log_softmax(c * slopes.exp(l0, l1), x0, x1, dim)
-    return torch.where(torch.isfinite(inward), inward, torch.zeros_like(inward))
+    sum0, sum1 = (x.logsumexp(dim, keepdim=True) for x in (x0, x1))
+    c = c * slopes.exp(x0 - sum0, x1 - sum1)
+    inward = c - c.sum(dim, keepdim=True) * _weights(x0, x1, sum0, sum1)
+    return torch.where(torch.isfinite(inward), inward, 0.0)
 
 
 def winner_share(y0: Tensor, y1: Tensor, rival0: Tensor, rival1: Tensor) -> Tensor:

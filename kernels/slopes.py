@@ -8,6 +8,7 @@ the ends meet, and contain no data-dependent control flow, so that `torch.vmap` 
 Source: the mean-value (Gonzalez 1996; McLachlan, Quispel, Robidoux 1999) discrete gradients, in one dimension.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,6 +24,16 @@ REACH = 0.5
 def difference(x0: Tensor, x1: Tensor) -> Tensor:
     """x1 - x0, and 0 where both are the same infinity (masked attention scores)."""
     return torch.where(x0 == x1, torch.zeros_like(x0), x1 - x0)
+
+
+def _length(x0: Tensor, x1: Tensor) -> Tensor:
+    """|x1 - x0|, and a number next to nothing where they meet, so that it can be divided by."""
+    return (x1 - x0).abs().masked_fill(x0 == x1, 0.0).clamp(min=torch.finfo(x0.dtype).tiny)
+
+
+def _decay(h: Tensor) -> Tensor:
+    """(1 - exp(-h)) / h for h > 0: what neither cancels nor overflows."""
+    return -torch.expm1(-h) / h
 
 
 def _ratio(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
@@ -79,12 +90,8 @@ def clamp(x0: Tensor, x1: Tensor, low: float | None = None, high: float | None =
 
 
 def exp(x0: Tensor, x1: Tensor) -> Tensor:
-    """exp(mid) sinh(h/2) / (h/2); the plain quotient where h is long and sinh would overflow."""
-    h = difference(x0, x1)
-    far = h.abs() > 1
-    z = torch.where(far, torch.zeros_like(h), h / 2)
-    quotient = (x1.exp() - x0.exp()) / torch.where(far, h, torch.ones_like(h))
-    return torch.where(far, quotient, ((x0 + x1) / 2).exp() * _ratio(torch.sinh, z))
+    """exp(upper) (1 - exp(-h)) / h, h the length."""
+    return torch.maximum(x0, x1).exp() * _decay(_length(x0, x1))
 
 
 def log(x0: Tensor, x1: Tensor) -> Tensor:
@@ -111,15 +118,9 @@ def reciprocal(x0: Tensor, x1: Tensor) -> Tensor:
 
 
 def sigmoid(x0: Tensor, x1: Tensor) -> Tensor:
-    """sinh(h/2) / (h/2) * sqrt(s(a) s(-a)) * sqrt(s(b) s(-b)) with s the sigmoid: accurate far out in the tails too."""
-    h = x1 - x0
-    far = h.abs() > 1
-    near = _ratio(torch.sinh, torch.where(far, torch.zeros_like(h), h / 2))
-    for x in (x0, x1):
-        near = near * (x.sigmoid() * (-x).sigmoid()).sqrt()
-    upper = x0 + x1 > 0  # there 1 - s is the small, accurate number
-    change = torch.where(upper, (-x0).sigmoid() - (-x1).sigmoid(), x1.sigmoid() - x0.sigmoid())
-    return torch.where(far, change / torch.where(far, h, torch.ones_like(h)), near)
+    """s(upper) s(-lower) (1 - exp(-h)) / h with s the sigmoid, h the length: accurate far out in the tails too."""
+    upper, lower = torch.maximum(x0, x1), torch.minimum(x0, x1)
+    return upper.sigmoid() * (-lower).sigmoid() * _decay(_length(x0, x1))
 
 
 def tanh(x0: Tensor, x1: Tensor) -> Tensor:
@@ -130,6 +131,38 @@ def tanh(x0: Tensor, x1: Tensor) -> Tensor:
 def silu(x0: Tensor, x1: Tensor) -> Tensor:
     """x sigmoid(x): a product, so each factor's change times the mean of the other."""
     return (x0 + x1) / 2 * sigmoid(x0, x1) + (x0.sigmoid() + x1.sigmoid()) / 2
+
+
+def normal(x0: Tensor, x1: Tensor, phi0: Tensor, phi1: Tensor) -> Tensor:
+    """Of the normal distribution function, phi0 and phi1 at the ends: the mean of its density on the segment, which is,
+    with m the middle, v = h^2 / 4 and Hermite polynomials,
+
+        density(m) sum_k He_2k(m) v^k / (2k + 1)!        beyond k = 4 less than rounding where h <= 0.15
+    """
+    h, m = x1 - x0, (x0 + x1) / 2
+    u, v = m * m, h * h / 4
+    series = (((u - 28) * u + 210) * u - 420) * u + 105
+    series = ((u - 15) * u + 45) * u - 15 + series * v / 72
+    series = (u - 6) * u + 3 + series * v / 42
+    series = 1 + (u - 1 + series * v / 20) * v / 6
+    near = (u / -2).exp() * series / (2 * math.pi) ** 0.5
+    far = h.abs() > 0.15
+    return torch.where(far, (phi1 - phi0) / h.masked_fill(~far, 1.0), near)
+
+
+def _phi(x: Tensor) -> Tensor:
+    return (1 + torch.erf(x * 0.5**0.5)) / 2
+
+
+def gelu(x0: Tensor, x1: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x), or x s(2 c (x + 0.044715 x^3)) with c = sqrt(2 / pi): a product, as `silu`."""
+    if approximate == "none":
+        phi0, phi1 = _phi(x0), _phi(x1)
+        return (x0 + x1) / 2 * normal(x0, x1, phi0, phi1) + (phi0 + phi1) / 2
+    c = 2 * (2 / math.pi) ** 0.5
+    u0, u1 = (c * (x + 0.044715 * x * x * x) for x in (x0, x1))
+    inner = c * (1 + 0.044715 * power(x0, x1, 3))
+    return (x0 + x1) / 2 * sigmoid(u0, u1) * inner + (u0.sigmoid() + u1.sigmoid()) / 2
 
 
 def power(x0: Tensor, x1: Tensor, exponent: float) -> Tensor:
@@ -146,7 +179,7 @@ def power(x0: Tensor, x1: Tensor, exponent: float) -> Tensor:
         return torch.where(inside, exp(exponent * a.log(), exponent * b.log()) * exponent * log(a, b), edge)
     if n < 0:
         return reciprocal(x0**-n, x1**-n) * power(x0, x1, -n)
-    total = torch.zeros_like(x0)
-    for k in range(n):
-        total = total + x0**k * x1 ** (n - 1 - k)
+    total, raised = torch.zeros_like(x0), torch.ones_like(x0)
+    for _ in range(n):  # x0^(n - 1) + x0^(n - 2) x1 + ...
+        total, raised = total * x1 + raised, raised * x0
     return total

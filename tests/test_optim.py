@@ -285,6 +285,9 @@ def test_steps_are_pulled_back_piece_by_piece_and_nothing_given_is_changed(
     sensitivity, earlier = pullback(parts, carry, path)
     assert torch.equal(carry, given[0])
     assert torch.equal(path, given[1])
+    for mine, want in zip(pullback(parts, carry, given[1], over=True), (sensitivity, earlier), strict=True):
+        assert torch.equal(mine, want)
+    assert torch.equal(given[1], sensitivity)  # in its place
     coupled, decoupled = torch.from_numpy(decay_rates(parts, 4).repeat(np.diff(layout.bounds), axis=1))
     decay = sensitivity @ (coupled * theta) - path @ (decoupled * theta)
     entrywise = entrywise_decay(parts, layout, sensitivity, theta)

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.recurrence import IDLE, Coefficients
-from ..layout import Layout
+from ..layout import CACHED, Layout
 from .frozen import read_off
 from .rule import MOMENTUM, Rule, packed, unpacked
 from .rules import Rules
-
-CACHED = 1 << 16  # entries worked on at once, to stay in the cache
 
 
 class Segment(NamedTuple):
@@ -115,12 +113,15 @@ def carried(segments: Segments, momentum: Tensor, gradient: Tensor, theta: Tenso
     return out
 
 
-def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+def pullback(segments: Segments, carry: Tensor, gradient: Tensor, over: bool = False) -> tuple[Tensor, Tensor]:
     """The transpose of a step over all its segments: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
-    sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
+    sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache.
+
+    over: U is written over Gbar, which nobody needs any more."""
     if len(segments) == 1 and gradient.numel() <= CACHED:
-        return segments[0].coefficients.transpose(carry, gradient)
-    sensitivity, before = torch.empty_like(gradient), torch.empty_like(carry)
+        found, before = segments[0].coefficients.transpose(carry, gradient)
+        return gradient.copy_(found) if over else found, before
+    sensitivity, before = gradient if over else torch.empty_like(gradient), torch.empty_like(carry)
     for segment in segments:
         at_once = max(1, CACHED // max(1, segment.entries.stop - segment.entries.start))
         for lo in range(0, len(carry), at_once):

@@ -5,7 +5,7 @@ interpreted. What depends on neither parameters nor queries is computed once, wh
 per pair of ends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,8 @@ SHAPE_ONLY |= {aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty}
 class Graph:
     """Traced from `function(*moving, *rows) -> Tensor`, `moving` being the parameters. It holds for rows that it `fits`.
 
+    kept: the nodes whose values are worth keeping of a state; where there are rows, those that differ from row to row.
+
     Raises:
         UntraceableModelError: the function cannot be traced.
     """
@@ -121,6 +123,7 @@ class Graph:
         calls = [n for n in nodes if n.op == "call_function"]
         self.active = [n for n in calls if n in active]
         self.per_row = [n for n in calls if n not in active and n in varying]
+        self.kept = [n for n in self.active if n in varying] if self.rows else self.active
         attributes = {n: _attribute(self.module, n.target) for n in nodes if n.op == "get_attr"}
         example = {**attributes, **dict(zip(inputs, [*moving, *rows], strict=True))}
         for n in calls:
@@ -151,8 +154,19 @@ class Graph:
 
     def forward(self, moving0: Sequence[Tensor], moving1: Sequence[Tensor], rows: Sequence[Tensor]) -> Ends:
         """Every value at both ends."""
+        both = moving0, moving1
+        return self.ends(both, rows, [self.values(moving, rows) for moving in both])
+
+    def values(self, moving: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Any]:
+        """Those that are kept of one end."""
+        found = self._values(self._common(rows), moving)
+        return [found[n] for n in self.kept]
+
+    def ends(self, moving: Iterable[Sequence[Tensor]], rows: Sequence[Tensor], kept: Iterable[list[Any]]) -> Ends:
+        """Every value at both ends, of each its parameters and what is kept."""
         common = self._common(rows)
-        return Ends(*(self._values(common, moving) for moving in (moving0, moving1)))
+        known = (dict(zip(self.kept, values, strict=True)) for values in kept)
+        return Ends(*(self._values(common | k, m) for k, m in zip(known, moving, strict=True)))
 
     def value(self, moving: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
         """The output."""
@@ -162,7 +176,8 @@ class Graph:
     def _values(self, common: Values, moving: Sequence[Tensor]) -> Values:
         values = {**common, **dict(zip(self.moving, moving, strict=True))}
         for n in self.active:
-            values[n] = run_node(n, values)
+            if n not in values:
+                values[n] = run_node(n, values)
         return values
 
     def backward(self, c: Tensor, ends: Ends) -> list[Tensor]:

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     def rows(self) -> list[tuple[Tensor, ...]]:
         return list(zip(*self.batch, strict=True))
 
-    def values(self, moving: list[Tensor], at_once: int) -> Tensor:
+    def values(self, moving: list[Tensor], at_once: int | None) -> Tensor:
         """(n,), of the parameters."""
         if len(self.queries) > 1:
             try:

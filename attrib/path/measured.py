@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MeasurementError
 from ..functional import Functional, mapped, ordinary
+from ..kernels.memory import stacked
 from ..layout import Layout
 from ..measure import OfAverage
 from ..program import Programs, kind_of
@@ -20,7 +21,7 @@ from .statistics import Statistics
 
 log = logging.getLogger("attrib")
 
-GRADIENT_BYTES = 32 << 20  # gradients (q, P) of the queries run side by side
+GRADIENT_BYTES = 128 << 20  # gradients (q, P) of the queries run side by side
 STEPS_BYTES = 8 << 20  # gradients (n, Q, P) of the steps run side by side
 EVEN = 16  # steps of which more are a multiple: blocks fall into pieces of one length, and these into pieces of theirs
 NO_BUFFERS = Layout((), ())
@@ -207,14 +208,21 @@ class Measured:
         found.count = chosen.stop - chosen.start
         return found
 
-    def at_once(self) -> int:
-        """Queries whose gradients fit the budget."""
-        return max(1, GRADIENT_BYTES // (self.dtype.itemsize * max(1, self.layout.size)))
+    def at_once(self) -> int | None:
+        """Queries whose gradients fit the budget; None for all of them: what is mapped in chunks is copied once more."""
+        found = max(1, GRADIENT_BYTES // (self.dtype.itemsize * max(1, self.layout.size)))
+        return found if found < self.count else None
 
     def steps_at_once(self) -> int:
         """Steps whose path gradients are computed side by side: it saves overhead, which matters for small models only."""
         count = STEPS_BYTES // (self.dtype.itemsize * max(1, self.layout.size * self.count))
         return max(1, count if count < EVEN else count - count % EVEN)
+
+    @property
+    def traces(self) -> bool:
+        """Whether a step is worth tracing: a trace holds every intermediate result for a while, and gains little where the
+        gradients are large."""
+        return self.dtype.itemsize * self.layout.size * self.count <= TRACED_BYTES
 
     def over_steps(self, single: Callable[[Tensor, Tensor], PathGradient]) -> Callable[[Tensor, Tensor], PathGradient]:
         """`single` takes theta0, theta1 (P,); the result takes (n, P) as well."""
@@ -226,7 +234,7 @@ class Measured:
                 return single(theta0, theta1)
             if len(theta0) == 1 or not all(side_by_side):
                 steps = [single(a, b) for a, b in zip(theta0, theta1, strict=True)]
-                return PathGradient(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
+                return PathGradient(*(stacked(parts) for parts in zip(*steps, strict=True)))
             over = mapped(single, 0, self.steps_at_once())
             if side_by_side:
                 return over(theta0, theta1)
@@ -238,8 +246,8 @@ class Measured:
                 side_by_side.append(False)
             return found if all(side_by_side) else either(theta0, theta1)
 
-        if self.dtype.itemsize * self.layout.size * self.count > TRACED_BYTES:
-            return either  # a trace holds every intermediate result for a while; here its gain would be small
+        if not self.traces:
+            return either
         programs = Programs()
 
         def traced(theta0: Tensor, theta1: Tensor) -> PathGradient:

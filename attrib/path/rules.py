@@ -83,7 +83,7 @@ ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     aten.tanh: slopes.tanh,
     aten.sigmoid: slopes.sigmoid,
     aten.silu: slopes.silu,
-    aten.gelu: _smooth(aten.gelu),
+    aten.gelu: slopes.gelu,
     aten.erf: _smooth(torch.erf),
     aten.sin: _smooth(torch.sin),
     aten.cos: _smooth(torch.cos),
@@ -110,7 +110,7 @@ MIDPOINT: set[Any] = {
     *(aten.gather, aten.index, aten.index_select, aten.embedding, aten.scatter),
     *(aten.select_scatter, aten.slice_scatter, aten.index_put, aten.scatter_add),
     # products
-    *(aten.baddbmm, aten.mv, aten.dot, aten.addmv, aten.matmul, aten.einsum, aten.convolution, aten.square),
+    *(aten.baddbmm, aten.mv, aten.dot, aten.addmv, aten.matmul, aten.einsum, aten.square),
 }
 
 
@@ -120,7 +120,7 @@ def _between(a: Any, b: Any, dtype: torch.dtype | None = None) -> Any:
     if not isinstance(a, Tensor) or not (a.is_floating_point() or a.dtype == torch.bool or dtype is not None):
         return a
     dtype = dtype or a.dtype
-    return (a.to(dtype) + b.to(dtype)) / 2
+    return (a.to(dtype) + b.to(dtype)).div_(2)
 
 
 def _float_inputs(node: fx.Node, ends: Ends, moving: set[fx.Node]) -> list[fx.Node]:
@@ -166,13 +166,40 @@ def _multiply(c: Tensor, a: Any, b: Any, at: Middle) -> Iterator[Any]:
 
 
 def _matrix_product(c: Tensor, a: Any, b: Any, at: Middle) -> Iterator[Any]:
-    yield a, c @ at(b).transpose(-1, -2)
-    yield b, at(a).transpose(-1, -2) @ c
+    x, w = at(a), at(b)
+    yield a, c @ w.transpose(-1, -2)
+    if w.stride(-1) == 1:
+        yield b, x.transpose(-1, -2) @ c
+    else:  # a weight that is met transposed: its cotangent, too, is to lie in memory as the weight does
+        yield b, (c.transpose(-1, -2) @ x).transpose(-1, -2)
 
 
 def _addmm(c: Tensor, bias: Any, a: Any, b: Any, at: Middle, beta: float = 1.0, alpha: float = 1.0) -> Iterator[Any]:
     yield bias, _fit(c * beta, at(bias))
     yield from _matrix_product(c * alpha, a, b, at)
+
+
+def _convolution(c: Tensor, x: Any, weight: Any, bias: Any, *how: Any, at: Middle) -> Iterator[Any]:
+    if isinstance(bias, fx.Node):
+        yield bias, c.sum([0, *range(2, c.dim())])
+    if isinstance(x, fx.Node):
+        yield x, aten.convolution_backward(c, at(x), at(weight), None, *how, [True, False, False])[0]
+    if isinstance(weight, fx.Node):
+        yield weight, _of_kernel(c, at(x), at(weight), *how)
+
+
+def _of_kernel(c: Tensor, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, *how: Any) -> Tensor:
+    """By a product with the patches of the input where they are fewer than the kernels, which mapped over queries torch
+    copies several times."""
+    transposed, _, groups = how
+    if x.dim() == 4 and not transposed and groups == 1 and c.shape[0] * c.shape[2] * c.shape[3] <= c.shape[1]:
+        patches = F.unfold(x, weight.shape[2:], dilation, padding, stride)
+        rows = c.flatten(2).transpose(0, 1).flatten(1)
+        return (rows @ patches.transpose(1, 2).flatten(0, 1)).view(weight.shape)
+    found: Tensor = aten.convolution_backward(
+        c, x, weight, None, stride, padding, dilation, *how, [False, True, False]
+    )[1]
+    return found
 
 
 def _where(c: Tensor, mask: Any, a: Any, b: Any, at: Middle) -> Iterator[Any]:
@@ -218,6 +245,7 @@ WRITTEN_OUT: dict[Any, Callable[..., Iterator[Any]]] = {
     aten.mm: _matrix_product,
     aten.bmm: _matrix_product,
     aten.addmm: _addmm,
+    aten.convolution: _convolution,
     aten.where: _where,
     aten.masked_fill: _masked_fill,
     aten.copy: lambda c, old, new, at, **_: iter([(new, _fit(c, at(new)))]),
