@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import fit_scale, split_bound, split_gaps
 from .constants import is_low, wide
-from .gradients import random_weights
+from .gradients import Directions, random_weights
 from .kernels.contraction import contract_rows
 from .layout import grouped
 from .recomputed import Recomputed
@@ -148,10 +148,10 @@ class Shares(Recomputed):
         return Contributions(contract_rows(sensitivity.cpu().numpy(), rows, self.run.layout.bounds), None)
 
     def _factored(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
-        named = self.run.layout.unflatten(sensitivity.to(self.run.compute))
+        directions = Directions(self.run.layout.unflatten(sensitivity), self.run.compute, len(step.ids))
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
-        parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
+        parts = [sum((directions.contract(k, f) for f in found[k]), empty) for k in self.run.layout.names]
         rows = torch.stack(parts, 2).cpu().numpy()
         rows *= np.repeat([p.factor_scale for p in step.passes], [p.size for p in step.passes])[:, None]
         return Contributions(rows, None)

@@ -20,6 +20,7 @@ from ..losses import check_finite
 from ..program import kind_of as kind_of_inputs
 from .assignment import Trace, calls_of
 from .definition import Gradients
+from .directions import Directions
 from .owners import Owners
 from .terms import Reached, Term, contract, factors_of, sites_of, terms_at
 from .through import RowVector, flowed
@@ -46,18 +47,18 @@ class RowGradients(Gradients):
     ) -> tuple[Tensor, Tensor]:
         # all tensors are told apart, whatever their groups
         batch, start = Batch.of(batch), generators()
-        named = self.layout.unflatten(directions.to(theta.dtype))
+        along = Directions(self.layout.unflatten(directions), theta.dtype, batch.size)
         number = {name: k for k, name in enumerate(self.layout.names)}
         shape = len(number), len(directions), batch.size
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
-        losses, terms, slow = self._terms(theta, batch, named)
+        losses, terms, slow = self._terms(theta, batch, along.named)
         for term in terms:
-            products[number[term.name]] += contract(term, named[term.name])
+            products[number[term.name]] += contract(term, along)
         if slow:
             with random_state(start):
-                along = self.vector.along(theta, batch, named, [[name] for name in slow])[1]
+                truth = self.vector.along(theta, batch, along.named, [[name] for name in slow])[1]
             for g, name in enumerate(slow):
-                products[number[name]] = along[..., g]
+                products[number[name]] = truth[..., g]
         return losses, products.permute(1, 2, 0)
 
     def factors(self, theta: Tensor, batch: Batch) -> dict[str, list[Factor]]:

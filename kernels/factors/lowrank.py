@@ -1,0 +1,135 @@
+"""Sensitivities of many queries that differ in few directions within each row of a matrix.
+
+    U_q[o] = sum_{r of row o} over[r, q] along[r]        U (Q, o, i), R pairs in all
+    <U_q, d a^T> = sum_r over[r, q] d[row r] <along[r], a>
+
+Two products of R (i + Q) operations in place of Q o i. A step adds to a row of U one vector over the inputs, times a number
+for each query, for every position that the queries share, and what optimizers do entry by entry keeps that form: a row has
+at most as many pairs as steps and positions follow, and fewer where all but some are less than rounding.
+
+Pairs are taken off by Gram-Schmidt, always for the query that is furthest off its bound, and what is left is held in
+float64, so that the bound is kept however the pairs came about. With w_i^2 = sum_q U_q[o, i]^2, since a preconditioner makes
+columns of very different sizes, and those the largest that are met least:
+
+    || what is left of U_q[o] / w ||  <=  eps / 2 || U_q[o] / w ||                       eps of float32
+
+That is what rounding U to float32 does, as other products do: it moves <U_q[o], a> by up to eps / 2 sum_i |U_q[o, i] a_i|,
+at most eps / 2 ||U_q[o] / w|| ||w a|| (Cauchy, Schwarz), and so much is what leaving the rest out may do.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import base
+
+HALF_EPS = float(torch.finfo(torch.float32).eps) / 2
+LOOKS = 8  # rows that stand so far apart are taken one after the other: the first ones tell of the rest
+READING, TAKING = 64, 20  # multiplications in the time of reading an entry of U, and of taking a pair off an entry
+
+
+class LowRank(NamedTuple):
+    """rows (R,) int64, over (R, Q), along (R, i). turned: of the columns of U, in place of its rows."""
+
+    rows: Tensor
+    over: Tensor
+    along: Tensor
+    turned: bool
+
+    def contract(self, left: Tensor, right: Tensor) -> Tensor:
+        """(B, n, o), (B, n, i) -> sum over the n positions of left^T U_q right, (Q, B) float64."""
+        if self.turned:
+            left, right = right, left
+        (count, positions), pairs = left.shape[:2], len(self.rows)
+        out = left.new_zeros(self.over.shape[1], count)
+        if not pairs:
+            return out.double()
+        at_once = max(1, base.SLICE_BYTES // (left.element_size() * positions * pairs))
+        for some in base.slices(count, at_once):
+            products = self.along @ right[some].flatten(0, 1).T
+            products *= left[some].flatten(0, 1).T.contiguous()[self.rows]
+            if positions > 1:
+                products = products.view(pairs, -1, positions).sum(2)
+            torch.mm(self.over.T, products, out=out[:, some])
+        return out.double()
+
+
+def low_rank(directions: Tensor, reached: float, count: float, instead: float) -> LowRank | None:
+    """U (Q, o, i) float64 on the CPU as pairs of its rows, or else of its columns; None where they take more multiplications
+    than `instead`, with `reached` positions in all of `count` examples, or where U is not finite."""
+    for turned in (False, True):
+        some = directions.transpose(1, 2) if turned else directions
+        queries, outputs, inputs = some.shape
+        most = min(most_pairs(queries, reached, count, outputs, inputs, instead), outputs * min(queries, inputs))
+        if most < outputs:  # less than one a row
+            continue
+        rows, over = np.empty(most, np.int64), np.empty((most, queries), np.float32)
+        along = np.empty((most, inputs), np.float32)
+        pairs = _pairs(some.numpy(), HALF_EPS**2, rows, over, along)
+        if pairs >= 0:
+            found = [torch.from_numpy(array[:pairs].copy()) for array in (rows, over, along)]
+            return LowRank(found[0], found[1], found[2], turned)
+    return None
+
+
+def most_pairs(queries: int, reached: float, count: float, outputs: int, inputs: int, instead: float) -> int:
+    """That take as many multiplications as `instead`."""
+    once = READING * queries * outputs * inputs
+    each = reached * (inputs + 4 * base.TRAFFIC) + count * queries + TAKING * queries * inputs
+    return int(max(0, instead - once) // each)
+
+
+@numba.njit(fastmath={"reassoc", "contract"}, cache=True)
+def _pairs(directions, bound, rows, over, along):  # pragma: no cover - compiled
+    """How many there are; -1 where there is no room for all, or seems to be none. bound: of what is left, squared."""
+    queries, outputs, inputs = directions.shape
+    left, squares, allowed = np.empty((queries, inputs)), np.empty(queries), np.empty(queries)
+    column, direction = np.empty(inputs), np.empty(inputs)
+    count, done = 0, 0
+    for first in range(LOOKS):
+        for o in range(first, outputs, LOOKS):
+            column[:] = 0.0
+            for q in range(queries):
+                for i in range(inputs):
+                    left[q, i] = directions[q, o, i]
+                    column[i] += left[q, i] * left[q, i]
+            for i in range(inputs):
+                if not np.isfinite(column[i]):
+                    return -1
+                column[i] = np.sqrt(column[i])
+                direction[i] = 1 / column[i] if column[i] > 0 else 0.0
+            for q in range(queries):
+                total = 0.0
+                for i in range(inputs):
+                    left[q, i] *= direction[i]
+                    total += left[q, i] * left[q, i]
+                squares[q], allowed[q] = total, bound * total
+            done += 1
+            while True:
+                furthest, ratio = -1, 1.0
+                for q in range(queries):
+                    if squares[q] > ratio * allowed[q]:
+                        furthest, ratio = q, squares[q] / allowed[q]
+                if furthest < 0:
+                    break
+                if count == len(rows) or count * outputs > len(rows) * (done + outputs // LOOKS):
+                    return -1
+                scale = 1 / np.sqrt(squares[furthest])
+                for i in range(inputs):
+                    direction[i] = left[furthest, i] * scale
+                for q in range(queries):
+                    dot, total = 0.0, 0.0
+                    for i in range(inputs):
+                        dot += left[q, i] * direction[i]
+                    for i in range(inputs):
+                        left[q, i] -= dot * direction[i]
+                        total += left[q, i] * left[q, i]
+                    over[count, q], squares[q] = dot, total
+                rows[count] = o
+                for i in range(inputs):
+                    along[count, i] = direction[i] * column[i]
+                count += 1
+    return count
