@@ -32,9 +32,12 @@ READING, TAKING = 64, 20  # multiplications in the time of reading an entry of U
 
 
 class LowRank(NamedTuple):
-    """rows (R,) int64, over (R, Q), along (R, i). turned: of the columns of U, in place of its rows."""
+    """over (R, Q), along (R, i): the first pair of every row that has one, the second of those that have two, and so on.
+    rows (o,) int64, those with most first, so that layers[k] says how many of them, and which, have a pair k. turned: of the
+    columns of U, in place of its rows."""
 
     rows: Tensor
+    layers: tuple[int, ...]
     over: Tensor
     along: Tensor
     turned: bool
@@ -43,14 +46,16 @@ class LowRank(NamedTuple):
         """(B, n, o), (B, n, i) -> sum over the n positions of left^T U_q right, (Q, B) float64."""
         if self.turned:
             left, right = right, left
-        (count, positions), pairs = left.shape[:2], len(self.rows)
+        (count, positions), pairs = left.shape[:2], len(self.over)
         out = left.new_zeros(self.over.shape[1], count)
         if not pairs:
             return out.double()
         at_once = max(1, base.SLICE_BYTES // (left.element_size() * positions * pairs))
         for some in base.slices(count, at_once):
             products = self.along @ right[some].flatten(0, 1).T
-            products *= left[some].flatten(0, 1).T.contiguous()[self.rows]
+            factors = left[some].flatten(0, 1).T.contiguous()[self.rows]
+            for layer in products.split(self.layers):
+                layer *= factors[: len(layer)]
             if positions > 1:
                 products = products.view(pairs, -1, positions).sum(2)
             torch.mm(self.over.T, products, out=out[:, some])
@@ -70,9 +75,20 @@ def low_rank(directions: Tensor, reached: float, count: float, instead: float) -
         along = np.empty((most, inputs), np.float32)
         pairs = _pairs(some.numpy(), HALF_EPS**2, rows, over, along)
         if pairs >= 0:
-            found = [torch.from_numpy(array[:pairs].copy()) for array in (rows, over, along)]
-            return LowRank(found[0], found[1], found[2], turned)
+            return _layered(rows[:pairs], over[:pairs], along[:pairs], outputs, turned)
     return None
+
+
+def _layered(rows: np.ndarray, over: np.ndarray, along: np.ndarray, outputs: int, turned: bool) -> LowRank:
+    """rows (R,): of each pair; those of a row one after the other."""
+    ranks = np.bincount(rows, minlength=outputs)
+    most_first = np.argsort(-ranks, kind="stable")
+    first = np.r_[True, rows[1:] != rows[:-1]].nonzero()[0] if len(rows) else rows
+    layer = np.arange(len(rows)) - first.repeat(ranks[rows[first]])
+    order = np.lexsort((np.argsort(most_first)[rows], layer))
+    layers = tuple(int((ranks > k).sum()) for k in range(ranks.max(initial=0)))
+    tensors = [torch.from_numpy(array) for array in (most_first, over[order], along[order])]
+    return LowRank(tensors[0], layers, tensors[1], tensors[2], turned)
 
 
 def most_pairs(queries: int, reached: float, count: float, outputs: int, inputs: int, instead: float) -> int:
