@@ -180,7 +180,7 @@ class Shares(Recomputed):
         sums = [found[:, p.slots].sum(1) for p in step.passes]
         seen = [s @ self._member for s in sums]
         wanted = gradient @ self._member
-        sizes = [np.abs(found[:, p.slots]).sum((1, 2))[:, None] for p in step.passes]
+        sizes = [_size(found[:, p.slots])[:, None] for p in step.passes]
 
         def fits(scales: np.ndarray | None) -> bool:
             if scales is None or np.isnan(scales).any():
@@ -209,3 +209,8 @@ class Shares(Recomputed):
         """From the contributions of a single pass."""
         scale = fit_scale(torch.from_numpy(wanted), torch.from_numpy(seen[0])) if wanted.size > 1 else None
         return None if scale is None else np.array([scale])
+
+
+def _size(values: np.ndarray) -> np.ndarray:
+    """(Q, B, K) -> (Q,): of all that there is, without as much again beside it."""
+    return sum((np.abs(values[..., k]).sum(1) for k in range(values.shape[2])), np.zeros(len(values)))
