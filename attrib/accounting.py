@@ -119,8 +119,7 @@ class Accounting:
 
     def scan(self, steps: Steps, prepared: Prepared, adjoint: Adjoint) -> tuple[Traced, Adjoint]:
         assert prepared.vectors is not None
-        vectors = prepared.vectors  # of no use any more, and many queries are slow to find room for
-        pulled = self.pulled(steps, prepared, vectors, adjoint.state, out=vectors)
+        pulled = self.pulled(steps, prepared, prepared.vectors, adjoint.state)
         left = prepared._replace(vectors=None, **pulled.left)
         return Traced(pulled.sensitivity, left), Adjoint(pulled.carry)
 
@@ -154,19 +153,18 @@ class Accounting:
         each = over_tensors(buffers, vectors[..., layout.size :] * moved[:, None])
         return vectors[..., : layout.size].contiguous(), at_owners(layout, buffers, each)
 
-    def pulled(
-        self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor, out: Tensor | None = None
-    ) -> "Pulled":
-        """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P). out: where U is written, which
-        may be the vectors."""
-        out, decays, missed = torch.empty_like(vectors) if out is None else out, [], []
+    def pulled(self, steps: Steps, prepared: Prepared, vectors: Tensor, carry: Tensor) -> "Pulled":
+        """vectors (n, Q, P), through the updates of the steps and what follows, carry (Q, P)."""
+        backwards, decays, missed = [], [], []
         for n in reversed(range(len(prepared.coefficients))):
             here = [segment.to(carry.device) for segment in prepared.coefficients[n]]
             if prepared.missed is not None:
                 missed.append(over_tensors(self.measured.parameters, carry * prepared.missed[n].to(carry)))
-            sensitivity, carry = pullback(here, carry, vectors[n], out[n])
+            sensitivity, carry = pullback(here, carry, vectors[n])
+            backwards.append(sensitivity)
             decays.append(entrywise_decay(here, self.measured.parameters, sensitivity, partial(_before, steps, n)))
-        return Pulled(out, carry, _stacked(decays[::-1]), np.stack(missed[::-1]) if missed else None)
+        several = torch.stack(backwards[::-1]) if len(backwards) > 1 else backwards[0][None]
+        return Pulled(several, carry, _stacked(decays[::-1]), np.stack(missed[::-1]) if missed else None)
 
     def limit(self, steps: Steps, states: Tensor) -> Limit | None:
         """Where it is due, at the last of the states (n + 1, P)."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_gradients import loss, setting
 from torch import Tensor
 
-from attrib.gradients import Directions, ExampleGradients
+from attrib.gradients import Directions, ExampleGradients, Term
 
 EPS = float(torch.finfo(torch.float32).eps)
 
@@ -139,8 +139,8 @@ def test_what_is_not_finite_is_never_left_out(wrong: float) -> None:
     shares, exact = factor(0, 400, 1, 24, 20, 1.0), sensitivities(0, 30, 24, 20, 2)
     exact[3, 4, 5] = wrong
     assert shares.low_rank(exact, 1) is None
-    directions = Directions({"w": exact}, torch.float32, 400)
-    assert not bool(directions.contract("w", shares)[3].isfinite().any())
+    directions = Directions({"w": exact}, {"w": exact.float()}, 400)
+    assert not bool(directions.contract(Term("w", shares, None))[3].isfinite().any())
 
 
 @pytest.mark.usefixtures("whatever_it_costs")

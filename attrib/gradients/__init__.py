@@ -21,6 +21,7 @@ from .examples import ExampleGradients
 from .functions import FUNCTIONS
 from .rows import RowGradients
 from .stored import describe, from_tensors, parameter_of, to_tensors
+from .terms import Term
 from .watch import Watch
 
 DEFINITIONS: dict[str, type[Gradients]] = {"example": ExampleGradients, "rows": RowGradients}  # what a share is
@@ -33,6 +34,7 @@ __all__ = [
     "Gradients",
     "LossVector",
     "RowGradients",
+    "Term",
     "Watch",
     "describe",
     "from_tensors",

@@ -19,7 +19,6 @@ from ..functional import Functional
 from ..generators import generators, random_state
 from .along import random_weights
 from .batchwise import Batchwise, find
-from .directions import Directions
 from .sites import Site, SiteTracer
 from .terms import contract, jvp_flow, names_of, terms_at
 
@@ -285,10 +284,10 @@ def contracted(
     direction, size = direction_like(gradient), trace.size
     products = torch.zeros(size, dtype=torch.float64, device=gradient.device)
     reached = [(trace.sites[n], r, d) for n in mine if (r := readings[n]) is not None and (d := deltas[n]) is not None]
-    along = Directions({name: direction[None]}, direction.dtype, size)
+    along = {name: direction[None]}
     try:
         for site, reading, delta in reached:
-            products += sum(contract(t, along)[0] for t in terms_at(site, reading, delta, along.named, size))
+            products += sum(contract(t, along[name])[0] for t in terms_at(site, reading, delta, along, size))
     except (NotImplementedError, RuntimeError, IndexError):
         return None
     each, kind = (direction * gradient).double(), torch.finfo(gradient.dtype)

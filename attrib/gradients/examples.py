@@ -26,7 +26,7 @@ from .definition import Gradients
 from .directions import Directions
 from .forms import Form, Forms
 from .mapped import agree, rows_by_vmap
-from .terms import Reached, Term, contract, factors_of, names_of, sites_of, terms_at
+from .terms import Reached, Term, factors_of, names_of, sites_of, terms_at
 
 log = logging.getLogger("attrib")
 
@@ -69,26 +69,26 @@ class ExampleGradients(Gradients):
     ) -> tuple[Tensor, Tensor]:
         batch = Batch.of(batch)
         form = self._forms.of(theta, batch)
-        along = Directions(self.layout.unflatten(directions), theta.dtype, batch.size)
+        named = self.layout.unflatten(directions.to(theta.dtype))
         number = {name: k for k, name in enumerate(self.layout.names)}
         shape = len(number), len(directions), batch.size
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
         losses: list[Tensor] = []
-        done = 0
+        several, done = Directions(self.layout.unflatten(directions), named, batch.size), 0
         for part, fresh in self._forms.slices(form, batch):
             start = None if form.bytes else generators()  # a batch that may be cut draws no numbers
-            found, terms, whole = self._terms(theta, part, along.named, form)
+            found, terms, whole = self._terms(theta, part, named, form)
             out = products[..., done - fresh : done - fresh + len(found)]
             out[..., :fresh] = 0.0  # they come again: the same sums
             for term in terms:
                 if term.name not in whole:
-                    out[number[term.name]] += contract(term, along)
+                    out[number[term.name]] += several.contract(term)
             if whole:
                 together = _together(whole, number, groups)
                 with random_state(start):
-                    truth = self.vector.along(theta, part, along.named, together)[1]
+                    along = self.vector.along(theta, part, named, together)[1]
                 for g, names in enumerate(together):
-                    out[number[names[0]]] = truth[..., g]
+                    out[number[names[0]]] = along[..., g]
             losses.append(found[fresh:])
             done += len(found) - fresh
         return torch.cat(losses), products.permute(1, 2, 0)

@@ -22,7 +22,7 @@ from .assignment import Trace, calls_of
 from .definition import Gradients
 from .directions import Directions
 from .owners import Owners
-from .terms import Reached, Term, contract, factors_of, sites_of, terms_at
+from .terms import Reached, Term, factors_of, sites_of, terms_at
 from .through import RowVector, flowed
 
 log = logging.getLogger("attrib")
@@ -47,18 +47,19 @@ class RowGradients(Gradients):
     ) -> tuple[Tensor, Tensor]:
         # all tensors are told apart, whatever their groups
         batch, start = Batch.of(batch), generators()
-        along = Directions(self.layout.unflatten(directions), theta.dtype, batch.size)
+        named = self.layout.unflatten(directions.to(theta.dtype))
         number = {name: k for k, name in enumerate(self.layout.names)}
         shape = len(number), len(directions), batch.size
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
-        losses, terms, slow = self._terms(theta, batch, along.named)
+        losses, terms, slow = self._terms(theta, batch, named)
+        several = Directions(self.layout.unflatten(directions), named, batch.size)
         for term in terms:
-            products[number[term.name]] += contract(term, along)
+            products[number[term.name]] += several.contract(term)
         if slow:
             with random_state(start):
-                truth = self.vector.along(theta, batch, along.named, [[name] for name in slow])[1]
+                along = self.vector.along(theta, batch, named, [[name] for name in slow])[1]
             for g, name in enumerate(slow):
-                products[number[name]] = truth[..., g]
+                products[number[name]] = along[..., g]
         return losses, products.permute(1, 2, 0)
 
     def factors(self, theta: Tensor, batch: Batch) -> dict[str, list[Factor]]:

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map_only
 from ..constants import is_low, wide
 from ..kernels.factors import Dense, Factor
 from .batchwise import Batchwise
-from .directions import Directions
 from .functions import FUNCTIONS, Bound
 from .sites import Site, Weight, jvp, remade, tangent
 
@@ -54,12 +53,12 @@ def terms_at(site: Site, reading: Batchwise, delta: Tensor, directions: dict[str
     return found
 
 
-def contract(term: Term, directions: Directions) -> Tensor:
-    """(Q, B) float64."""
-    if term.along is None:
-        assert term.factor is not None
-        return directions.contract(term.name, term.factor)
-    return term.along if term.factor is None else term.factor.contract(term.along)
+def contract(term: Term, directions: Tensor) -> Tensor:
+    """U (Q, *parameter) -> (Q, B) float64."""
+    if term.factor is None:
+        assert term.along is not None
+        return term.along
+    return term.factor.contract(directions if term.along is None else term.along)
 
 
 def factor_at(site: Site, reading: Batchwise, delta: Tensor, weight: Weight, size: int) -> Factor | None:

@@ -115,11 +115,10 @@ def carried(segments: Segments, momentum: Tensor, gradient: Tensor, theta: Tenso
     return out
 
 
-def pullback(segments: Segments, carry: Tensor, gradient: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def pullback(segments: Segments, carry: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """The transpose of a step over all its segments: (sensitivity to the momentum after it, Gbar), each (Q, P) -> (U,
-    sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache. out: where U
-    is written, which may be Gbar."""
-    sensitivity, before = torch.empty_like(gradient) if out is None else out, torch.empty_like(carry)
+    sensitivity to the momentum before it), new. A few queries at a time: vectors of many do not fit the cache."""
+    sensitivity, before = torch.empty_like(gradient), torch.empty_like(carry)
     for segment in segments:
         at_once = max(1, CACHED // max(1, segment.entries.stop - segment.entries.start))
         for lo in range(0, len(carry), at_once):

@@ -222,9 +222,7 @@ class Measured:
         def either(theta0: Tensor, theta1: Tensor) -> PathGradient:
             if theta0.dim() == 1:
                 return single(theta0, theta1)
-            if len(theta0) == 1:
-                return PathGradient(*(part[None] for part in single(theta0[0], theta1[0])))
-            if not all(side_by_side):
+            if len(theta0) == 1 or not all(side_by_side):
                 steps = [single(a, b) for a, b in zip(theta0, theta1, strict=True)]
                 return PathGradient(*(torch.stack(parts) for parts in zip(*steps, strict=True)))
             over = mapped(single, 0, self.steps_at_once())

@@ -9,7 +9,7 @@ The sum is exact for every rule set; the split differs from the path integral at
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,23 +70,20 @@ def _side_by_side(measured: Measured, kind: Kind) -> Callable[[Tensor, Tensor], 
     """One graph of a single row, mapped over the rows."""
     graph, batch = kind.graph, kind.batch
 
-    def one(moving0: list[Tensor], moving1: list[Tensor], *row: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def one(moving0: list[Tensor], moving1: list[Tensor], *row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ends = graph.forward(moving0, moving1, row)
         start, end = ends.of(graph.output)
-        return graph.backward(torch.ones_like(start), ends), start, end
+        return _join(graph.backward(torch.ones_like(start), ends)), start, end
 
-    over, at_once = mapped(one, (None, None, *(0 for _ in batch))), measured.at_once()
+    over = mapped(one, (None, None, *(0 for _ in batch)), measured.at_once())
     maps = len(kind.queries) > 1 and _maps(measured, batch, one, over)
 
     def by_rows(theta0: Tensor, theta1: Tensor) -> PathGradient:
         moving = tensors_of(measured, theta0), tensors_of(measured, theta1)
         if maps:
-            pieces = zip(*(b.split(at_once) for b in batch), strict=True)
-            return _gathered((over(*moving, *piece) for piece in pieces), len(kind.queries))
-        each = (one(*moving, *row) for row in kind.rows())
-        return _gathered(
-            (([t[None] for t in tensors], start[None], end[None]) for tensors, start, end in each), len(kind.queries)
-        )
+            return PathGradient(*over(*moving, *batch))
+        found = [one(*moving, *row) for row in kind.rows()]
+        return PathGradient(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
     return by_rows
 
@@ -98,9 +95,8 @@ def _by_cotangents(measured: Measured) -> Callable[[Tensor, Tensor], PathGradien
     def together(theta0: Tensor, theta1: Tensor) -> PathGradient:
         ends = graph.forward(tensors_of(measured, theta0), tensors_of(measured, theta1), ())
         start, end = ends.of(graph.output)
-        sweep, at_once = mapped(lambda c: graph.backward(c, ends)), measured.at_once()
-        each = torch.eye(measured.count, dtype=start.dtype, device=start.device).split(at_once)
-        return _gathered(zip(map(sweep, each), start.split(at_once), end.split(at_once), strict=True), measured.count)
+        sweep = mapped(lambda c: _join(graph.backward(c, ends)), 0, measured.at_once())
+        return PathGradient(sweep(torch.eye(measured.count, dtype=start.dtype, device=start.device)), start, end)
 
     return together
 
@@ -111,28 +107,12 @@ def _maps(measured: Measured, batch: tuple[Tensor, ...], one: Callable[..., Any]
     ends = [tensors_of(measured, measured.example * scale) for scale in (1.0, 1.01)]
     two = tuple(b[:2] for b in batch)
     try:
-        found = over(*ends, *two)[0]
+        found = over(*ends, *two)[0][1]
     except RuntimeError as error:
         warn_once("queries do not map and are taken one after the other: %s", str(error).splitlines()[0])
         return False
-    alone = one(*ends, *(b[1] for b in two))[0]
-    return alike(torch.cat([t[1].reshape(-1) for t in found]), torch.cat([t.reshape(-1) for t in alone]))
+    return alike(found, one(*ends, *(b[1] for b in two))[0])
 
 
-def _gathered(pieces: Iterable[tuple[list[Tensor], Tensor, Tensor]], count: int) -> PathGradient:
-    """Of some queries after others, the gradient of each parameter (q, *parameter) and both ends (q,): together, (count, P).
-    Written once: of many queries that is felt."""
-    out: Tensor | None = None
-    starts, ends, done = [], [], 0
-    for tensors, start, end in pieces:
-        rows = [t.reshape(len(start), -1) for t in tensors]
-        starts.append(start)
-        ends.append(end)
-        if len(start) == count:
-            return PathGradient(torch.cat(rows, 1), start, end)
-        if out is None:
-            out = rows[0].new_empty(count, sum(r.shape[1] for r in rows))
-        torch.cat(rows, 1, out=out[done : done + len(start)])
-        done += len(start)
-    assert out is not None
-    return PathGradient(out, torch.cat(starts), torch.cat(ends))
+def _join(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])

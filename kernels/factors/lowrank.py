@@ -19,7 +19,6 @@ at most eps / 2 ||U_q[o] / w|| ||w a|| (Cauchy, Schwarz), and so much is what le
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from torch import Tensor
 from . import base
 
 HALF_EPS = float(torch.finfo(torch.float32).eps) / 2
-LOOKS = 8  # rows that stand so far apart are taken one after the other: the first ones tell of the rest
 READING, TAKING = 64, 20  # multiplications in the time of reading an entry of U, and of taking a pair off an entry
 
 
@@ -71,9 +69,11 @@ def low_rank(directions: Tensor, reached: float, count: float, instead: float) -
         most = min(most_pairs(queries, reached, count, outputs, inputs, instead), outputs * min(queries, inputs))
         if most < outputs:  # less than one a row
             continue
+        from ..pairs import take_pairs  # numba, whose loading takes longer than small models do
+
         rows, over = np.empty(most, np.int64), np.empty((most, queries), np.float32)
         along = np.empty((most, inputs), np.float32)
-        pairs = _pairs(some.numpy(), HALF_EPS**2, rows, over, along)
+        pairs = take_pairs(some.numpy(), HALF_EPS**2, rows, over, along)
         if pairs >= 0:
             return _layered(rows[:pairs], over[:pairs], along[:pairs], outputs, turned)
     return None
@@ -96,56 +96,3 @@ def most_pairs(queries: int, reached: float, count: float, outputs: int, inputs:
     once = READING * queries * outputs * inputs
     each = reached * (inputs + 4 * base.TRAFFIC) + count * queries + TAKING * queries * inputs
     return int(max(0, instead - once) // each)
-
-
-@numba.njit(fastmath={"reassoc", "contract"}, cache=True)
-def _pairs(directions, bound, rows, over, along):  # pragma: no cover - compiled
-    """How many there are; -1 where there is no room for all, or seems to be none. bound: of what is left, squared."""
-    queries, outputs, inputs = directions.shape
-    left, squares, allowed = np.empty((queries, inputs)), np.empty(queries), np.empty(queries)
-    column, direction = np.empty(inputs), np.empty(inputs)
-    count, done = 0, 0
-    for first in range(LOOKS):
-        for o in range(first, outputs, LOOKS):
-            column[:] = 0.0
-            for q in range(queries):
-                for i in range(inputs):
-                    left[q, i] = directions[q, o, i]
-                    column[i] += left[q, i] * left[q, i]
-            for i in range(inputs):
-                if not np.isfinite(column[i]):
-                    return -1
-                column[i] = np.sqrt(column[i])
-                direction[i] = 1 / column[i] if column[i] > 0 else 0.0
-            for q in range(queries):
-                total = 0.0
-                for i in range(inputs):
-                    left[q, i] *= direction[i]
-                    total += left[q, i] * left[q, i]
-                squares[q], allowed[q] = total, bound * total
-            done += 1
-            while True:
-                furthest, ratio = -1, 1.0
-                for q in range(queries):
-                    if squares[q] > ratio * allowed[q]:
-                        furthest, ratio = q, squares[q] / allowed[q]
-                if furthest < 0:
-                    break
-                if count == len(rows) or count * outputs > len(rows) * (done + outputs // LOOKS):
-                    return -1
-                scale = 1 / np.sqrt(squares[furthest])
-                for i in range(inputs):
-                    direction[i] = left[furthest, i] * scale
-                for q in range(queries):
-                    dot, total = 0.0, 0.0
-                    for i in range(inputs):
-                        dot += left[q, i] * direction[i]
-                    for i in range(inputs):
-                        left[q, i] -= dot * direction[i]
-                        total += left[q, i] * left[q, i]
-                    over[count, q], squares[q] = dot, total
-                rows[count] = o
-                for i in range(inputs):
-                    along[count, i] = direction[i] * column[i]
-                count += 1
-    return count
