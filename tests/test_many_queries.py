@@ -103,6 +103,7 @@ def test_products_with_pairs_are_the_plain_ones(
         shares, found = Outer(shares.right, shares.left), found._replace(turned=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "SLICE_BYTES", 200)
+        patch.setattr(lowrank, "AT_LEAST", 4)
         got = shares.contract(found)
     # what is left over and the rounding of pairs (above), of <along, a> over 9 inputs, of the product with d, and of the sum
     # over at most 36 pairs and 4 positions, which |over| of 4 orthogonal pairs a row bounds by twice the size

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import base
 
 HALF_EPS = float(torch.finfo(torch.float32).eps) / 2
+AT_LEAST = 256  # columns of a matrix product: fewer, and packing its other side is felt
 READING, TAKING = 64, 20  # multiplications in the time of reading an entry of U, and of taking a pair off an entry
 
 
@@ -48,7 +49,7 @@ class LowRank(NamedTuple):
         out = left.new_zeros(self.over.shape[1], count)
         if not pairs:
             return out.double()
-        at_once = max(1, base.SLICE_BYTES // (left.element_size() * positions * pairs))
+        at_once = max(AT_LEAST // positions, 1, base.SLICE_BYTES // (left.element_size() * positions * pairs))
         for some in base.slices(count, at_once):
             products = self.along @ right[some].flatten(0, 1).T
             factors = left[some].flatten(0, 1).T.contiguous()[self.rows]
