@@ -13,7 +13,7 @@ from torch import Tensor
 from .batch import Batch
 from .checks import fit_scale, split_bound, split_gaps
 from .constants import is_low, wide
-from .gradients import random_weights
+from .gradients import Directions, Term, random_weights
 from .kernels.contraction import contract_rows
 from .layout import grouped
 from .recomputed import Recomputed
@@ -163,9 +163,10 @@ class Shares(Recomputed):
 
     def _factored(self, step: RecordedStep, sensitivity: Tensor, gradient: np.ndarray) -> Contributions:
         named = self.run.layout.unflatten(sensitivity.to(self.run.compute))
+        directions = Directions(self.run.layout.unflatten(sensitivity), named, len(step.ids))
         found = self.run.factors(step.number)
         empty = torch.zeros(len(sensitivity), len(step.ids), dtype=torch.float64)
-        parts = [sum((f.contract(named[k]) for f in found[k]), empty) for k in self.run.layout.names]
+        parts = [sum((directions.contract(Term(k, f, None)) for f in found[k]), empty) for k in self.run.layout.names]
         rows = torch.stack(parts, 2).cpu().numpy()
         rows *= np.repeat([p.factor_scale for p in step.passes], [p.size for p in step.passes])[:, None]
         return Contributions(rows, None)
@@ -249,7 +250,7 @@ class Shares(Recomputed):
             return recorded  # p.grad is not their sum
         sums = [found[:, p.slots].sum(1) for p in step.passes]
         seen = [s @ self._member for s in sums]
-        sizes = [np.abs(found[:, p.slots]).sum((1, 2)) for p in step.passes]
+        sizes = [_size(found[:, p.slots]) for p in step.passes]
 
         def fits(scales: np.ndarray | None) -> bool:
             if scales is None or np.isnan(scales).any():
@@ -275,3 +276,8 @@ class Shares(Recomputed):
         """From the contributions of a single pass."""
         scale = fit_scale(torch.from_numpy(wanted), torch.from_numpy(seen[0])) if wanted.size > 1 else None
         return None if scale is None else np.array([scale])
+
+
+def _size(values: np.ndarray) -> np.ndarray:
+    """(Q, B, K) -> (Q,): of all that there is, without as much again beside it."""
+    return sum((np.abs(values[..., k]).sum(1) for k in range(values.shape[2])), np.zeros(len(values)))

@@ -4,6 +4,7 @@
 - `discrete`: discrete gradients of softmax, maxima and anything else (Gonzalez)
 - `recurrence`: an optimizer step with frozen coefficients, forwards and backwards
 - `factors`: gradients of single examples in the form that layers give them, one file for each kind
+- `pairs`: rows of a matrix for many queries as sums of few products
 - `contraction`: sensitivities times per-example gradients, float64 accumulation
 - `compiled`: its loops that numba compiles, loaded when they are needed
 - `hashing`: one 64-bit word per row of an array

@@ -6,6 +6,7 @@
   others go through forward-mode derivatives of the call
 - `batchwise`: which index of a site's output belongs to which example
 - `terms`: a parameter's share at its sites
+- `directions`: what shares are multiplied with, in the form that costs least
 - `assignment`: how the sites of one kind of batch split, read off and proven
 - `mapped`: gradients written out by vmap
 - `definition`: what a definition of a share answers: `Gradients.total`, `contract`, `rows`, `factors`; `examples`: the first
@@ -15,10 +16,12 @@
 
 from .along import LossVector, random_weights
 from .definition import Gradients
+from .directions import Directions
 from .examples import ExampleGradients
 from .functions import FUNCTIONS
 from .rows import RowGradients
 from .stored import describe, from_tensors, parameter_of, to_tensors
+from .terms import Term
 from .watch import Watch
 
 DEFINITIONS: dict[str, type[Gradients]] = {"example": ExampleGradients, "rows": RowGradients}  # what a share is
@@ -26,10 +29,12 @@ DEFINITIONS: dict[str, type[Gradients]] = {"example": ExampleGradients, "rows": 
 __all__ = [
     "DEFINITIONS",
     "FUNCTIONS",
+    "Directions",
     "ExampleGradients",
     "Gradients",
     "LossVector",
     "RowGradients",
+    "Term",
     "Watch",
     "describe",
     "from_tensors",

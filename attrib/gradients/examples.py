@@ -23,6 +23,7 @@ from ..program import kind_of as kind_of_inputs
 from .along import LossVector, random_weights
 from .assignment import Assignment, Trace, calls_of, kind_of, ownership
 from .definition import Gradients
+from .directions import Directions
 from .forms import Form, Forms
 from .mapped import agree, rows_by_vmap
 from .several import NotTogetherError, Several, at_once
@@ -84,7 +85,7 @@ class ExampleGradients(Gradients):
         shape = len(number), len(directions), batch.size
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
         losses: list[Tensor] = []
-        done = 0
+        several, done = Directions(self.layout.unflatten(directions), named, batch.size), 0
         for part, fresh in self._forms.slices(form, batch):
             start = None if form.bytes else generators()  # a batch that may be cut draws no numbers
             found, terms, whole = self._terms(theta, part, named, form)
@@ -92,7 +93,7 @@ class ExampleGradients(Gradients):
             out[..., :fresh] = 0.0  # they come again: the same sums
             for term in terms:
                 if term.name not in whole:
-                    out[number[term.name]] += contract(term, named[term.name])
+                    out[number[term.name]] += several.contract(term)
             if whole:
                 together = _together(whole, number, groups)
                 with random_state(start):

@@ -20,8 +20,9 @@ from ..losses import check_finite
 from ..program import kind_of as kind_of_inputs
 from .assignment import Trace, calls_of
 from .definition import Gradients
+from .directions import Directions
 from .owners import Owners
-from .terms import Reached, Term, contract, factors_of, sites_of, terms_at
+from .terms import Reached, Term, factors_of, sites_of, terms_at
 from .through import RowVector, flowed
 
 log = logging.getLogger("attrib")
@@ -51,8 +52,9 @@ class RowGradients(Gradients):
         shape = len(number), len(directions), batch.size
         products = torch.zeros(shape, dtype=torch.float64, device=theta.device)
         losses, terms, slow = self._terms(theta, batch, named)
+        several = Directions(self.layout.unflatten(directions), named, batch.size)
         for term in terms:
-            products[number[term.name]] += contract(term, named[term.name])
+            products[number[term.name]] += several.contract(term)
         if slow:
             with random_state(start):
                 along = self.vector.along(theta, batch, named, [[name] for name in slow])[1]

@@ -19,7 +19,7 @@ from zarr.core.sync import sync
 
 from .schema import continued
 
-TAIL = 4
+CODECS = ["bytes", "blosc", "crc32c"]
 _blosc: Any = import_module("numcodecs.blosc")
 _BLOSC = _blosc.Blosc("lz4", 5, _blosc.BITSHUFFLE)  # as `schema.compressors`
 
@@ -43,27 +43,22 @@ def trimmed(array: zarr.Array, rows: int) -> zarr.Array:
     return made
 
 
-def tail(array: zarr.Array) -> int | None:
-    """Bytes of the checksum behind each chunk, 0 or TAIL; None where chunks are not as `schema.create` has them now, but as
-    it had them before."""
+def as_now(array: zarr.Array) -> bool:
+    """Whether the chunks of an array are as `schema.create` has them now: runs of before may have others."""
     metadata: Any = array.metadata
-    names = [codec.to_dict()["name"] for codec in metadata.codecs]
-    if names[:2] != ["bytes", "blosc"] or names[2:] not in ([], ["crc32c"]) or sys.byteorder != "little":
-        return None
-    return TAIL * len(names[2:])
+    return [codec.to_dict()["name"] for codec in metadata.codecs] == CODECS and sys.byteorder == "little"
 
 
 def put(array: zarr.Array, start: int, values: np.ndarray) -> None:
     """Write rows (n, ...) from row `start` on, the first of a chunk; what is left of the last chunk is filled up."""
-    ends = tail(array)
-    if ends is None:
+    if not as_now(array):
         array[start : start + len(values)] = values
         return
     count, store = array.chunks[0], cast(Any, array.store)
     for first in range(0, len(values), count):
         for key, part in _parts(array, (start + first) // count, values[first : first + count]):
             packed = _BLOSC.encode(part)
-            store.put(key, [packed, google_crc32c.value(packed).to_bytes(TAIL, "little")] if ends else [packed])
+            store.put(key, [packed, google_crc32c.value(packed).to_bytes(4, "little")])
 
 
 def _parts(array: zarr.Array, block: int, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

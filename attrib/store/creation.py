@@ -212,7 +212,6 @@ def _arrays(store: Store, constants: list[np.ndarray], first: StepRecord, length
             dims,
             fill,
             attributes={"facts": list(FACT_NAMES[name])} if name in FACT_NAMES else None,
-            checksum=len(shape) > 1 or dims[-1] != "parameter",  # of vectors, see there
         )
 
     entries = min(size, max(1, STATE_BYTES // (n * kind.itemsize)))

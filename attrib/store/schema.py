@@ -124,9 +124,8 @@ def create(
     fill: int = 0,
     states: bool = False,
     attributes: dict[str, Any] | None = None,
-    checksum: bool = True,
 ) -> zarr.Array:
-    """An array with fast lossless compression and, unless that is left to the digests alone, a checksum on every chunk.
+    """An array with fast lossless compression and a checksum on every chunk.
 
     fill: what stands beyond its edge. states: rows (state, parameter) of a run that is not recorded any more; those of one
     parameter are stored side by side, of which a slower compressor leaves three quarters.
@@ -139,7 +138,7 @@ def create(
         dimension_names=dimensions,
         fill_value=fill,
         filters=(TransposeCodec(order=(1, 0)),) if states else (),
-        compressors=compressors("zstd" if states else "lz4")[: 1 + checksum],
+        compressors=compressors("zstd" if states else "lz4"),
         config=_EVERY_CHUNK,
         attributes=attributes,
     )

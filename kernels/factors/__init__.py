@@ -13,9 +13,10 @@ from .base import Factor
 from .convolution import Convolution
 from .dense import Dense
 from .lookup import Lookup
+from .lowrank import LowRank
 from .outer import Outer
 
-__all__ = ["KINDS", "Convolution", "Dense", "Factor", "Lookup", "Outer", "kind_of"]
+__all__ = ["KINDS", "Convolution", "Dense", "Factor", "Lookup", "LowRank", "Outer", "kind_of"]
 
 KINDS: dict[str, type[Factor]] = {"outer": Outer, "convolution": Convolution, "lookup": Lookup, "dense": Dense}
 

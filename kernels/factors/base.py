@@ -51,12 +51,16 @@ class Factor(Protocol):
         """Again from what `tensors` and `constants` gave; read: the name of a tensor -> the tensor."""
 
 
-def products_are_cheaper(queries: int, positions: int, count: int, outputs: int, inputs: int) -> bool:
-    """Count, in multiplications: a product for every query and position, or every example's gradient made once and then
-    multiplied by every query. `positions` in all, of `count` examples; writing a number costs TRAFFIC of them."""
+def multiplications(queries: int, positions: int, count: int, outputs: int, inputs: int) -> tuple[int, int]:
+    """Of a product for every query and position; of every example's gradient made once and then multiplied by every query.
+    `positions` in all, of `count` examples; writing a number costs TRAFFIC of them."""
     entries = outputs * inputs
     products = queries * positions * (entries + TRAFFIC * min(outputs, inputs))
-    gradients = (positions + queries * count) * entries + TRAFFIC * count * entries
+    return products, (positions + queries * count) * entries + TRAFFIC * count * entries
+
+
+def products_are_cheaper(queries: int, positions: int, count: int, outputs: int, inputs: int) -> bool:
+    products, gradients = multiplications(queries, positions, count, outputs, inputs)
     return products <= gradients
 
 
