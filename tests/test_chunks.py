@@ -22,21 +22,20 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def emptied(folder: Path, rows: int, like: np.ndarray, chunks: tuple[int, ...], checksum: bool) -> zarr.Array:
+def emptied(folder: Path, rows: int, like: np.ndarray, chunks: tuple[int, ...]) -> zarr.Array:
     group = zarr.create_group(SealingStore(Disk(folder), "id", growing=True), zarr_format=3)
     dims = ("step", *(f"d{d}" for d in range(like.ndim - 1)))
-    return create(group, "a", (rows, *like.shape[1:]), chunks, like.dtype, dims, -1, checksum=checksum)
+    return create(group, "a", (rows, *like.shape[1:]), chunks, like.dtype, dims, -1)
 
 
-@pytest.mark.parametrize("checksum", [True, False])
 @pytest.mark.parametrize("dtype", [np.int64, np.float32, np.float64])
 @pytest.mark.parametrize(("shape", "chunks"), SHAPES)
 def test_rows_are_written_as_zarr_writes_them(
-    shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any, checksum: bool, tmp_path: Path
+    shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any, tmp_path: Path
 ) -> None:
     values = np.random.default_rng(0).integers(-9, 9, shape).astype(dtype)
-    emptied(tmp_path / "zarr", len(values), values, chunks, checksum)[...] = values
-    array = past_zarr.grown(emptied(tmp_path / "past", 0, values, chunks, checksum), len(values))
+    emptied(tmp_path / "zarr", len(values), values, chunks)[...] = values
+    array = past_zarr.grown(emptied(tmp_path / "past", 0, values, chunks), len(values))
     past_zarr.put(array, 0, values)
     assert array.shape[0] % chunks[0] == 0
     past_zarr.trimmed(array, len(values))
