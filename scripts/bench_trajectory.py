@@ -19,7 +19,7 @@ Vectors are recorded as they are. Measured (AMD EPYC, one thread, 8 states of th
 
 A file takes 4000 to 7000 MB/s: the quickest compressor is three times as slow as the disk's cache and saves an eighth, where
 training is what has to wait. A run that is finished is worth the slower one, `attrib.compact`, which leaves three quarters.
-The digest is XXH3, 30 GB/s; CRC32C, 12 GB/s, is left out of vectors.
+The digest is XXH3, 30 GB/s, and the checksum CRC32C, 12 GB/s.
 
 python scripts/bench_trajectory.py [steps files codecs] [--settings gpt resnet] [--steps 24] [--repeats 5]
 """

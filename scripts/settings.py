@@ -98,12 +98,21 @@ def gpt(steps: int = 100) -> Setting:
     )
 
 
+def gpt_8(steps: int = 100) -> Setting:
+    """The same, and the log-probabilities of eight passages."""
+    setting, data = gpt(steps), text.load()
+    first = len(data) * 9 // 10 + 7
+    setting.query = attrib.measure.log_prob(*data.passages(torch.arange(first, first + 8)))
+    return setting
+
+
 SETTINGS: dict[str, Callable[..., Setting]] = {
     "p113": p113,
     "p113_all": p113_all,
     "p31": p31,
     "digits": digits_cnn,
     "gpt": gpt,
+    "gpt_8": gpt_8,
 }
 
 
