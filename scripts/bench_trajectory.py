@@ -142,9 +142,7 @@ def plainly(path: Path, blocks: Sequence[np.ndarray]) -> None:
 def opened(path: Path, like: np.ndarray) -> tuple[SealingStore, zarr.Array]:
     store = SealingStore(Disk(path), "bench", growing=True)
     group = zarr.create_group(store, zarr_format=3)
-    return store, create(
-        group, "theta", (0, like.shape[1]), like.shape, like.dtype, ("state", "parameter"), checksum=False
-    )
+    return store, create(group, "theta", (0, like.shape[1]), like.shape, like.dtype, ("state", "parameter"))
 
 
 def in_chunks(store: SealingStore, array: zarr.Array, blocks: Sequence[np.ndarray]) -> None:
