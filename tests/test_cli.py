@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from cases import OPTIMIZERS
+from setups import CASE
 from training import train
 
 import attrib
@@ -66,6 +68,41 @@ def test_errors_are_one_line_and_a_status(tmp_path: Path, capsys: pytest.Capture
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("attrib: no run is stored there")
+
+
+def test_errors_of_a_command_come_with_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["info", "run", "--wrong"], ["info"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(wrong)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith("usage: attrib info")
+
+
+def test_a_clipped_run_is_replayed_with_its_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = train(tmp_path / "run", OPTIMIZERS["adamw"], CASE, clip=0.1)
+    command = ["replay", str(tmp_path / "run"), "--setup", "setups:plain", "-o", str(tmp_path / "again"), "--json"]
+    assert main([*command, "--clip", "0.1"]) == 0
+    again = attrib.open_run(tmp_path / "again")
+    for step in range(again.steps + 1):
+        assert torch.equal(again.vector(step), trained.run.vector(step))
+    assert main([*command, "--overwrite"]) == 1  # p.grad is not what the losses give
+    assert "backward" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--clip", "-1"])
+    assert "not a norm" in capsys.readouterr().err
+
+
+def test_a_shell_is_told_commands_and_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for word in ("attribute", "influence", "--setup", "_shtab_compgen_dirs"):
+        assert word in script
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 1
+    assert "attrib[shell]" in capsys.readouterr().err
 
 
 def test_module_and_command_are_one(

@@ -5,6 +5,7 @@
 - `counterfactuals`: influence, difference
 - `studies`: study
 - `results`: report, timeline, top, compare, export
+- `shell`: completion
 - `options`: what several commands take
 """
 
@@ -15,12 +16,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from ..errors import AttribError
-from . import counterfactuals, replays, results, runs, studies
+from . import counterfactuals, replays, results, runs, shell, studies
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:  # said with the usage of the command, where the parser of all has only its own
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
     try:
         return int(options.call(options))
@@ -42,4 +45,5 @@ def _parser() -> argparse.ArgumentParser:
     counterfactuals.add(commands)
     studies.add(commands)
     results.add(commands)
+    shell.add(commands, parser)
     return parser

@@ -6,16 +6,18 @@ from typing import Any
 from ..result import Labelled
 
 AXES = "axes, such as step,example"
+FOLDERS = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/", "tcsh": "d"}  # as shtab completes folders
 
 
 def command(commands: Any, name: str, call: Any, what: str, *places: str, json: bool = True) -> argparse.ArgumentParser:
     """A command of some stores; `call` is called with the options and returns the exit status."""
     made: argparse.ArgumentParser = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
     for place in places:
-        made.add_argument(place.lower(), metavar=place)
+        action: Any = made.add_argument(place.lower(), metavar=place)
+        action.complete = FOLDERS
     if json:
         made.add_argument("--json", action="store_true", help="for machines")
-    made.set_defaults(call=call)
+    made.set_defaults(call=call, parser=made)
     return made
 
 

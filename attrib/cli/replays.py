@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor, nn
+
 from ..errors import SetupError
 from ..intervention import Drop, Freeze, Intervention, Options, Redraw, Reweight, Suppress, Transplant, replay
 from ..report import to_json
@@ -17,7 +19,8 @@ and several options compose, in the order of this list:
   --drop 3,17,20:30@500:   --drop doc-3,doc-17   --reweight 3,17=0.5   --suppress 'output.*'=0.1@:500
   --option lr=0.001@500:600   --intervene my_script.py:changes
 Ids that are strings and hold commas are given by a function, with --intervene.
-A loop that did more than the mean or the sum, such as clipping, is replayed in Python, with backward=."""
+A loop that took the mean of its losses and clipped gradients by norm takes --clip NORM; one that did something else is
+replayed in Python, with backward=."""
 
 
 def add(commands: Any) -> None:
@@ -31,6 +34,9 @@ def add(commands: Any) -> None:
     made.add_argument("--state", choices=("kept", "reset", "taken"), default="reset",
                       help="optimizer state of transplanted groups; of redrawn ones, kept or reset (reset)")  # fmt: skip
     made.add_argument("--seed", type=int, default=0, help="of groups drawn anew (0)")
+    made.add_argument(
+        "--clip", type=_norm, metavar="NORM", help="the loop clipped the gradient of the mean loss by norm"
+    )
     for name, read, meta, what in (
         ("redraw", str, "GROUPS", "parameters drawn anew, as their modules do"),
         ("transplant", _transplant, "GROUPS=RUN@STEP", "parameters from a state of a run"),
@@ -57,6 +63,7 @@ def _replay(options: argparse.Namespace) -> int:
         loss=setup.loss,
         store=options.out,
         until=options.until,
+        backward=None if options.clip is None else _clipped(options.clip),
         progress=not options.json,
         overwrite=options.overwrite,
     )
@@ -82,6 +89,26 @@ def _interventions(options: argparse.Namespace, strings: bool) -> list[Intervent
         found = call(where)
         made += [found] if isinstance(found, Intervention) else list(found)
     return made
+
+
+def _clipped(norm: float) -> Callable[[Tensor, nn.Module], None]:
+    """What such a loop does before its step."""
+
+    def backward(losses: Tensor, model: nn.Module) -> None:
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
+
+    return backward
+
+
+def _norm(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"not a norm: got {text!r}, expected such as 1.0")
+    return found
 
 
 def _transplant(text: str) -> tuple[list[str], str, int]:
