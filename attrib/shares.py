@@ -71,7 +71,12 @@ class Shares(Recomputed):
         by_capture = {"gradients": self._stored, "factors": self._factored, "replay": self._replayed}
         single = by_capture[self.run.capture]
         known = self._together(steps, sensitivity, gradient) if self.run.capture == "replay" else {}
-        return [known[n] if n in known else single(step, sensitivity[n], gradient[n]) for n, step in enumerate(steps)]
+        for n in reversed(
+            range(len(steps))
+        ):  # what is learnt of the model is learnt late in training, as at its start an
+            if n not in known:  # adapter is zero, and tells nothing
+                known[n] = single(steps[n], sensitivity[n], gradient[n])
+        return [known[n] for n in range(len(steps))]
 
     def split(
         self, step: RecordedStep, sensitivity: Tensor, found: Contributions, seen: np.ndarray | float
@@ -193,11 +198,11 @@ class Shares(Recomputed):
         numbers."""
         found: dict[int, Contributions] = {}
         for alike in _alike(steps):
-            step = steps[alike[0]]
+            step = steps[alike[-1]]
             with self._pass(step, 0) as (shares, batch, factor):
                 count = shares.steps_at_once(self._theta(step), batch, sensitivity.shape[1], len(alike))
-                for lo in range(0, len(alike), count) if count > 1 else ():
-                    at = min(lo, len(alike) - count)  # the last may be gone through again: all are of one size
+                for stop in range(len(alike), 0, -count) if count > 1 else ():
+                    at = max(0, stop - count)  # some may be gone through again: all are of one size
                     some = alike[at : at + count]
                     several = [steps[n] for n in some]
                     here = slice(some[0], some[-1] + 1) if some[-1] - some[0] == count - 1 else some  # or a copy

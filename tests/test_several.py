@@ -124,3 +124,27 @@ def test_steps_that_come_out_otherwise_together_are_taken_one_by_one(
     batches = [Batch.of((torch.randn(5, 6), torch.arange(5) % 3)) for _ in range(3)]
     shares = ExampleGradients(cross_entropy, model, layout, torch.float32)
     assert shares.contract_steps(thetas, batches, torch.randn(3, 1, layout.size)) is None
+
+
+def test_what_an_adapter_tells_nothing_of_at_its_start_is_learnt_late(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its second matrix is zero before the first step, and what it returns does not tell whose is which row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 4, bias=False)).double()
+    nn.init.zeros_(model[1].weight)
+    x, y = torch.randn(6, 6, 6, dtype=torch.float64), torch.randint(0, 4, (6, 6))  # as many positions as examples
+
+    def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(x).movedim(-1, 1), y, reduction="none").mean(1)
+
+    with attrib.record(torch.optim.SGD(model.parameters(), lr=0.1), model, loss, tmp_path / "run") as recorder:
+        for _ in range(20):
+            recorder.zero_grad()
+            loss(model, x, y).mean().backward()
+            recorder.step(torch.arange(6), x, y)
+    run = attrib.open_run(tmp_path / "run")
+    caplog.clear()
+    for steps in (slice(0, 20), slice(0, 12), slice(0, 4)):  # together, and one by one
+        attrib.attribute(run, model, lambda m: -loss(m, x[:1], y[:1]), loss=loss, steps=steps, progress=False).check()
+    assert "slow" not in caplog.text

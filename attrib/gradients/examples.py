@@ -211,8 +211,8 @@ class ExampleGradients(Gradients):
     def contract_steps(
         self, theta: Tensor, batches: Sequence[Batch], directions: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        batch, common = batches[0], len(batches) == 1
-        single, names = self._pass(theta[0], batch, self._forms.of(theta[0], batch)), self._moving
+        batch, common = batches[-1], len(batches) == 1
+        single, names = self._pass(theta[-1], batch, self._forms.of(theta[-1], batch)), self._moving
         number = {name: k for k, name in enumerate(self.layout.names)}
 
         def function(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ def _together(function: Function, inputs: Sequence[Tensor], common: int) -> Tape
         return [t[n] for t in inputs[:own]] + list(inputs[own:])
 
     try:
-        first, single = function(of(0)), taped(function, of(0))
+        last, single = function(of(-1)), taped(function, of(-1))
         if single is None or single.read:
             return None
         # gradients are added up in place, which cannot be mapped where the first of them is the same for all steps
@@ -78,7 +78,7 @@ def _together(function: Function, inputs: Sequence[Tensor], common: int) -> Tape
     if found is None:
         return None
     eps = torch.finfo(inputs[0].dtype).eps
-    for n, want in ((0, first), (-1, function(of(-1)))):
+    for n, want in ((-1, last), (0, function(of(0)))):
         if not all(_alike(mine[n], theirs, eps) for mine, theirs in zip(found, want, strict=True)):
             log.debug("steps that are taken together have other numbers: they are taken one by one")
             return None
