@@ -78,12 +78,9 @@ def difference(
 
     Raises:
         ReplayError: the runs cannot be compared; says why, and at which step. ModelMismatchError, MeasurementError,
-        LossError, StoreError, KeptAxesError, ValueError. Nothing is written. WorkerError: a worker died; its `result` has
-        the queries before.
+        LossError, StoreError, KeptAxesError, ValueError. WorkerError: a worker died; its `result` has the queries before.
 
     Example:
-        >>> without = attrib.intervention.Drop([3, 14])
-        >>> changed = attrib.replay(run, 0, without, model=model, loss=loss, store="without.zarr")
         >>> print(attrib.difference(run, changed, model, measurement, loss=loss).check())
         query               base      examples     reduction      residual       changed
         0              ...

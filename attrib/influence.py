@@ -99,8 +99,7 @@ def influence(
         WorkerError: a worker died; its `result` has the queries before.
 
     Example:
-        >>> influence = attrib.influence(run, model, measurement, loss=loss)
-        >>> print(influence.check())
+        >>> print(attrib.influence(run, model, measurement, loss=loss).check())
         tangent against sensitivity: ...
         the sensitivity to the parameters grew to 1.6... times that at the end
     """

@@ -120,12 +120,8 @@ def plan(
         ReplayError: an optimizer whose derivative was not derived, for an influence or a difference.
 
     Example:
-        >>> print(attrib.plan(run, queries=100))
-        question         accounting
-        steps            12
-        disk             ... KiB, ... KiB a step
-        queries          100
-        peak memory      ...
+        >>> attrib.plan(run, queries=100).sweeps
+        1
     """
     if question not in QUESTIONS:
         raise ValueError(f"unknown question: got {question!r}, expected one of {', '.join(map(repr, QUESTIONS))}.")

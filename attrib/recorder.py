@@ -68,8 +68,7 @@ def record(
         overwrite: replace the run that is there.
         resume: go on with a run that ended early, if one is there, else begin it: parameters, optimizer and generators are
             put to what they were after its last step, `recorder.steps`; scheduler and place in the data by the loop.
-        check_every: the batch identity is checked on the first two steps and every so many after; the step identity on the
-            first, and at the start of a block, not more often than that.
+        check_every: the first two steps are checked, and every so many after; by the step identity at starts of blocks.
         block: steps written and committed together; None chooses by size, and commits every few seconds too.
         states_every: store the parameters of every so many steps only, rounded up to whole blocks. Those in between are made
             again when read, bit for bit, by torch's optimizer from the stored gradients, with the same version of torch.
@@ -94,8 +93,6 @@ def record(
         ...         recorder.zero_grad()
         ...         loss(model, x, y).mean().backward()
         ...         recorder.step(index, x, y)
-        >>> attrib.open_run("new.zarr").steps
-        12
     """
     captured = CaptureOptions(capture, check_every, penalty, remainder, shares)
     options = RecordOptions(captured, overwrite, resume, block, states_every, constants, rule)

@@ -36,8 +36,7 @@ def lds(
         subsets: the ids that were left out, one list per outcome; None: those of `outcomes`.
         outcomes: from `attrib.retrain_subsets`, or an array (S, Q) of measurements after leaving the subsets out.
         examples: (N,) the ids of an array's columns; None: those of the outcomes, or 0 to N - 1.
-        resamples: of the subsets, with replacement, for the intervals.
-        level: what these hold, 0 to 1.
+        resamples: of the subsets, with replacement, for the intervals. level: what these hold, 0 to 1.
         seed: of the draws.
 
     Returns:

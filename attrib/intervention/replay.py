@@ -47,13 +47,11 @@ def replay(
         until: the step to end before; None for the last recorded one. Beyond it, the options are those of the last step.
         backward: `backward(losses, model)`, what the loop did with the losses (B,) of a batch before the step, if it was not
             `losses.mean().backward()` or `losses.sum().backward()`, such as clipping.
-        batches: of the steps beyond the record: step -> (index, *inputs). Not needed where every batch was all examples, by
-            their ids; the last one then comes again.
+        batches: of the steps beyond the record: step -> (index, *inputs); by default the last, where it was all examples.
         options: of `attrib.record`: capture, overwrite, ...
 
     Returns:
-        The new run, complete by itself. Its header says under "replay" of which run and from which step it is, and what was
-        changed.
+        The new run, complete by itself; its header says under "replay" of which run and step it is, and what was changed.
 
     Raises:
         ReplayError: steps outside the run, an intervention that does not fit it, or a loop that did more than the mean or

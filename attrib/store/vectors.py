@@ -120,8 +120,8 @@ def _sliced(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _read(store: CheckedStore, key: str, rows: Sequence[np.ndarray], array: zarr.Array) -> bool:
     """Fill the rows from a chunk's file, checked by its digest; False where it is no such frame."""
-    size, pad, ends = prod(array.chunks) * rows[0].itemsize, _padding(rows, array.chunks[1]), CHECKSUM
-    file = store.file(key, len(head(0, 0)) + size + ends)
+    size, pad = prod(array.chunks) * rows[0].itemsize, _padding(rows, array.chunks[1])
+    file = store.file(key, len(head(0, 0)) + size + CHECKSUM)
     if file is None:
         return False
     with file:
@@ -133,7 +133,7 @@ def _read(store: CheckedStore, key: str, rows: Sequence[np.ndarray], array: zarr
         for part in _sliced(_padded(rows, pad)):
             _fill(file, part)
             found.update(part)
-        found.update(file.read(ends))
+        found.update(file.read(CHECKSUM))
     store.check(key, int(found.intdigest()))
     return True
 

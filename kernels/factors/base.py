@@ -10,10 +10,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from ..contraction import row_dots
+from ..contraction import COMPILED, row_dots
 
 SLICE_BYTES = 4 << 20  # what a contraction holds at once, to stay in the cache
-LARGE = 1 << 18  # numbers: of fewer, torch's own operations are as fast, and can be taped and mapped
 TRAFFIC = 12  # multiplications that fit into the time of writing a number and reading it back, in the cache
 
 
@@ -77,7 +76,7 @@ def flat_rows(t: Tensor) -> Tensor:
 
 def dots(first: Tensor, second: Tensor) -> Tensor:
     """(m, k), (m, k) -> (m,) float64."""
-    if first.device.type == "cpu" and first.numel() >= LARGE:
+    if first.device.type == "cpu" and first.numel() >= COMPILED:
         return torch.from_numpy(row_dots(first.numpy(), second.numpy()))
     return (first * second).sum(1, dtype=torch.float64)
 

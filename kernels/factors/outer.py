@@ -73,7 +73,7 @@ class Outer(NamedTuple):
 def _alive(left: Tensor) -> Tensor | None:
     """The positions (m,) that a gradient reached, None for all: of those that were masked, padded or never read there is
     nothing to multiply. On an accelerator it would have to be waited for; of few, looking costs as much."""
-    if left.device.type != "cpu" or left.shape[1] == 1 or left.numel() < base.LARGE:
+    if left.device.type != "cpu" or left.shape[1] == 1 or left.numel() < base.COMPILED:
         return None
     alive = nonzero_rows(left.flatten(0, 1).numpy())
     return None if alive.all() else torch.from_numpy(alive.nonzero()[0])
