@@ -98,7 +98,7 @@ def test_a_shell_is_told_commands_and_options(
     pytest.importorskip("shtab")
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
-    for word in ("attribute", "influence", "--setup", "_shtab_compgen_dirs"):
+    for word in ("attribute", "influence", "--setup", "_attrib_info_pos_0_COMPGEN=_shtab_compgen_dirs"):
         assert word in script
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 1
